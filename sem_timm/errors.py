@@ -1,0 +1,48 @@
+"""What can go wrong, in one hierarchy: every error this package raises on purpose is a `SemTimmError`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class SemTimmError(Exception):
+    """Base of all errors raised on purpose; after any of them the model is what it was before the call."""
+
+
+class OptionError(SemTimmError, ValueError):
+    """An argument has no meaning: an unknown name, a value out of range, a combination that cannot be."""
+
+
+class NoMatchError(SemTimmError, LookupError):
+    """A target or exclude selects nothing."""
+
+
+class RefusedError(SemTimmError):
+    """A module was asked for by name and cannot take the operation; the message says why."""
+
+
+class TraceError(SemTimmError):
+    """A module's forward cannot be turned into a graph; the message names file and line."""
+
+
+class ModelError(SemTimmError, TypeError):
+    """The model as a whole cannot be operated on: it is wrapped, compiled or scripted, or its input is unknown."""
+
+
+class PlanError(SemTimmError):
+    """A plan does not fit the model it is applied to."""
+
+
+class GuardError(SemTimmError, RuntimeError):
+    """A rewritten forward was called in a way that differs from the call it was traced with."""
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """The part of a message that lists what exists, the names most like ``name`` first."""
+    known = [str(entry) for entry in known]
+    close = get_close_matches(name, known, n=5, cutoff=0.5)
+    if close:
+        return f'Close: {", ".join(close)}.'
+    listed = ', '.join(known[:12]) + (', …' if len(known) > 12 else '')
+    return f'There are: {listed}.' if known else 'There are none.'

@@ -1,0 +1,70 @@
+"""Which modules of a model are its blocks.
+
+A block is what the model itself calls one: a module named by the blocks of its ``group_matcher``; else a module with a
+residual add; else a stage of its ``feature_info``. Where a named group is a stage or a shell without a residual add of
+its own, the outermost modules with one inside it are the blocks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from sem_timm.surgery.reading import Reader
+
+
+def find_blocks(reader: Reader) -> list[str]:
+    """Names of the blocks, in the order of ``named_modules``."""
+    named = _named_by_group_matcher(reader)
+    found: set[str] = set()
+    for name in named:
+        if reader.holds_residual(name):
+            found.add(name)
+        else:
+            found.update(_outermost_residual(reader, name) or [name])
+    found = found or set(_outermost_residual(reader, '')) or set(_feature_stages(reader))
+    return [name for name in reader.modules if name in found]
+
+
+def _named_by_group_matcher(reader: Reader) -> list[str]:
+    """Modules with children whose full name a block pattern matches; the innermost where matches are nested."""
+    patterns = list(_block_patterns(reader.probe.skeleton))
+    names = [
+        name
+        for name, module in reader.modules.items()
+        if name and module._modules and any(pattern.fullmatch(name) for pattern in patterns)
+    ]
+    return [name for name in names if not any(other.startswith(name + '.') for other in names)]
+
+
+def _block_patterns(model: nn.Module) -> Iterator[re.Pattern[str]]:
+    try:
+        groups = model.group_matcher(coarse=False)  # type: ignore[operator]
+    except Exception:  # no group matcher, or one that is not for this model
+        return
+    blocks: Any = groups.get('blocks') if isinstance(groups, dict) else None
+    for entry in [blocks] if isinstance(blocks, (str, re.Pattern)) else blocks or ():
+        pattern, ordinal = (entry, None) if isinstance(entry, (str, re.Pattern)) else entry
+        if ordinal is None:  # a fixed ordinal marks norms and other parts that merely share a block's learning rate
+            yield re.compile(pattern)
+
+
+def _outermost_residual(reader: Reader, root: str) -> list[str]:
+    """The outermost modules below ``root`` whose own forward has a residual add."""
+    found: list[str] = []
+    prefix = root + '.' if root else ''
+    for name in reader.modules:
+        inside = name.startswith(prefix) and name not in (root, '')
+        if inside and not any(name.startswith(outer + '.') for outer in found) and reader.holds_residual(name):
+            found.append(name)
+    return found
+
+
+def _feature_stages(reader: Reader) -> list[str]:
+    info = getattr(reader.probe.skeleton, 'feature_info', None) or ()
+    entries = getattr(info, 'info', info)
+    names = [entry.get('module') for entry in entries if isinstance(entry, dict)]
+    return [name for name in names if name in reader.modules and name]

@@ -1,0 +1,197 @@
+"""Sites for an inserted module, and the edits that put it there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sem_timm.errors import TraceError
+from sem_timm.surgery.layout import Layout, layout_of
+from sem_timm.surgery.plan import Insertion, Site
+from sem_timm.surgery.reading import Reader, Reading
+from sem_timm.surgery.residual import ResidualAdd, last_of_each_output, site_layout
+from sem_timm.surgery.rewrite import Edit, edit_of, output_source, residual_source
+from sem_timm.surgery.trace import forward_signature
+
+
+class Refused(Exception):
+    """A module cannot take the operation; the message is the reason, to be listed or raised by the caller."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One module's sites and the edit that makes them; ``reading`` is what a residual edit was made from."""
+
+    sites: tuple[Site, ...]
+    edit: Edit
+    reading: Reading | None
+
+
+class Inserter:
+    """Places one operation in modules of one probed model, making each distinct edit once."""
+
+    def __init__(self, reader: Reader, operation: Insertion) -> None:
+        self.reader = reader
+        self.operation = operation
+        self._edits: dict[Any, Edit] = {}
+        self._parameters: dict[tuple[Any, ...], int] = {}
+
+    def place(self, name: str) -> Placement:
+        """Finds the sites of one module.
+
+        Raises:
+            Refused: If it cannot take the operation.
+        """
+        self._check(name)
+        reading = self._residual_reading(name)
+        if reading is None:
+            return self._at_output(name)
+        return self._at_residual(name, reading)
+
+    def _check(self, name: str) -> None:
+        module, count = self.reader.modules[name], self.reader.probe.counts.get(name, 0)
+        edit = edit_of(module)
+        if edit is not None:
+            raise Refused(f'it is already patched ({edit.operation}); unpatch_model(model) first')
+        if count == 0:
+            raise Refused("the model's forward does not call it")
+        if count > 1:
+            raise Refused(f"the model's forward calls it {count} times; one inserted module cannot serve several calls")
+        if 'forward' in module.__dict__:
+            raise Refused('its forward was replaced on the instance, which hides that of its class')
+
+    def _residual_reading(self, name: str) -> Reading | None:
+        """The reading to edit, or None if the module is to be treated as a whole."""
+        if self.operation.position == 'output' or not self.reader.modules[name]._modules:
+            if self.operation.position == 'residual':
+                raise Refused('it has no residual branch: it has no children')
+            return None
+        try:
+            reading = self.reader.read(name)
+        except TraceError as error:
+            if self.operation.position == 'residual':
+                raise Refused(str(error)) from error
+            return None
+        if reading.adds[False]:
+            return reading
+        if self.operation.position == 'residual':
+            raise Refused("its own forward has no residual add; position='output' would gate what it returns")
+        return None
+
+    def _at_output(self, name: str) -> Placement:
+        module, output = self.reader.modules[name], self.reader.probe.calls[name].output
+        kind = type(output) if type(output) in (tuple, list) else Tensor
+        tensor = output[0] if kind is not Tensor and output else output
+        if not isinstance(tensor, Tensor):
+            raise Refused(f'it returns a {type(output).__name__}, not a tensor')
+        attribute = self._free_name(module, self.operation.attribute)
+        site = self._site(name, 'output', attribute, tensor, layout_of(tensor))
+        source, bindings = output_source(type(module), forward_signature(type(module)), attribute, kind)
+        edit = Edit(type(module), source, bindings, (attribute,), 'output', self.operation)
+        return Placement((site,), edit, None)
+
+    def _at_residual(self, name: str, reading: Reading) -> Placement:
+        module, graph = self.reader.modules[name], reading.trace.graphs[False]
+        adds = reading.adds[False]
+        chosen = last_of_each_output(graph, adds) if self.operation.branches == 'last' else adds
+        numbers = [adds.index(add) for add in chosen]
+        attributes = self._attributes(module, len(numbers))
+        sites = []
+        for number, attribute in zip(numbers, attributes):
+            add = adds[number]
+            tensor = reading.values[False][add.branch]
+            layout = site_layout(add, reading.values[False])
+            sites.append(self._site(name, 'residual', attribute, tensor, layout))
+        key = (id(reading.trace.graphs[True]), id(graph), reading.trace.guards, tuple(numbers), attributes)
+        if key not in self._edits:
+            graphs = self._edited(reading, numbers, attributes)
+            source, bindings = residual_source(type(module), reading.trace, graphs)
+            self._edits[key] = Edit(type(module), source, bindings, attributes, 'residual', self.operation)
+        return Placement(tuple(sites), self._edits[key], reading)
+
+    def _attributes(self, module: nn.Module, count: int) -> tuple[str, ...]:
+        base = self.operation.attribute
+        names = [base] if count == 1 else [f'{base}{number}' for number in range(1, count + 1)]
+        return tuple(self._free_name(module, name) for name in names)
+
+    def _free_name(self, module: nn.Module, name: str) -> str:
+        while hasattr(module, name):
+            name += '_'
+        return name
+
+    def _edited(self, reading: Reading, numbers: list[int], attributes: tuple[str, ...]) -> dict[bool, fx.Graph]:
+        graphs = reading.trace.graphs
+        done = {
+            mode: insert_modules(graphs[mode], [reading.adds[mode][n] for n in numbers], attributes, self.operation)
+            for mode in ({False} if graphs[True] is graphs[False] else {True, False})
+        }
+        return {False: done[False], True: done.get(True, done[False])}
+
+    def _site(self, name: str, position: str, attribute: str, tensor: Tensor, layout: Layout | None) -> Site:
+        shape = tuple(tensor.shape)
+        if tensor.ndim < 3:
+            raise Refused(f'there are no positions to pool over: the tensor is {_text(shape)}')
+        if layout is None or layout.channel is None:
+            raise Refused(f'the channels of the {_text(shape)} tensor could not be told from its other axes')
+        if layout.channel not in (1, tensor.ndim - 1):
+            raise Refused(f'the channels of the {_text(shape)} tensor are on axis {layout.channel}, not first or last')
+        prefix = layout.prefix if tensor.ndim == 3 and layout.channel == 2 and layout.prefix < shape[1] else 0
+        channel_dim = 1 if layout.channel == 1 else -1
+        class_name = type(self.reader.modules[name]).__name__
+        site = Site(name, class_name, position, attribute, shape, shape[layout.channel], channel_dim, prefix)
+        return replace(site, num_parameters=self._rehearse(site, tensor.dtype))
+
+    def _rehearse(self, site: Site, dtype: torch.dtype) -> int:
+        """Builds and runs the new module once on meta tensors; returns its number of parameters."""
+        key = (site.shape, site.channel_dim, site.num_prefix_tokens, dtype, site.position)
+        if key not in self._parameters:
+            try:
+                with torch.device('meta'), torch.no_grad():
+                    new = self.operation.build(site).to(dtype).eval()
+                    x = torch.empty(site.shape, dtype=dtype)
+                    fused = self.operation.fuses_shortcut and site.position == 'residual'
+                    out = new(x, x) if fused else new(x)
+            except Exception as error:  # the module is anybody's; that it does not fit here is a reason, not a crash
+                raise Refused(f'{self.operation} does not work on {_text(site.shape)}: {error}') from error
+            if not isinstance(out, Tensor) or out.shape != x.shape:
+                got = _text(tuple(out.shape)) if isinstance(out, Tensor) else type(out).__name__
+                raise Refused(f'{self.operation} turns {_text(site.shape)} into {got}')
+            self._parameters[key] = sum(parameter.numel() for parameter in new.parameters())
+        return self._parameters[key]
+
+
+def insert_modules(
+    graph: fx.Graph, adds: list[ResidualAdd], attributes: tuple[str, ...], operation: Insertion
+) -> fx.Graph:
+    """A copy of ``graph`` with a call of a new child on the branch of each given add."""
+    copies: dict[fx.Node, fx.Node] = {}
+    edited = fx.Graph()
+    edited.output(edited.graph_copy(graph, copies))
+    for add, attribute in zip(adds, attributes):
+        node, branch, shortcut = copies[add.add], copies[add.branch], copies[add.shortcut]
+        if operation.fuses_shortcut and not add.partial and _returns_a_new_tensor(node):
+            with edited.inserting_before(node):
+                new = edited.call_module(attribute, (branch, shortcut))
+            node.replace_all_uses_with(new)
+            edited.erase_node(node)
+            continue
+        with edited.inserting_after(branch):
+            new = edited.call_module(attribute, (branch,))
+        if add.partial:
+            branch.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+        else:
+            node.replace_input_with(branch, new)
+    return edited
+
+
+def _returns_a_new_tensor(add: fx.Node) -> bool:
+    """False for an in-place add into a tensor that is used again, and so must really be changed."""
+    in_place = add.op == 'call_method' and str(add.target).endswith('_')
+    return not in_place or len(add.all_input_nodes[0].users) == 1
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return '(' + ', '.join(['B', *map(str, shape[1:])]) + ')'

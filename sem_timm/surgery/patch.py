@@ -1,0 +1,120 @@
+"""Applying a plan, all or nothing, and undoing it.
+
+What was done is kept where it was done: a patched module's class knows its base class, the children that were added
+and the operation. So a copy, an unpickled model and a wrapper around patched blocks can be undone as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sem_timm.errors import ModelError, PlanError
+from sem_timm.surgery.plan import Plan
+from sem_timm.surgery.planning import check_model, class_map
+from sem_timm.surgery.rewrite import edit_of, patched_class
+
+
+@dataclass(frozen=True)
+class PatchedModule:
+    """A module that was operated on.
+
+    Attributes:
+        name: Its name in the model.
+        class_name: Its own class, which undoing gives back.
+        inserted: Names of the children it got.
+        position: Where they act: 'residual' or 'output'.
+        operation: The configuration they were made from.
+    """
+
+    name: str
+    class_name: str
+    inserted: tuple[str, ...]
+    position: str
+    operation: Any
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+    """Applies ``plan`` to ``model`` in place, all of it or nothing.
+
+    Returns:
+        The model.
+
+    Raises:
+        PlanError: If the plan was made for another model, or this one has changed since.
+    """
+    check_model(model)
+    _check_fit(model, plan)
+    rng = torch.get_rng_state()
+    modules = {name: model.get_submodule(name) for name in plan.edits}
+    try:
+        # All that can fail comes first; what follows only sets attributes.
+        built = {(site.name, site.attribute): _built(plan, site, modules[site.name], model) for site in plan.sites}
+    except BaseException:
+        torch.set_rng_state(rng)
+        raise
+    for (name, attribute), new in built.items():
+        modules[name].add_module(attribute, new)
+    for name, edit in plan.edits.items():
+        modules[name].__class__ = patched_class(edit)
+    return model
+
+
+def _built(plan: Plan, site: Any, block: nn.Module, model: nn.Module) -> nn.Module:
+    """The new module with the device, dtype and mode of its block."""
+    device, dtype = _device_and_dtype(block) or _device_and_dtype(model) or (torch.device('cpu'), torch.float32)
+    with torch.device(device):
+        new = plan.operation.build(site)
+    return new.to(dtype=dtype).train(block.training)
+
+
+def _device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype] | None:
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            return tensor.device, tensor.dtype
+    return None
+
+
+def _check_fit(model: nn.Module, plan: Plan) -> None:
+    again = 'Make a plan for it: patch_model(model, plan_model(model, ...)).'
+    if plan.model() is not model:
+        raise PlanError(f'this plan was made for another {plan.model_name}, not for this {type(model).__name__}. {again}')
+    now = class_map(model)
+    if now != plan.classes:
+        changed = [name for name in {**plan.classes, **now} if now.get(name) is not plan.classes.get(name)]
+        raise PlanError(f'the model has changed since the plan was made, at {", ".join(changed[:3])}. {again}')
+
+
+def patched(model: nn.Module) -> tuple[PatchedModule, ...]:
+    """The modules of ``model`` that were operated on, in the order of ``named_modules``; empty if none was."""
+    found = []
+    for name, module in model.named_modules():
+        edit = edit_of(module)
+        if edit is not None:
+            found.append(PatchedModule(name, edit.base.__name__, edit.inserted, edit.position, edit.operation))
+    return tuple(found)
+
+
+def unpatch_model(model: nn.Module) -> nn.Module:
+    """Undoes every patch of ``model`` in place: classes and children are what they were before.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: If nothing in the model is patched, or something wraps it.
+    """
+    check_model(model)
+    if not patched(model):
+        raise ModelError(f'{type(model).__name__} is not patched; there is nothing to undo.')
+    for module in list(model.modules()):
+        edit = edit_of(module)
+        while edit is not None:
+            module.__class__ = edit.base
+            for name in edit.inserted:
+                delattr(module, name)
+            edit = edit_of(module)
+    return model

@@ -1,0 +1,133 @@
+"""What the forwards of a model's modules say: each traced once per structure, evaluated once per shape."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from sem_timm.errors import TraceError
+from sem_timm.surgery.additions import may_add
+from sem_timm.surgery.evaluate import evaluate
+from sem_timm.surgery.residual import ResidualAdd, Values, residual_adds
+from sem_timm.surgery.skeleton import Call, Probe
+from sem_timm.surgery.structure import Structures, call_key
+from sem_timm.surgery.trace import Trace, bind, forward_signature, is_guided, trace
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A module's forward: its trace, the value of every node, and its residual adds, by training mode."""
+
+    trace: Trace
+    values: dict[bool, Values]
+    adds: dict[bool, list[ResidualAdd]]
+
+
+class Reader:
+    """Reads modules of a probed model; failures are kept and told again."""
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
+        self.structures = Structures()
+        self.modules: dict[str, nn.Module] = dict(probe.skeleton.named_modules())
+        self._traces: dict[Hashable, Trace | TraceError] = {}
+        self._readings: dict[Hashable, Reading | TraceError] = {}
+
+    def read(self, name: str) -> Reading:
+        """Returns the reading of a module that the probe has called.
+
+        Raises:
+            TraceError: If its forward cannot be traced or evaluated.
+        """
+        module, call = self.modules[name], self.probe.calls[name]
+        try:
+            values = bind(forward_signature(type(module)), call)
+        except TypeError as error:
+            raise TraceError(f'{type(module).__name__}.forward: {error}') from error
+        key = (self.structures.describe(module), call_key(values, shapes=True), _shapes(call.output))
+        if key not in self._readings:
+            try:
+                self._readings[key] = self._read(module, call, values)
+            except TraceError as error:
+                self._readings[key] = error
+        reading = self._readings[key]
+        if isinstance(reading, TraceError):
+            raise reading
+        return reading
+
+    def holds_residual(self, name: str) -> bool:
+        """Whether a module's own forward has a residual add; False where the forward cannot be read."""
+        module = self.modules[name]
+        if name not in self.probe.calls or not may_add(type(module)):
+            return False
+        if not any(next(child.parameters(), None) is not None for child in module.children()):
+            return False
+        try:
+            return bool(self.read(name).adds[False])
+        except TraceError:
+            return False
+
+    def _read(self, module: nn.Module, call: Call, values: dict[str, Any]) -> Reading:
+        reading = self._reading(module, call, values, inline_methods=False)
+        if not reading.adds[False] and reading.trace.methods:
+            # The sum may stand in one of the module's own methods.
+            try:
+                inlined = self._reading(module, call, values, inline_methods=True)
+            except TraceError:
+                return reading
+            return inlined if inlined.adds[False] else reading
+        return reading
+
+    def _reading(self, module: nn.Module, call: Call, values: dict[str, Any], *, inline_methods: bool) -> Reading:
+        cached = self._trace(module, call, values, inline_methods)
+        try:
+            return _evaluated(replace(cached, values=values), module, call)
+        except TraceError:
+            # Perhaps a graph of a module that differs in a number of a child.
+            return _evaluated(trace(module, call, inline_methods=inline_methods), module, call)
+
+    def _trace(self, module: nn.Module, call: Call, values: dict[str, Any], inline_methods: bool) -> Trace:
+        structure = self.structures.describe(module)
+        shapeless = (structure, call_key(values, shapes=False), inline_methods)
+        exact = (structure, call_key(values, shapes=True), inline_methods)
+        found = self._traces.get(shapeless) or self._traces.get(exact)
+        if found is None:
+            try:
+                found = trace(module, call, inline_methods=inline_methods)
+            except TraceError as error:
+                found = error
+            # A value-guided trace holds for the shapes it was made with, and so does a failure of one.
+            self._traces[shapeless if isinstance(found, Trace) and not is_guided(found) else exact] = found
+        if isinstance(found, TraceError):
+            raise found
+        return found
+
+
+
+def _evaluated(found: Trace, module: nn.Module, call: Call) -> Reading:
+    values: dict[bool, Values] = {}
+    adds: dict[bool, list[ResidualAdd]] = {}
+    for training in (False, True):
+        if training and found.graphs[True] is found.graphs[False]:
+            values[True], adds[True] = values[False], adds[False]
+            continue
+        try:
+            values[training] = evaluate(found, module, training=training)
+        except Exception as error:  # a graph that does not run on the traced call's own values is wrong
+            raise TraceError(f'{type(module).__name__}: the traced forward does not run: {error}') from error
+        adds[training] = residual_adds(found.graphs[training], module, values[training])
+        output = next(values[training][node] for node in found.graphs[training].nodes if node.op == 'output')
+        if _shapes(output) != _shapes(call.output):
+            raise TraceError(f'{type(module).__name__}: the traced forward returns other shapes than the forward')
+    if len(adds[True]) != len(adds[False]):
+        raise TraceError(f'{type(module).__name__}.forward has other residual adds in training than in eval mode')
+    return Reading(found, values, adds)
+
+
+def _shapes(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape
+    return tuple(_shapes(entry) for entry in value) if isinstance(value, (tuple, list)) else type(value)

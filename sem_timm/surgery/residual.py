@@ -1,0 +1,209 @@
+"""Residual adds in a traced graph, found by data flow.
+
+A residual add has two tensor operands of equal shape. One, the shortcut, is data that the layers left alone, or a
+projection of it; the other, the branch, went through layers that the shortcut did not. Not every such sum is one:
+sums of parallel convolutions, attention biases and position encodings have no untouched side, no common data, or do
+not reach the output as a whole.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sem_timm.surgery.layout import Layout, layout_of
+
+_ADDS: tuple[Callable[..., Any], ...] = (operator.add, operator.iadd, torch.add)
+_ADD_METHODS = ('add', 'add_')
+_SLICES: tuple[Callable[..., Any], ...] = (operator.getitem, torch.narrow)
+
+
+@dataclass(frozen=True)
+class ResidualAdd:
+    """One residual add.
+
+    Attributes:
+        add: The node of the sum.
+        branch: The operand that went through the layers; where the sum takes only a slice of it, the whole tensor.
+        shortcut: The other operand.
+        partial: Whether the sum takes only a slice of the branch.
+    """
+
+    add: fx.Node
+    branch: fx.Node
+    shortcut: fx.Node
+    partial: bool
+
+
+Values = dict[fx.Node, Any]
+
+
+def residual_adds(graph: fx.Graph, module: nn.Module, values: Values) -> list[ResidualAdd]:
+    """The residual adds of a graph whose results carry the module's output, in the order they are executed."""
+    weights = _WeightCounter(module)
+    sizes = {value.numel() for value in _leaves(values[_output(graph)]) if isinstance(value, Tensor)}
+    found = []
+    for node in graph.nodes:
+        operands = _operands(node)
+        if operands is None or not _equal_tensors(values, node, *operands):
+            continue
+        pair = _branch_and_shortcut(*operands, weights, values)
+        if pair is None:
+            continue
+        branch, shortcut = pair
+        whole = _before_slices(branch, values)
+        if values[whole].numel() in sizes:
+            found.append(ResidualAdd(node, whole, shortcut, whole is not branch))
+    return found
+
+
+def last_of_each_output(graph: fx.Graph, adds: list[ResidualAdd]) -> list[ResidualAdd]:
+    """Of several residual adds in a row only the last; one for each tensor the forward returns."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    kept: dict[fx.Node, ResidualAdd] = {}
+    for result in _nodes(_output(graph).args[0]):
+        reached = _ancestors(result)
+        before = [add for add in adds if add.add in reached]
+        if before:
+            last = max(before, key=lambda add: order[add.add])
+            kept[last.add] = last
+    return sorted(kept.values(), key=lambda add: order[add.add])
+
+
+def site_layout(add: ResidualAdd, values: Values) -> Layout | None:
+    """Layout of a branch; where branch and shortcut disagree, that of the shortcut, which is the trunk's."""
+    own, trunk = layout_of(values[add.branch]), layout_of(values[add.shortcut])
+    if own is None or trunk is None or add.partial:
+        return own or trunk
+    channel = own.channel if trunk.channel is None else trunk.channel
+    tokens = values[add.branch].shape[1]
+    prefix = max(own.prefix, trunk.prefix)
+    return Layout(channel, prefix if prefix < tokens else 0)
+
+
+def _output(graph: fx.Graph) -> fx.Node:
+    return next(iter(reversed(graph.nodes)))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (tuple, list)):
+        for entry in value:
+            yield from _leaves(entry)
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from _leaves(entry)
+    else:
+        yield value
+
+
+def _nodes(value: Any) -> Iterator[fx.Node]:
+    return (leaf for leaf in _leaves(value) if isinstance(leaf, fx.Node))
+
+
+def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two operands if the node is a plain sum of two nodes."""
+    is_sum = (node.op == 'call_function' and node.target in _ADDS) or (
+        node.op == 'call_method' and node.target in _ADD_METHODS
+    )
+    if not is_sum or node.kwargs.keys() - {'other'}:
+        return None
+    operands = [*node.args, *node.kwargs.values()]
+    if len(operands) != 2 or not all(isinstance(operand, fx.Node) for operand in operands):
+        return None
+    first, second = operands
+    assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
+    return first, second
+
+
+def _equal_tensors(values: Values, add: fx.Node, first: fx.Node, second: fx.Node) -> bool:
+    tensors = [values[node] for node in (add, first, second)]
+    if not all(isinstance(tensor, Tensor) and layout_of(tensor) is not None for tensor in tensors):
+        return False
+    return first is not second and tensors[0].shape == tensors[1].shape == tensors[2].shape
+
+
+def _branch_and_shortcut(
+    first: fx.Node, second: fx.Node, weights: _WeightCounter, values: Values
+) -> tuple[fx.Node, fx.Node] | None:
+    """Tells the branch from the shortcut, or returns None if this is some other sum."""
+    common = _ancestors(first, values) & _ancestors(second, values)
+    depth_first, touched_first = weights.along(first, common)
+    depth_second, touched_second = weights.along(second, common)
+    if not touched_first and touched_second:
+        return second, first
+    if not touched_second and touched_first:
+        return first, second
+    # Neither side is untouched: a projection shortcut, if it holds weights and the other side clearly more of them.
+    if depth_first > depth_second >= 1:
+        return first, second
+    if depth_second > depth_first >= 1:
+        return second, first
+    return None
+
+
+def _before_slices(node: fx.Node, values: Values) -> fx.Node:
+    """The tensor that a chain of slices starts from (RexNet adds its shortcut to a part of the channels)."""
+    while node.op == 'call_function' and node.target in _SLICES:
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or not isinstance(values[source], Tensor):
+            break
+        node = source
+    return node
+
+
+def _ancestors(node: fx.Node, values: Values | None = None) -> set[fx.Node]:
+    """A node and all it is computed from; with ``values``, through tensors that are data only (no shapes)."""
+    found: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        current = waiting.pop()
+        if current in found or (values is not None and not _is_data(values[current])):
+            continue
+        found.add(current)
+        waiting += current.all_input_nodes
+    return found
+
+
+def _is_data(value: Any) -> bool:
+    return any(layout_of(leaf) is not None for leaf in _leaves(value))
+
+
+class _WeightCounter:
+    """How many weight layers lie on the longest way from common data to an operand."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def along(self, node: fx.Node, common: set[fx.Node]) -> tuple[int, bool]:
+        """Returns the number of weight layers, and whether anything with parameters was passed at all."""
+        memo: dict[fx.Node, tuple[int, bool]] = {}
+
+        def longest(current: fx.Node) -> tuple[int, bool]:
+            if current in common:
+                return 0, False
+            if current not in memo:
+                memo[current] = (0, False)
+                before = [longest(source) for source in current.all_input_nodes]
+                own, parameters = self._own(current)
+                depth = max((depth for depth, _ in before), default=0) + own
+                memo[current] = depth, parameters or any(touched for _, touched in before)
+            return memo[current]
+
+        return longest(node)
+
+    def _own(self, node: fx.Node) -> tuple[int, bool]:
+        if node.op == 'get_attr':
+            value = operator.attrgetter(str(node.target))(self.module)
+            return int(isinstance(value, nn.Parameter) and value.ndim > 1), isinstance(value, nn.Parameter)
+        if node.op != 'call_module':
+            return 0, False
+        called = operator.attrgetter(str(node.target))(self.module)
+        if not isinstance(called, nn.Module):  # one of the module's own methods: assume it does the work
+            return 1, True
+        parameters = [p for p in called.parameters()]
+        return sum(p.ndim > 1 for p in parameters), bool(parameters)

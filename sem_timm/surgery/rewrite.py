@@ -1,0 +1,263 @@
+"""An edited graph becomes the forward of a subclass of the module's own class; and back.
+
+A patched module is its old self with another ``__class__``: same attributes, same parameters, same name, still an
+instance of its class. The subclass is made once for equal code, shows its source to `inspect` and to tracebacks, and
+can be copied and pickled.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import inspect
+import linecache
+import operator
+import textwrap
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from itertools import count
+from types import ModuleType
+from typing import Any
+
+from torch import fx, nn
+
+from sem_timm.errors import GuardError
+from sem_timm.surgery.trace import Guard, Trace
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What makes one patched class out of another class.
+
+    Attributes:
+        base: The module's own class.
+        source: Source code of the new forward.
+        bindings: Global names that the source uses, with what they stand for.
+        inserted: Names of the new children.
+        position: Where they act: 'residual' or 'output'.
+        operation: The configuration of the operation, as the user may see it again.
+    """
+
+    base: type
+    source: str
+    bindings: tuple[tuple[str, Any], ...]
+    inserted: tuple[str, ...]
+    position: str
+    operation: Any
+
+
+def patched_class(edit: Edit) -> type:
+    """The subclass of ``edit.base`` with the new forward; the same one for equal edits."""
+    return _patched_class(edit)
+
+
+def edit_of(module: nn.Module) -> Edit | None:
+    """The edit that made the module's present class, or None if its class was not made here."""
+    return type(module).__dict__.get('_surgery_edit')
+
+
+@lru_cache(maxsize=None)
+def _patched_class(edit: Edit) -> type:
+    namespace = {
+        'forward': _compiled(edit),
+        '_surgery_edit': edit,
+        '__doc__': edit.base.__doc__,
+        '__module__': edit.base.__module__,
+        '__reduce_ex__': _reduce_ex,
+    }
+    return type(edit.base)(f'Patched{edit.base.__name__}', (edit.base,), namespace)
+
+
+def _compiled(edit: Edit) -> Callable[..., Any]:
+    """Executes the source; the function carries the defaults and annotations of the forward it replaces."""
+    filename = f'<sem_timm {edit.base.__qualname__} {zlib.crc32(edit.source.encode()):08x}>'
+    linecache.cache[filename] = (len(edit.source), None, edit.source.splitlines(keepends=True), filename)
+    scope: dict[str, Any] = {**dict(edit.bindings), '__name__': edit.base.__module__}
+    # Annotations are kept as written and not evaluated: the names in them belong to another file.
+    exec(compile('from __future__ import annotations\n' + edit.source, filename, 'exec', dont_inherit=True), scope)
+    forward: Callable[..., Any] = scope['forward']
+    original = inspect.unwrap(edit.base.forward)  # type: ignore[attr-defined]
+    forward.__defaults__, forward.__kwdefaults__ = original.__defaults__, original.__kwdefaults__  # type: ignore
+    forward.__annotations__ = dict(original.__annotations__)
+    forward.__qualname__ = f'Patched{edit.base.__qualname__}.forward'
+    return forward
+
+
+def _reduce_ex(self: nn.Module, protocol: int) -> Any:
+    # The class is made at run time, so a copy or a pickle names its ingredients instead of it.
+    edit = edit_of(self)
+    assert edit is not None
+    reduced = super(type(self), self).__reduce_ex__(protocol)
+    return (_restored, (_portable(edit),), *reduced[2:])
+
+
+def _restored(portable: tuple[Any, ...]) -> nn.Module:
+    base, source, bindings, *rest = portable
+    named = tuple((name, import_module(value) if is_module else value) for name, is_module, value in bindings)
+    cls = patched_class(Edit(base, source, named, *rest))
+    module: nn.Module = cls.__new__(cls)
+    return module
+
+
+def _portable(edit: Edit) -> tuple[Any, ...]:
+    """An edit for pickling; modules, which do not pickle, by name."""
+    bindings = tuple(
+        (name, True, value.__name__) if isinstance(value, ModuleType) else (name, False, value)
+        for name, value in edit.bindings
+    )
+    return (edit.base, edit.source, bindings, edit.inserted, edit.position, edit.operation)
+
+
+# Source code
+
+
+def residual_source(base: type, trace: Trace, graphs: dict[bool, fx.Graph]) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    """Source and bindings of a forward made from edited graphs, one for each mode where they differ."""
+    training, evaluation = (_body(graphs[mode]) for mode in (True, False))
+    bindings = {**training[1], **evaluation[1]}
+    lines = [*_guard_lines(base, trace.guards)]
+    if graphs[True] is not graphs[False] and training[0] != evaluation[0]:
+        lines += ['if self.training:', textwrap.indent(training[0], '    ')]
+    lines.append(evaluation[0])
+    if trace.guards:
+        bindings['GuardError'] = GuardError
+    return _function(trace.signature, lines), tuple(sorted(bindings.items()))
+
+
+def output_source(
+    base: type, signature: inspect.Signature, name: str, kind: type
+) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    """Source and bindings of a forward that calls the old one and passes its output, or its first, to a new child."""
+    call = f'{base.__name__}.forward({", ".join(["self", *_passed_on(signature)])})'
+    if kind is tuple:
+        lines = [f'first, *others = {call}', f'return (self.{name}(first), *others)']
+    elif kind is list:
+        lines = [f'first, *others = {call}', f'return [self.{name}(first), *others]']
+    else:
+        lines = [f'return self.{name}({call})']
+    return _function(signature, lines), ((base.__name__, base),)
+
+
+def _function(signature: inspect.Signature, lines: list[str]) -> str:
+    header = f'def forward({", ".join(_header(signature))}){_returns(signature)}:'
+    return header + '\n' + textwrap.indent('\n'.join(lines), '    ') + '\n'
+
+
+def _header(signature: inspect.Signature) -> Iterator[str]:
+    yield 'self'
+    stars = {inspect.Parameter.VAR_POSITIONAL: '*', inspect.Parameter.VAR_KEYWORD: '**'}
+    keyword_only = False
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not keyword_only:
+            yield '*'
+        keyword_only |= parameter.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_POSITIONAL)
+        text = stars.get(parameter.kind, '') + parameter.name
+        if parameter.annotation is not inspect.Parameter.empty:
+            text += f': {inspect.formatannotation(parameter.annotation)}'
+        if parameter.default is not inspect.Parameter.empty:
+            plain = isinstance(parameter.default, (type(None), bool, int, float, str))
+            text += f' = {parameter.default!r}' if plain else ' = ...'  # the real default is set on the function
+        yield text
+
+
+def _returns(signature: inspect.Signature) -> str:
+    if signature.return_annotation is inspect.Signature.empty:
+        return ''
+    return f' -> {inspect.formatannotation(signature.return_annotation)}'
+
+
+def _passed_on(signature: inspect.Signature) -> Iterator[str]:
+    for parameter in signature.parameters.values():
+        name = parameter.name
+        yield {
+            inspect.Parameter.VAR_POSITIONAL: f'*{name}',
+            inspect.Parameter.VAR_KEYWORD: f'**{name}',
+            inspect.Parameter.KEYWORD_ONLY: f'{name}={name}',
+        }.get(parameter.kind, name)
+
+
+def _guard_lines(base: type, guards: tuple[Guard, ...]) -> Iterator[str]:
+    for guard in guards:
+        yield f'if not ({guard.condition}):'
+        message = f'{base.__name__} was patched as it was called in the probe, with {guard.condition}; now it is not.'
+        yield f'    raise GuardError({message!r})'
+
+
+def _body(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
+    """The statements of a graph's code, and the globals they need."""
+    names = _human_names(graph)
+    for index, node in enumerate(graph.nodes):
+        node.name = f'node{index}x'  # fx insists on names of its own, so these only mark the places
+    code = graph.python_code(root_module='self')
+    function = next(node for node in ast.parse(code.src).body if isinstance(node, ast.FunctionDef))
+    renamed = _Rename({node.name: name for node, name in names.items()})
+    # fx sets each variable to None after its last use; reusing names has the same effect and reads better.
+    statements = [renamed.visit(node) for node in function.body if not _clears(node)]
+    text = '\n'.join(ast.unparse(node) for node in statements if not _assigns_to_itself(node))
+    used = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+    return text, {name: value for name, value in code.globals.items() if name in used}
+
+
+class _Rename(ast.NodeTransformer):
+    def __init__(self, names: dict[str, str]) -> None:
+        self.names = names
+
+    def visit_Name(self, node: ast.Name) -> ast.Name:
+        node.id = self.names.get(node.id, node.id)
+        return node
+
+
+def _clears(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and node.value.value is None
+
+
+def _assigns_to_itself(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Assign) and ast.dump(node.targets[0]).replace('Store', 'Load') == ast.dump(node.value)
+
+
+def _human_names(graph: fx.Graph) -> dict[fx.Node, str]:
+    """Lets a value take over the name of the operand that dies with it, as in ``x = self.norm(x)``."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    last_use = {source: order[node] for node in graph.nodes for source in node.all_input_nodes}
+    names = {node: str(node.target) for node in graph.nodes if node.op == 'placeholder'}
+    busy_until = {name: len(order) for name in ('self', *names.values(), *_RESERVED)}
+    for node, index in order.items():
+        if node.op in ('placeholder', 'output'):
+            continue
+        sources = node.all_input_nodes
+        if sources and last_use[sources[0]] == index and not _reads(node):
+            names[node] = names[sources[0]]
+        else:
+            stem = _stem(node, names)
+            names[node] = next(name for name in _numbered(stem) if busy_until.get(name, -1) <= index)
+        if busy_until.get(names[node]) != len(order):  # a parameter's name stays its own to the end
+            busy_until[names[node]] = last_use.get(node, index)
+    return names
+
+
+def _reads(node: fx.Node) -> bool:
+    """Whether a node only looks something up, such as a parameter or a size."""
+    looks_up = node.op == 'call_function' and node.target in (getattr, operator.getitem)
+    return node.op == 'get_attr' or (looks_up and isinstance(node.args[1], (str, int)))
+
+
+def _stem(node: fx.Node, names: dict[fx.Node, str]) -> str:
+    if node.op == 'get_attr':
+        return str(node.target).replace('.', '_')
+    if node.op == 'call_function' and node.target is getattr:
+        return str(node.args[1])
+    if _reads(node) and isinstance(node.args[0], fx.Node):
+        return f'{names[node.args[0]]}_{node.args[1]}'
+    name = getattr(node.target, '__name__', str(node.target)).strip('_')
+    return name if node.op != 'call_module' and name.isidentifier() else 'out'
+
+
+def _numbered(stem: str) -> Iterator[str]:
+    yield stem if stem.isidentifier() else 'value'
+    yield from (f'{stem}{number}' for number in count(2))
+
+
+_RESERVED = {'torch', 'device', 'inf', 'nan', 'check', 'GuardError', 'math', 'operator'} | set(dir(builtins))

@@ -1,0 +1,202 @@
+"""A weightless copy of a model, and one call of it on the meta device: what planning looks at instead of the model.
+
+The copy has the model's classes, attributes and shapes, but no weights and no hooks, and it is in eval mode. Whatever
+tracing or a probe does to it, caches it fills included, never reaches the live model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from sem_timm.errors import ModelError, OptionError
+from sem_timm.surgery.layout import Layout, LayoutMode, set_layout
+
+_SHARED = (bool, int, float, complex, str, bytes, type, type(None), torch.dtype, torch.device, torch.Size)
+_SHARED += (FunctionType, BuiltinFunctionType)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: its arguments and its output, tensors on the meta device."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+@dataclass
+class Probe:
+    """What one forward of the skeleton showed: the first call of every module, and how often each was called."""
+
+    skeleton: nn.Module
+    input_size: tuple[int, ...]
+    calls: dict[str, Call] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+def weightless(model: nn.Module) -> nn.Module:
+    """Copies the structure of ``model`` to the meta device, in eval mode and without hooks; reads no weights."""
+    twins: dict[int, Any] = {}
+    modules = list(model.modules())
+    for module in modules:
+        twin = object.__new__(type(module))
+        # A fresh module's own attributes: empty hook dictionaries, and nothing shared with the live module.
+        twin.__dict__.update(nn.Module().__dict__)
+        twins[id(module)] = twin
+    for module in modules:
+        twin = twins[id(module)]
+        for name, value in module.__dict__.items():
+            if name in ('_parameters', '_buffers'):
+                twin.__dict__[name] = {key: _on_meta(tensor, twins) for key, tensor in value.items()}
+            elif name == '_modules':
+                twin._modules = {key: twins.get(id(child)) for key, child in value.items()}
+            elif name not in nn.Module.__annotations__ and name not in _fresh_names():
+                twin.__dict__[name] = _copied(value, twins)
+            elif name == '_non_persistent_buffers_set':
+                twin.__dict__[name] = set(value)
+        twin.__dict__['training'] = False
+    skeleton: nn.Module = twins[id(model)]
+    return skeleton
+
+
+def _fresh_names() -> frozenset[str]:
+    return _FRESH
+
+
+_FRESH = frozenset(nn.Module().__dict__)
+
+
+def _on_meta(tensor: torch.Tensor | None, twins: dict[int, Any]) -> torch.Tensor | None:
+    if tensor is None:
+        return None
+    if id(tensor) not in twins:
+        twin = torch.empty_like(tensor, device='meta', requires_grad=False)
+        twins[id(tensor)] = nn.Parameter(twin, requires_grad=False) if isinstance(tensor, nn.Parameter) else twin
+    twin = twins[id(tensor)]
+    assert isinstance(twin, torch.Tensor)
+    return twin
+
+
+def _copied(value: Any, twins: dict[int, Any]) -> Any:
+    """A plain attribute for the skeleton: modules and tensors become their twins, containers are copied."""
+    if isinstance(value, _SHARED):
+        return value
+    if isinstance(value, torch.Tensor):
+        return _on_meta(value, twins)
+    if isinstance(value, nn.Module):
+        return twins.get(id(value), value)
+    if type(value) in (list, tuple, set):
+        return type(value)(_copied(entry, twins) for entry in value)
+    if type(value) is dict:
+        return {key: _copied(entry, twins) for key, entry in value.items()}
+    if isinstance(value, partial):
+        return value
+    try:
+        return copy.deepcopy(value, dict(twins))
+    except Exception:  # an object that cannot be copied is shared; the skeleton only reads it
+        return value
+
+
+def probe(model: nn.Module, input_size: tuple[int, ...] | None = None, batch_size: int = 2) -> Probe:
+    """Runs a weightless copy of ``model`` once on meta tensors and records the calls of all its modules.
+
+    Args:
+        model: The model; it is not changed.
+        input_size: Shape (C, H, W) of one input image; taken from the model where omitted.
+        batch_size: Number of images in the probe.
+
+    Raises:
+        OptionError: If ``input_size`` has a wrong form or the model does not accept it.
+        ModelError: If no input size is known and none of the likely ones is accepted.
+    """
+    skeleton = weightless(model)
+    failure: Exception | None = None
+    for size in _input_sizes(model, input_size):
+        try:
+            return _run(skeleton, size, batch_size)
+        except Exception as error:  # any exception of a foreign forward: try the next size, report the first
+            failure = failure or error
+    reason = f'{type(failure).__name__}: {failure}'
+    if input_size is not None:
+        raise OptionError(f'{type(model).__name__} does not accept input_size={tuple(input_size)}: {reason}')
+    raise ModelError(
+        f'{type(model).__name__} could not be run on a meta tensor to learn its shapes. {reason}\n'
+        '  Give the shape of one input: plan_model(model, ..., input_size=(3, 224, 224)).'
+    ) from failure
+
+
+def _run(skeleton: nn.Module, size: tuple[int, ...], batch_size: int) -> Probe:
+    found = Probe(skeleton, size)
+    dtype = next((p.dtype for p in skeleton.parameters() if p.is_floating_point()), torch.float32)
+    image = set_layout(torch.empty(batch_size, *size, dtype=dtype, device='meta'), Layout(channel=1))
+    handles = []
+
+    given: dict[str, tuple[Any, Any]] = {}
+
+    def before(module: nn.Module, args: Any, kwargs: Any, *, name: str) -> None:
+        found.counts[name] = found.counts.get(name, 0) + 1
+        if name not in given:
+            # Lists are taken as they are now: dense blocks append to theirs later.
+            given[name] = (_snapshot(args), {key: _snapshot(value) for key, value in kwargs.items()})
+
+    def after(module: nn.Module, args: Any, output: Any, *, name: str) -> None:
+        found.calls.setdefault(name, Call(*given[name], output))
+
+    for name, module in skeleton.named_modules():
+        handles.append(module.register_forward_pre_hook(partial(before, name=name), with_kwargs=True))
+        handles.append(module.register_forward_hook(partial(after, name=name)))
+    try:
+        with torch.no_grad(), LayoutMode():
+            skeleton(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _snapshot(value: Any) -> Any:
+    return type(value)(map(_snapshot, value)) if type(value) in (list, tuple) else value
+
+
+def _input_sizes(model: nn.Module, given: tuple[int, ...] | None) -> Iterator[tuple[int, ...]]:
+    """The shapes to try, the likeliest first: the one given, the model's own image size, its pretrained one."""
+    if given is not None:
+        if not all(isinstance(n, int) and n > 0 for n in given) or not given:
+            raise OptionError(f'input_size={given!r} is not a shape of one input, such as (3, 224, 224).')
+        yield tuple(given)
+        return
+    config = getattr(model, 'pretrained_cfg', None) or getattr(model, 'default_cfg', None) or {}
+    pretrained = tuple(config.get('input_size') or (3, 224, 224))
+    channels = _in_channels(model, config)
+    sizes = [*_own_image_sizes(model), pretrained[1:], (224, 224), (256, 256), (32, 32)]
+    for size in dict.fromkeys(sizes):
+        yield (channels, *size)
+
+
+def _in_channels(model: nn.Module, config: dict[str, Any]) -> int:
+    """Channels of the input image, read from the first convolution that the model says it has, or simply the first."""
+    names = config.get('first_conv') or ()
+    names = (names,) if isinstance(names, str) else names
+    convs = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    named = dict(model.named_modules())
+    for first in (*(named.get(name) for name in names), *named.values()):
+        if isinstance(first, convs):
+            return first.in_channels
+    return int(config.get('input_size', (3,))[0])
+
+
+def _own_image_sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    for module in model.modules():
+        size = module.__dict__.get('img_size')
+        if isinstance(size, int):
+            yield (size, size)
+        elif isinstance(size, (tuple, list)) and size and all(isinstance(n, int) for n in size):
+            yield tuple(size)

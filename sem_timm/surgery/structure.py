@@ -1,0 +1,71 @@
+"""When two modules are the same for the purpose of tracing: same classes, same plain attributes, same children."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from torch import Tensor, nn
+
+from sem_timm.surgery.layout import layout_of
+
+_INFRASTRUCTURE = frozenset(nn.Module().__dict__)
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class Structures:
+    """Describes the structures met so far; modules with equal descriptions trace to equal graphs.
+
+    Integers of descendants are left out, or no two blocks of different width would be equal. A forward that reads such
+    a number of a child gets a graph whose shapes do not fit; the reader sees that and traces the module by itself.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[Hashable, int] = {}
+        self._known: dict[int, int] = {}
+
+    def describe(self, module: nn.Module) -> Hashable:
+        return self._described(module, _exact)
+
+    def _number(self, module: nn.Module) -> int:
+        key = id(module)
+        if key not in self._known:
+            self._known[key] = self._numbers.setdefault(self._described(module, _without_integers), len(self._numbers))
+        return self._known[key]
+
+    def _described(self, module: nn.Module, plain: Callable[[Any], Hashable]) -> Hashable:
+        state = module.__dict__
+        attributes = tuple((k, plain(v)) for k, v in state.items() if k not in _INFRASTRUCTURE)
+        tensors = tuple((k, t is None) for store in ('_parameters', '_buffers') for k, t in state[store].items())
+        children = tuple((k, None if m is None else self._number(m)) for k, m in module._modules.items())
+        return type(module), attributes, tensors, children
+
+
+def _exact(value: Any) -> Hashable:
+    """What of an attribute can steer a forward: plain values as they are, functions and classes by identity."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, (tuple, list)):
+        return tuple(_exact(entry) for entry in value)
+    return id(value) if callable(value) and not isinstance(value, nn.Module) else type(value)
+
+
+def _without_integers(value: Any) -> Hashable:
+    if type(value) is int:
+        return int
+    return tuple(_without_integers(entry) for entry in value) if isinstance(value, (tuple, list)) else _exact(value)
+
+
+def call_key(values: dict[str, Any], *, shapes: bool) -> Hashable:
+    """What of a call can steer a trace: kinds of arguments and constants, and with ``shapes`` all sizes and layouts."""
+    return tuple((name, _argument(value, shapes)) for name, value in values.items())
+
+
+def _argument(value: Any, shapes: bool) -> Hashable:
+    if isinstance(value, Tensor):
+        return (value.shape, value.dtype, layout_of(value)) if shapes else 'tensor'
+    if type(value) in (tuple, list):
+        return type(value), tuple(_argument(entry, shapes) for entry in value)
+    if type(value) is int and not shapes:
+        return 'int'
+    return value if isinstance(value, _PLAIN) else (type(value), id(value))

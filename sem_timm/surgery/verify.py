@@ -1,0 +1,159 @@
+"""A rewritten forward against the original, in numbers, before it is used.
+
+Both run on real tensors of the traced shapes, in the mode that the graph is for. The children, and methods that were
+kept whole, are stand-ins that return numbers depending on what they were given, so the comparison costs a few
+element-wise operations and needs no weights; the inserted modules stand in as identities. Results, and whatever the
+forward did to its arguments, must agree bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sem_timm.errors import TraceError
+from sem_timm.surgery.reading import Reading
+
+_GOLDEN = 0.6180339887498949
+
+
+def verify(reading: Reading, module: nn.Module, patched: type, inserted: tuple[str, ...], training: bool) -> None:
+    """Compares the forward of ``patched`` with that of the module's own class.
+
+    Raises:
+        TraceError: If they differ.
+    """
+    trace, values = reading.trace, reading.values[training]
+    graph = trace.graphs[training]
+    arguments = {name: _real(value, index) for index, (name, value) in enumerate(trace.values.items())}
+    results = []
+    for cls in (type(module), patched):
+        stand_in = _stand_in(module, graph, values, cls, training)
+        for name in inserted:
+            stand_in.__dict__[name] = _identity
+        given = {name: _cloned(value) for name, value in arguments.items()}
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            results.append((cls.forward(stand_in, **given), given))  # type: ignore[attr-defined]
+    if not _equal(*results):
+        raise TraceError(
+            f'{type(module).__name__}.forward: the rewritten code computes something else than the original '
+            f'({type(module).__module__}.{type(module).__qualname__}).'
+        )
+
+
+def _identity(x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+    return x if shortcut is None else shortcut + x
+
+
+def _real(value: Any, seed: int) -> Any:
+    """Numbers of the shape and type of a meta value: a low-discrepancy sequence, zero for indices."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            return torch.zeros(value.shape, dtype=value.dtype)
+        numbers = torch.arange(seed, seed + value.numel(), dtype=torch.float32).mul_(_GOLDEN).frac_().sub_(0.5)
+        return numbers.view(value.shape).to(value.dtype)
+    if type(value) in (tuple, list):
+        return type(value)(_real(entry, seed + 1) for entry in value)
+    return value
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return type(value)(_cloned(entry) for entry in value) if type(value) in (tuple, list) else value
+
+
+def _equal(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor):
+        return isinstance(second, Tensor) and first.dtype == second.dtype and _equal_numbers(first, second)
+    if isinstance(first, (tuple, list)):
+        same = isinstance(second, (tuple, list)) and len(first) == len(second)
+        return same and all(map(_equal, first, second))
+    if isinstance(first, dict):
+        return isinstance(second, dict) and first.keys() == second.keys() and all(_equal(first[k], second[k]) for k in first)
+    return type(first) is type(second) and bool(first == second)
+
+
+def _equal_numbers(first: Tensor, second: Tensor) -> bool:
+    if torch.equal(first, second):
+        return True
+    return first.shape == second.shape and torch.equal(first.nan_to_num(), second.nan_to_num())
+
+
+def _stand_in(module: nn.Module, graph: fx.Graph, values: dict[fx.Node, Any], cls: type, training: bool) -> nn.Module:
+    """The module with real numbers for the tensors its forward reads and stand-ins for all it calls."""
+    root = _shell(module, cls)
+    root.__dict__['training'] = training
+    outputs: dict[str, list[Any]] = {}
+    for node in graph.nodes:
+        if node.op == 'call_module':
+            outputs.setdefault(str(node.target), []).append(values[node])
+        elif node.op == 'get_attr':
+            owner, name = _owner(root, module, str(node.target))
+            for tensors in (owner._parameters, owner._buffers, owner.__dict__):
+                if isinstance(tensors.get(name), Tensor):
+                    tensors[name] = _real(tensors[name], len(name))
+    for seed, (target, templates) in enumerate(outputs.items()):
+        owner, name = _owner(root, module, target)
+        if name in owner._modules:
+            child = owner._modules[name]
+            assert child is not None
+            shell = _shell(child, type(child))
+            shell.__dict__['forward'] = _numbers(templates, seed)
+            for alias, other in owner._modules.items():  # a child may have several names, and fx uses the first
+                if other is child:
+                    owner._modules[alias] = shell
+        else:
+            owner.__dict__[name] = _numbers(templates, seed)
+    return root
+
+
+def _shell(module: nn.Module, cls: type) -> nn.Module:
+    """A module with the same attributes whose dictionaries can be changed without changing the module."""
+    shell: nn.Module = object.__new__(cls)
+    shell.__dict__.update(module.__dict__)
+    for name in ('_parameters', '_buffers', '_modules'):
+        shell.__dict__[name] = dict(module.__dict__[name])
+    return shell
+
+
+def _owner(root: nn.Module, module: nn.Module, target: str) -> tuple[nn.Module, str]:
+    """The module that holds ``target``, with every module on the way replaced by a shell of its own."""
+    *path, name = target.split('.')
+    for part in path:
+        module = module._modules[part]  # type: ignore[assignment]
+        if root._modules[part] is module:
+            root._modules[part] = _shell(module, type(module))
+        root = root._modules[part]  # type: ignore[assignment]
+    return root, name
+
+
+def _numbers(templates: list[Any], seed: int) -> Callable[..., Any]:
+    """A stand-in for a child: returns numbers of the recorded shapes that depend on what it is given."""
+    calls = iter(templates)
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        given = sum((_sample(value) for value in (*args, *kwargs.values())), 0.0)
+        return _scaled(_real(next(calls), 7 * seed), 1 + given)
+
+    return stand_in
+
+
+def _sample(value: Any) -> float:
+    """A number that depends on a few hundred entries of a tensor and on where they are."""
+    if isinstance(value, (tuple, list)):
+        return sum(_sample(entry) for entry in value)
+    if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
+        return 0.0
+    entries = value.reshape(-1)[:: max(1, value.numel() // 251)].double()
+    return float(entries @ torch.linspace(0.5, 1.5, len(entries), dtype=torch.float64)) / len(entries)
+
+
+def _scaled(value: Any, factor: float) -> Any:
+    if isinstance(value, Tensor):
+        return value * factor if value.is_floating_point() else value
+    return type(value)(_scaled(entry, factor) for entry in value) if type(value) in (tuple, list) else value
