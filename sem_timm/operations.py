@@ -54,8 +54,8 @@ class InsertionConfig:
         """Whether the module, as built, returns its input bit for bit."""
         return False
 
-    def build(self, site: Site) -> nn.Module:
-        """Builds the module for a site, on the current default device."""
+    def build(self, site: Site, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """Builds the module for a site."""
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,12 +101,12 @@ class SEMConfig(InsertionConfig):
     def is_identity(self) -> bool:
         return self.init == 'identity'
 
-    def build(self, site: Site) -> nn.Module:
-        return self._module(site.channels, None, channel_dim=site.channel_dim, num_prefix_tokens=site.num_prefix_tokens)
+    def build(self, site: Site, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        return self._module(site.channels, device, dtype=dtype, **_layout(site))
 
-    def _module(self, channels: int, device: torch.device | None, **layout: Any) -> nn.Module:
+    def _module(self, channels: int, device: torch.device, **options: Any) -> nn.Module:
         init: Any = self.init
-        return SEM(channels, self.reduction, self.operators, init, device=device, **layout)
+        return SEM(channels, self.reduction, self.operators, init, device=device, **options)
 
 
 @dataclass(frozen=True)
@@ -142,12 +142,12 @@ class ExcitationConfig(InsertionConfig):
     def is_identity(self) -> bool:
         return self.init == 'identity'
 
-    def build(self, site: Site) -> nn.Module:
-        return self._module(site.channels, None, channel_dim=site.channel_dim, num_prefix_tokens=site.num_prefix_tokens)
+    def build(self, site: Site, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        return self._module(site.channels, device, dtype=dtype, **_layout(site))
 
-    def _module(self, channels: int, device: torch.device | None, **layout: Any) -> nn.Module:
+    def _module(self, channels: int, device: torch.device, **options: Any) -> nn.Module:
         init: Any = self.init
-        return Excitation(channels, self.operator, self.reduction, init, device=device, **layout)
+        return Excitation(channels, self.operator, self.reduction, init, device=device, **options)
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,8 @@ class TimmAttentionConfig(InsertionConfig):
     def attribute(self) -> str:
         return self.name
 
-    def build(self, site: Site) -> nn.Module:
-        layout = {'channel_dim': site.channel_dim, 'num_prefix_tokens': site.num_prefix_tokens}
-        return timm_attention(self.name, site.channels, **layout)
+    def build(self, site: Site, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        return timm_attention(self.name, site.channels, device=device, dtype=dtype, **_layout(site))
 
 
 @dataclass(frozen=True)
@@ -204,10 +203,12 @@ class InsertConfig(InsertionConfig):
     def attribute(self) -> str:
         return self.name
 
-    def build(self, site: Site) -> nn.Module:
-        module = self.factory(site.channels)
+    def build(self, site: Site, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        with device:  # a factory need not know about devices
+            module = self.factory(site.channels)
         if not isinstance(module, nn.Module):
             raise OptionError(f'{self.factory!r} returned a {type(module).__name__}, not an nn.Module.')
+        module = module.to(dtype=dtype)
         return module if site.channel_dim == 1 else ChannelsFirst(module, site.num_prefix_tokens)
 
 
@@ -323,6 +324,10 @@ def patch_model(
         return apply_plan(model, operation)
     plan = plan_model(model, operation, target=target, exclude=exclude, input_size=input_size, **options)
     return apply_plan(model, plan)
+
+
+def _layout(site: Site) -> dict[str, int]:
+    return {'channel_dim': site.channel_dim, 'num_prefix_tokens': site.num_prefix_tokens}
 
 
 def _plain(value: Any) -> Any:

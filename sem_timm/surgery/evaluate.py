@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,18 +13,36 @@ from sem_timm.surgery.trace import Trace
 
 
 class _Recorder(fx.Interpreter):
+    def __init__(self, module: nn.Module, graph: fx.Graph, known: Mapping[str, Any]) -> None:
+        super().__init__(module, garbage_collect_values=False, graph=graph)
+        self.known = known
+
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in self.known:
+            return self.known[target]
         called: Any = self.module
         for part in str(target).split('.'):
             called = getattr(called, part)
         return called(*args, **kwargs)
 
 
-def evaluate(trace: Trace, module: nn.Module, *, training: bool = False) -> dict[fx.Node, Any]:
-    """Runs a graph on the values of its traced call, children in eval mode, and returns the value of each node."""
+def evaluate(
+    trace: Trace, module: nn.Module, known: Mapping[str, Any], *, training: bool = False
+) -> dict[fx.Node, Any]:
+    """Runs a graph on the values of its traced call, children in eval mode.
+
+    Args:
+        trace: The trace.
+        module: The module it was made from, or one that traces the same.
+        known: Outputs of children that need not be run again, by their names in the module.
+        training: Which of the graphs.
+
+    Returns:
+        The value of each node.
+    """
     graph = trace.graphs[training]
-    recorder = _Recorder(module, garbage_collect_values=False, graph=graph)
     names = [str(node.target) for node in graph.nodes if node.op == 'placeholder']
+    recorder = _Recorder(module, graph, known)
     with torch.no_grad(), LayoutMode():
         recorder.run(*(trace.values[name] for name in names), enable_io_processing=False)
     return dict(recorder.env)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sem_timm.errors import TraceError
-from sem_timm.surgery.layout import Layout, layout_of
+from sem_timm.surgery.layout import Layout, LayoutMode, layout_of, set_layout
 from sem_timm.surgery.plan import Insertion, Site
 from sem_timm.surgery.reading import Reader, Reading
 from sem_timm.surgery.residual import ResidualAdd, last_of_each_output, site_layout
@@ -149,9 +149,9 @@ class Inserter:
         key = (site.shape, site.channel_dim, site.num_prefix_tokens, dtype, site.position)
         if key not in self._parameters:
             try:
-                with torch.device('meta'), torch.no_grad():
-                    new = self.operation.build(site).to(dtype).eval()
-                    x = torch.empty(site.shape, dtype=dtype)
+                new = self.operation.build(site, torch.device('meta'), dtype).eval()
+                x = set_layout(torch.empty(site.shape, dtype=dtype, device='meta'), Layout())
+                with torch.no_grad(), LayoutMode():
                     fused = self.operation.fuses_shortcut and site.position == 'residual'
                     out = new(x, x) if fused else new(x)
             except Exception as error:  # the module is anybody's; that it does not fit here is a reason, not a crash

@@ -66,9 +66,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
 def _built(plan: Plan, site: Any, block: nn.Module, model: nn.Module) -> nn.Module:
     """The new module with the device, dtype and mode of its block."""
     device, dtype = _device_and_dtype(block) or _device_and_dtype(model) or (torch.device('cpu'), torch.float32)
-    with torch.device(device):
-        new = plan.operation.build(site)
-    return new.to(dtype=dtype).train(block.training)
+    return plan.operation.build(site, device, dtype).train(block.training)
 
 
 def _device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype] | None:

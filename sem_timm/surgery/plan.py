@@ -39,8 +39,8 @@ class Insertion(Protocol):
     def is_identity(self) -> bool:
         """Whether the module, as built, returns its input bit for bit."""
 
-    def build(self, site: Site) -> nn.Module:
-        """Builds the module for a site, on the current default device."""
+    def build(self, site: Site, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """Builds the module for a site."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Reader:
         key = (self.structures.describe(module), call_key(values, shapes=True), _shapes(call.output))
         if key not in self._readings:
             try:
-                self._readings[key] = self._read(module, call, values)
+                self._readings[key] = self._read(name, values)
             except TraceError as error:
                 self._readings[key] = error
         reading = self._readings[key]
@@ -70,24 +70,35 @@ class Reader:
         except TraceError:
             return False
 
-    def _read(self, module: nn.Module, call: Call, values: dict[str, Any]) -> Reading:
-        reading = self._reading(module, call, values, inline_methods=False)
+    def _read(self, name: str, values: dict[str, Any]) -> Reading:
+        reading = self._reading(name, values, inline_methods=False)
         if not reading.adds[False] and reading.trace.methods:
             # The sum may stand in one of the module's own methods.
             try:
-                inlined = self._reading(module, call, values, inline_methods=True)
+                inlined = self._reading(name, values, inline_methods=True)
             except TraceError:
                 return reading
             return inlined if inlined.adds[False] else reading
         return reading
 
-    def _reading(self, module: nn.Module, call: Call, values: dict[str, Any], *, inline_methods: bool) -> Reading:
+    def _reading(self, name: str, values: dict[str, Any], *, inline_methods: bool) -> Reading:
+        module, call = self.modules[name], self.probe.calls[name]
         cached = self._trace(module, call, values, inline_methods)
+        known = self._outputs_below(name, module)
         try:
-            return _evaluated(replace(cached, values=values), module, call)
+            return _evaluated(replace(cached, values=values), module, call, known)
         except TraceError:
             # Perhaps a graph of a module that differs in a number of a child.
-            return _evaluated(trace(module, call, inline_methods=inline_methods), module, call)
+            return _evaluated(trace(module, call, inline_methods=inline_methods), module, call, known)
+
+    def _outputs_below(self, name: str, module: nn.Module) -> dict[str, Any]:
+        """What the children returned in the probe, as far as each was called just once."""
+        probe, prefix = self.probe, f'{name}.' if name else ''
+        return {
+            child: probe.calls[prefix + child].output
+            for child, _ in module.named_modules()
+            if child and probe.counts.get(prefix + child) == 1 and prefix + child in probe.calls
+        }
 
     def _trace(self, module: nn.Module, call: Call, values: dict[str, Any], inline_methods: bool) -> Trace:
         structure = self.structures.describe(module)
@@ -107,7 +118,7 @@ class Reader:
 
 
 
-def _evaluated(found: Trace, module: nn.Module, call: Call) -> Reading:
+def _evaluated(found: Trace, module: nn.Module, call: Call, known: dict[str, Any]) -> Reading:
     values: dict[bool, Values] = {}
     adds: dict[bool, list[ResidualAdd]] = {}
     for training in (False, True):
@@ -115,7 +126,7 @@ def _evaluated(found: Trace, module: nn.Module, call: Call) -> Reading:
             values[True], adds[True] = values[False], adds[False]
             continue
         try:
-            values[training] = evaluate(found, module, training=training)
+            values[training] = evaluate(found, module, known, training=training)
         except Exception as error:  # a graph that does not run on the traced call's own values is wrong
             raise TraceError(f'{type(module).__name__}: the traced forward does not run: {error}') from error
         adds[training] = residual_adds(found.graphs[training], module, values[training])

@@ -116,10 +116,11 @@ def _portable(edit: Edit) -> tuple[Any, ...]:
 
 def residual_source(base: type, trace: Trace, graphs: dict[bool, fx.Graph]) -> tuple[str, tuple[tuple[str, Any], ...]]:
     """Source and bindings of a forward made from edited graphs, one for each mode where they differ."""
-    training, evaluation = (_body(graphs[mode]) for mode in (True, False))
+    evaluation = _body(graphs[False])
+    training = evaluation if graphs[True] is graphs[False] else _body(graphs[True])
     bindings = {**training[1], **evaluation[1]}
     lines = [*_guard_lines(base, trace.guards)]
-    if graphs[True] is not graphs[False] and training[0] != evaluation[0]:
+    if training[0] != evaluation[0]:
         lines += ['if self.training:', textwrap.indent(training[0], '    ')]
     lines.append(evaluation[0])
     if trace.guards:
