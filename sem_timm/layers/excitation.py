@@ -1,0 +1,265 @@
+"""Excitation operators: small modules that turn pooled features (B, C) into channel logits (B, C).
+
+They share a contract: the constructor takes ``(channels, device=None, dtype=None)``, ``forward`` maps (B, C) to (B, C)
+and applies no sigmoid, ``reset_parameters`` draws the published initial values, and ``zero_last_weights`` sets the last
+weights at zero, so that the logits are exactly zero while those weights still receive a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sem_timm.errors import OptionError
+
+
+@runtime_checkable
+class ZeroableExcitation(Protocol):
+    """What an operator offers to take part in ``init='identity'``."""
+
+    def zero_last_weights(self) -> None:
+        """Set the last weights at zero in place, so that every logit is exactly zero."""
+
+
+def check_at_least_one(name: str, value: int) -> None:
+    """Refuse a count that is not a whole number from 1 up.
+
+    Raises:
+        OptionError: If it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise OptionError(f'{name}={value!r}: {name} is a whole number, 1 or more.')
+
+
+def eca_kernel_size(channels: int) -> int:
+    """The odd kernel size of ECA for so many channels: 3 for 16 to 96, 5 for 128 to 1536, 7 for 2048."""
+    size = int(abs((math.log2(channels) + 1) / 2))
+    return size if size % 2 else size + 1
+
+
+class SqueezeExcitation(nn.Module):
+    """Two fully connected layers with a bottleneck, 'se', https://arxiv.org/abs/1709.01507.
+
+    Args:
+        channels: Number of channels C.
+        reduction: Bottleneck ratio; the hidden width is ``max(channels // reduction, 4)``.
+        device: Where the parameters are created.
+        dtype: Type of the parameters.
+
+    Raises:
+        OptionError: If ``channels`` or ``reduction`` is below 1.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        reduction: int = 16,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_at_least_one('channels', channels)
+        check_at_least_one('reduction', reduction)
+        hidden = max(channels // reduction, 4)
+        self.fc1 = nn.Linear(channels, hidden, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, channels, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw PyTorch's default initial values for both layers."""
+        self.fc1.reset_parameters()
+        self.fc2.reset_parameters()
+
+    def zero_last_weights(self) -> None:
+        """Set the second layer at zero."""
+        nn.init.zeros_(self.fc2.weight)
+        nn.init.zeros_(self.fc2.bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Map (B, C) to logits (B, C)."""
+        return self.fc2(F.relu(self.fc1(pooled)))
+
+
+class EfficientChannel(nn.Module):
+    """One short convolution along the channels, 'eca', https://arxiv.org/abs/1910.03151.
+
+    Its kernel size follows from the number of channels, see `eca_kernel_size`; the ends are padded with zeros.
+
+    Args:
+        channels: Number of channels C.
+        device: Where the parameters are created.
+        dtype: Type of the parameters.
+
+    Raises:
+        OptionError: If ``channels`` is below 1.
+    """
+
+    def __init__(
+        self, channels: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        check_at_least_one('channels', channels)
+        kernel_size = eca_kernel_size(channels)
+        self.padding = kernel_size // 2
+        self.conv = nn.Conv1d(1, 1, kernel_size, padding=self.padding, bias=False, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw PyTorch's default initial values."""
+        self.conv.reset_parameters()
+
+    def zero_last_weights(self) -> None:
+        """Set the kernel at zero."""
+        nn.init.zeros_(self.conv.weight)
+
+    def convolve(self, pooled: Tensor, padding: int) -> Tensor:
+        """Convolve every row of a matrix, padded with so many zeros at both ends."""
+        if pooled.shape[0] == 0:
+            return F.conv1d(pooled.unsqueeze(1), self.conv.weight, padding=padding).squeeze(1)
+        # The batch as the height of one image: on a CPU four times as fast as a batch of one-channel sequences. An
+        # image needs a height above zero, hence the case above.
+        return F.conv2d(pooled.unsqueeze(0), self.conv.weight.unsqueeze(2), padding=(0, padding)).squeeze(0)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Map (B, C) to logits (B, C)."""
+        return self.convolve(pooled, self.padding)
+
+
+class CircularEfficientChannel(EfficientChannel):
+    """ECA that takes the channels as a ring, 'ceca', after timm's ``CecaModule``; arguments as `EfficientChannel`."""
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Map (B, C) to logits (B, C)."""
+        if self.padding:
+            pooled = torch.cat((pooled[:, -self.padding :], pooled, pooled[:, : self.padding]), dim=1)
+        return self.convolve(pooled, 0)
+
+
+class EffectiveSqueezeExcitation(nn.Module):
+    """One fully connected layer without a bottleneck, 'ese', https://arxiv.org/abs/1911.06667.
+
+    As an operator it gives logits; the hard sigmoid of the publication gives way to the sigmoid of the gate.
+
+    Args:
+        channels: Number of channels C.
+        device: Where the parameters are created.
+        dtype: Type of the parameters.
+
+    Raises:
+        OptionError: If ``channels`` is below 1.
+    """
+
+    def __init__(
+        self, channels: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        check_at_least_one('channels', channels)
+        self.fc = nn.Linear(channels, channels, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw PyTorch's default initial values."""
+        self.fc.reset_parameters()
+
+    def zero_last_weights(self) -> None:
+        """Set weight and bias at zero."""
+        nn.init.zeros_(self.fc.weight)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Map (B, C) to logits (B, C)."""
+        return self.fc(pooled)
+
+
+class InstanceEnhancement(nn.Module):
+    """One scale and one offset per channel, 'ie', https://arxiv.org/abs/1908.04008.
+
+    Args:
+        channels: Number of channels C.
+        device: Where the parameters are created.
+        dtype: Type of the parameters.
+
+    Raises:
+        OptionError: If ``channels`` is below 1.
+    """
+
+    def __init__(
+        self, channels: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        check_at_least_one('channels', channels)
+        self.gamma = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.beta = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the scale at 0 and the offset at -1."""
+        nn.init.zeros_(self.gamma)
+        nn.init.constant_(self.beta, -1.0)
+
+    def zero_last_weights(self) -> None:
+        """Set scale and offset at zero."""
+        nn.init.zeros_(self.gamma)
+        nn.init.zeros_(self.beta)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Map (B, C) to logits (B, C)."""
+        return torch.addcmul(self.beta, pooled, self.gamma)
+
+
+class LinearContextTransform(nn.Module):
+    """Group-normalised features with one scale and one offset per channel, 'lct', https://arxiv.org/abs/1909.03834.
+
+    The number of groups is the largest divisor of C that is at most 16 and leaves at least 4 channels to a group: 4 for
+    16 channels, 16 for 64 or more in common networks, and 1 where C is a prime or below 8.
+
+    Args:
+        channels: Number of channels C.
+        device: Where the parameters are created.
+        dtype: Type of the parameters.
+
+    Raises:
+        OptionError: If ``channels`` is below 1.
+    """
+
+    eps = 1e-5
+
+    def __init__(
+        self, channels: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        check_at_least_one('channels', channels)
+        most = max(1, min(16, channels // 4))
+        self.num_groups = next(count for count in range(most, 0, -1) if channels % count == 0)
+        self.weight = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the scale at 0 and the offset at 1."""
+        nn.init.zeros_(self.weight)
+        nn.init.ones_(self.bias)
+
+    def zero_last_weights(self) -> None:
+        """Set scale and offset at zero."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Map (B, C) to logits (B, C)."""
+        # Not nn.functional.group_norm: it refuses a single sample with a single channel per group.
+        return torch.group_norm(pooled, self.num_groups, self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return f'num_groups={self.num_groups}'
+
+
+PUBLISHED_EXCITATIONS: dict[str, Any] = {
+    'se': SqueezeExcitation,
+    'eca': EfficientChannel,
+    'ie': InstanceEnhancement,
+    'ceca': CircularEfficientChannel,
+    'ese': EffectiveSqueezeExcitation,
+    'lct': LinearContextTransform,
+}

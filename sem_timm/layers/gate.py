@@ -1,0 +1,175 @@
+"""What all channel gates share: pooling, layouts, the two forms, and the fused residual add."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sem_timm.errors import OptionError, closest
+from sem_timm.layers.excitation import check_at_least_one
+from sem_timm.layers.operators import ExcitationClass, build_operators, zero_last_weights
+
+GateInit: TypeAlias = Literal['identity', 'paper']
+
+AnyGate = TypeVar('AnyGate', bound='ChannelGate')
+
+GATE_INITS: tuple[GateInit, ...] = ('identity', 'paper')
+
+
+class ChannelGate(nn.Module):
+    """Base of modules that scale each channel of each sample by a number computed from the pooled input.
+
+    A gate is a product of sigmoids, one per operator, and has two forms that differ in one constant, ``gain``. In the
+    paper's form it is 1. In the identity form it is 2^n for n operators, so that logits of zero give a gate of exactly
+    one in every floating-point type. The parameters mean the same in both; `set_form` changes from one to the other.
+
+    Subclasses say how pooled features become the gate, in ``_gate_pooled``.
+    """
+
+    gain: float
+
+    def __init__(
+        self,
+        channels: int,
+        reduction: int,
+        operators: Sequence[str | ExcitationClass],
+        init: GateInit,
+        channel_dim: int,
+        num_prefix_tokens: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        check_at_least_one('channels', channels)
+        check_at_least_one('reduction', reduction)
+        _check_layout(channel_dim, num_prefix_tokens)
+        self.channels = channels
+        self.reduction = reduction
+        self.channel_dim = channel_dim
+        self.num_prefix_tokens = num_prefix_tokens
+        self.operators = build_operators(operators, channels, reduction, device=device, dtype=dtype)
+        self._apply_init(init)
+
+    @property
+    def form(self) -> GateInit:
+        """The form the gate is computed in: 'paper' (gain 1) or 'identity' (gain 2^n)."""
+        return 'paper' if self.gain == 1.0 else 'identity'
+
+    def set_form(self: AnyGate, form: GateInit) -> AnyGate:
+        """Compute the gate in another form from now on, with the same parameters.
+
+        The identity form is exactly 2^n times the paper's, bit for bit, n being the number of operators. A state_dict
+        holds no form: to use weights trained in the paper's form in a module built with ``init='identity'``, load them
+        and call ``set_form('paper')``. To go on in the identity form with the same function, let the caller carry the
+        factor 2^-n, which is exact too.
+
+        Returns:
+            The module itself.
+
+        Raises:
+            OptionError: If the form is unknown.
+        """
+        _check_form('form', form)
+        self.gain = 2.0 ** len(self.operators) if form == 'identity' else 1.0
+        return self
+
+    def reset_parameters(self, init: GateInit | None = None) -> None:
+        """Draw all parameters anew.
+
+        Args:
+            init: 'identity' or 'paper'; by default the form the module has.
+
+        Raises:
+            OptionError: If ``init`` is unknown, or 'identity' with an operator that has no ``zero_last_weights``.
+        """
+        for module in self.operators.values():
+            reset = getattr(module, 'reset_parameters', None)
+            if callable(reset):
+                reset()
+        self._apply_init(self.form if init is None else init)
+
+    def _apply_init(self, init: GateInit) -> None:
+        """Give freshly drawn parameters the initial form."""
+        _check_form('init', init)
+        self.set_form(init)
+        if init == 'identity':
+            for name, operator in self.operators.items():
+                zero_last_weights(name, operator)
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Average over all positions but the prefix tokens: (B, C).
+
+        Raises:
+            OptionError: If the input has no positions to average over.
+        """
+        if x.ndim < 3:
+            raise OptionError(
+                f'{type(self).__name__} got an input of shape {tuple(x.shape)}; it needs a batch, a channel and '
+                'at least one spatial axis.'
+            )
+        if self.num_prefix_tokens:
+            if x.ndim != 3 or x.shape[1] <= self.num_prefix_tokens:
+                raise OptionError(
+                    f'{type(self).__name__} with num_prefix_tokens={self.num_prefix_tokens} got an input of shape '
+                    f'{tuple(x.shape)}; it needs (B, N, C) with N above {self.num_prefix_tokens}.'
+                )
+            return x[:, self.num_prefix_tokens :].mean(1)
+        return x.mean(tuple(range(2, x.ndim)) if self.channel_dim == 1 else tuple(range(1, x.ndim - 1)))
+
+    def gate(self, x: Tensor) -> Tensor:
+        """The attention vector (B, C) that the input is multiplied by."""
+        gate = self._gate_pooled(self.pool(x))
+        return gate if self.gain == 1.0 else gate * self.gain
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """Scale the channels of the input and add the shortcut, if one is given.
+
+        Args:
+            x: (B, C, *spatial) for ``channel_dim=1``, (B, *spatial, C) for ``channel_dim=-1``.
+            shortcut: The other operand of the residual add, of the same shape.
+
+        Returns:
+            ``x * gate`` or ``shortcut + x * gate``; the first has shape and type of the input.
+        """
+        gate = self.gate(x)
+        if gate.dtype != x.dtype:
+            # Under autocast, a float32 parameter makes the gate of a half-precision input float32.
+            gate = gate.to(x.dtype)
+        ones = (1,) * (x.ndim - 2)
+        gate = gate.view(-1, self.channels, *ones) if self.channel_dim == 1 else gate.view(-1, *ones, self.channels)
+        if shortcut is None:
+            return x * gate
+        if shortcut.dtype == x.dtype:
+            # One pass over memory instead of two.
+            return torch.addcmul(shortcut, x, gate)
+        return shortcut + x * gate
+
+    def _gate_pooled(self, pooled: Tensor) -> Tensor:
+        """The product of the operators' sigmoids for pooled features (B, C), before the gain."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        parts = [f'{self.channels}', f'form={self.form!r}', f'channel_dim={self.channel_dim}']
+        if self.num_prefix_tokens:
+            parts.append(f'num_prefix_tokens={self.num_prefix_tokens}')
+        return ', '.join(parts)
+
+
+def _check_form(argument: str, form: str) -> None:
+    if form not in GATE_INITS:
+        raise OptionError(f'{argument}={form!r} is unknown. {closest(str(form), GATE_INITS)}')
+
+
+def _check_layout(channel_dim: int, num_prefix_tokens: int) -> None:
+    if channel_dim not in (1, -1):
+        raise OptionError(f'channel_dim={channel_dim!r}: write 1 for (B, C, ...) or -1 for (B, ..., C).')
+    if isinstance(num_prefix_tokens, bool) or not isinstance(num_prefix_tokens, int) or num_prefix_tokens < 0:
+        raise OptionError(f'num_prefix_tokens={num_prefix_tokens!r}: it is a whole number, 0 or more.')
+    if num_prefix_tokens and channel_dim == 1:
+        raise OptionError(
+            f'num_prefix_tokens={num_prefix_tokens} with channel_dim=1: only (B, N, C) inputs have prefix tokens; '
+            'add channel_dim=-1.'
+        )

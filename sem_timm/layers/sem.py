@@ -1,0 +1,119 @@
+"""The Switchable Excitation Module, and the single systems it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sem_timm.errors import OptionError
+from sem_timm.layers.gate import ChannelGate, GateInit
+from sem_timm.layers.operators import ExcitationClass
+
+
+class SEM(ChannelGate):
+    """Switchable Excitation Module, https://arxiv.org/abs/2209.05680.
+
+    Pools the input to one vector per sample, lets each excitation operator turn it into channel logits, and weighs the
+    operators by a learned, non-exclusive decision. The gate is the product of their sigmoids. With ``init='identity'``
+    the module returns its input bit for bit until it is trained, and every operator learns from the first step on.
+
+    Args:
+        channels: Number of channels C.
+        reduction: Bottleneck ratio of the fully connected operator; its hidden width is ``max(C // reduction, 4)``.
+        operators: Names (see `excitation_names`) or classes with ``(channels, device=None, dtype=None)``, in any number
+            from one up; the same one may occur twice.
+        init: 'identity' for an exact identity with gates ``2 sigmoid``, 'paper' for the published initial values.
+        channel_dim: 1 for (B, C, *spatial), -1 for (B, *spatial, C).
+        num_prefix_tokens: For (B, N, C) inputs, how many leading tokens are left out of the pooling. All are gated.
+        device: Where the parameters are created.
+        dtype: Type of the parameters.
+
+    Attributes:
+        decision: Linear layer from the pooled features to one weight per operator.
+        operators: The excitation operators, in order, by name.
+
+    Shape:
+        - Input: (B, C, *spatial) or (B, *spatial, C), with one spatial axis or more.
+        - Output: as the input.
+
+    Raises:
+        OptionError: If an argument is out of range or a name is unknown; the message lists what exists.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        reduction: int = 16,
+        operators: Sequence[str | ExcitationClass] = ('se', 'eca', 'ie'),
+        init: GateInit = 'identity',
+        channel_dim: int = 1,
+        num_prefix_tokens: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, reduction, operators, init, channel_dim, num_prefix_tokens, device, dtype)
+        self.decision = nn.Linear(channels, len(self.operators), device=device, dtype=dtype)
+
+    def reset_parameters(self, init: GateInit | None = None) -> None:
+        super().reset_parameters(init)
+        self.decision.reset_parameters()
+
+    def decide(self, x: Tensor) -> Tensor:
+        """The decision vector (B, n): how much each operator's logits count, between 0 and 1."""
+        return self._decide_pooled(self.pool(x))
+
+    def _decide_pooled(self, pooled: Tensor) -> Tensor:
+        return torch.sigmoid(self.decision(pooled))
+
+    def _gate_pooled(self, pooled: Tensor) -> Tensor:
+        logits = torch.stack([operator(pooled) for operator in self.operators.values()], dim=1)
+        gate, *factors = torch.sigmoid(logits * self._decide_pooled(pooled).unsqueeze(-1)).unbind(1)
+        # Not prod(1): its gradient looks for zeros, which makes a GPU wait.
+        for factor in factors:
+            gate = gate * factor
+        return gate
+
+
+class Excitation(ChannelGate):
+    """One excitation operator as a channel attention of its own: SE, ECA or IE as published, without a decision.
+
+    Has the interface of `SEM`, for comparison with it and as the simplest gate to insert.
+
+    Args:
+        channels: Number of channels C.
+        operator: A name (see `excitation_names`) or a class with ``(channels, device=None, dtype=None)``.
+        reduction: Bottleneck ratio of the fully connected operator; its hidden width is ``max(C // reduction, 4)``.
+        init: 'identity' for an exact identity with the gate ``2 sigmoid``, 'paper' for the published initial values.
+        channel_dim: 1 for (B, C, *spatial), -1 for (B, *spatial, C).
+        num_prefix_tokens: For (B, N, C) inputs, how many leading tokens are left out of the pooling. All are gated.
+        device: Where the parameters are created.
+        dtype: Type of the parameters.
+
+    Shape:
+        - Input: (B, C, *spatial) or (B, *spatial, C), with one spatial axis or more.
+        - Output: as the input.
+
+    Raises:
+        OptionError: If an argument is out of range or a name is unknown; the message lists what exists.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        operator: str | ExcitationClass = 'se',
+        reduction: int = 16,
+        init: GateInit = 'identity',
+        channel_dim: int = 1,
+        num_prefix_tokens: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if isinstance(operator, (tuple, list)):
+            raise OptionError(f'operator={operator!r}: Excitation has one operator; SEM takes several.')
+        super().__init__(channels, reduction, (operator,), init, channel_dim, num_prefix_tokens, device, dtype)
+
+    def _gate_pooled(self, pooled: Tensor) -> Tensor:
+        (operator,) = self.operators.values()
+        return torch.sigmoid(operator(pooled))

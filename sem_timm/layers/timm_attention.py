@@ -1,0 +1,133 @@
+"""timm's own channel attentions for every layout: they expect (B, C, H, W), other models hand on (B, ..., C)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from timm.layers.create_attn import create_attn
+from torch import Tensor, nn
+
+from sem_timm.errors import OptionError, closest
+
+# Names of timm's create_attn whose module, built for 64 channels, returns an input of (2, 64, 16, 16) in its own shape.
+# The others of timm 1.0.31: 'bottleneck' must know the feature size when it is built, and 'bat' asserts that height and
+# width are multiples of 7. 'halo' is kept, but asserts at run time that they are multiples of its block size, 8.
+_TIMM_ATTENTION_NAMES = (
+    'se',
+    'ese',
+    'eca',
+    'ecam',
+    'ceca',
+    'ge',
+    'gc',
+    'gca',
+    'cbam',
+    'lcbam',
+    'coord',
+    'scoord',
+    'ela',
+    'strip',
+    'sk',
+    'splat',
+    'lambda',
+    'halo',
+    'nl',
+)
+
+# GatherExcite of timm 1.0.31 hands its MLP one argument twice and raises TypeError; it builds without the MLP.
+_NEEDED_OPTIONS: dict[str, dict[str, Any]] = {'ge': {'use_mlp': False}}
+
+
+def timm_attention_names() -> tuple[str, ...]:
+    """The names of timm's ``create_attn`` that keep the shape of their input."""
+    return _TIMM_ATTENTION_NAMES
+
+
+def timm_attention(
+    name: str,
+    channels: int,
+    *,
+    channel_dim: int = 1,
+    num_prefix_tokens: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Build one of timm's attention modules for a layout.
+
+    None of them starts as an identity.
+
+    Args:
+        name: One of `timm_attention_names`.
+        channels: Number of channels C.
+        channel_dim: 1 for (B, C, H, W), -1 for (B, H, W, C) and (B, N, C).
+        num_prefix_tokens: For (B, N, C) inputs, how many leading tokens pass untouched.
+        device: Where the parameters are created.
+        dtype: Type of the parameters.
+        **options: Handed to timm's class.
+
+    Raises:
+        OptionError: If the name or the layout is unknown.
+    """
+    if name not in _TIMM_ATTENTION_NAMES:
+        raise OptionError(f'timm attention {name!r} is unknown or unfit. {closest(name, _TIMM_ATTENTION_NAMES)}')
+    if channel_dim not in (1, -1):
+        raise OptionError(f'channel_dim={channel_dim!r}: write 1 for (B, C, H, W) or -1 for (B, ..., C).')
+    if num_prefix_tokens and channel_dim == 1:
+        raise OptionError('num_prefix_tokens with channel_dim=1: only (B, N, C) inputs have them; add channel_dim=-1.')
+    options = {**_NEEDED_OPTIONS.get(name, {}), **options}
+    module = create_attn(name, channels, device=device, dtype=dtype, **options)
+    return module if channel_dim == 1 else ChannelsFirst(module, num_prefix_tokens)
+
+
+class ChannelsFirst(nn.Module):
+    """Runs a module made for (B, C, H, W) on inputs that have their channels last.
+
+    Tokens are laid out as a square where their number is one, else as one column. The prefix tokens, such as the class
+    token, have no place in it and pass untouched.
+
+    Args:
+        module: A module that maps (B, C, H, W) to the same shape.
+        num_prefix_tokens: For (B, N, C) inputs, how many leading tokens pass untouched.
+
+    Shape:
+        - Input: (B, H, W, C), or (B, N, C).
+        - Output: as the input.
+
+    Raises:
+        OptionError: If ``num_prefix_tokens`` is negative, or the input has neither shape.
+    """
+
+    def __init__(self, module: nn.Module, num_prefix_tokens: int = 0) -> None:
+        super().__init__()
+        if isinstance(num_prefix_tokens, bool) or not isinstance(num_prefix_tokens, int) or num_prefix_tokens < 0:
+            raise OptionError(f'num_prefix_tokens={num_prefix_tokens!r}: it is a whole number, 0 or more.')
+        self.module = module
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the module to (B, H, W, C) or (B, N, C)."""
+        if x.ndim == 4 and not self.num_prefix_tokens:
+            return self.module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if x.ndim != 3 or x.shape[1] <= self.num_prefix_tokens:
+            raise OptionError(
+                f'ChannelsFirst with num_prefix_tokens={self.num_prefix_tokens} got an input of shape '
+                f'{tuple(x.shape)}; it needs (B, N, C) with N above {self.num_prefix_tokens}'
+                + ('.' if self.num_prefix_tokens else ', or (B, H, W, C).')
+            )
+        if not self.num_prefix_tokens:
+            return self._forward_tokens(x)
+        prefix, tokens = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        return torch.cat((prefix, self._forward_tokens(tokens)), dim=1)
+
+    def _forward_tokens(self, tokens: Tensor) -> Tensor:
+        """Apply the module to tokens (B, N, C) laid out as a grid."""
+        count = tokens.shape[1]
+        side = math.isqrt(count)
+        height, width = (side, side) if side * side == count else (count, 1)
+        return self.module(tokens.transpose(1, 2).unflatten(2, (height, width))).flatten(2).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        return f'num_prefix_tokens={self.num_prefix_tokens}' if self.num_prefix_tokens else ''
