@@ -62,9 +62,8 @@ class ChannelGate(nn.Module):
         """Compute the gate in another form from now on, with the same parameters.
 
         The identity form is exactly 2^n times the paper's, bit for bit, n being the number of operators. A state_dict
-        holds no form: to use weights trained in the paper's form in a module built with ``init='identity'``, load them
-        and call ``set_form('paper')``. To go on in the identity form with the same function, let the caller carry the
-        factor 2^-n, which is exact too.
+        carries the form, so weights mean the same in every module they are loaded into, however that was built. To go
+        on in the identity form with the function of the paper's, let the caller carry the factor 2^-n, which is exact.
 
         Returns:
             The module itself.
@@ -75,6 +74,21 @@ class ChannelGate(nn.Module):
         _check_form('form', form)
         self.gain = 2.0 ** len(self.operators) if form == 'identity' else 1.0
         return self
+
+    def get_extra_state(self) -> Tensor:
+        """The gain, for the state_dict: the same parameters mean another function with another gain."""
+        return torch.tensor(self.gain)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over the gain of a loaded state_dict.
+
+        Raises:
+            OptionError: If it is the gain of neither form.
+        """
+        gain = float(state)
+        if gain not in (1.0, 2.0 ** len(self.operators)):
+            raise OptionError(f'the state_dict holds a gain of {gain}; {len(self.operators)} operators have 1 or 2^n.')
+        self.gain = gain
 
     def reset_parameters(self, init: GateInit | None = None) -> None:
         """Draw all parameters anew.

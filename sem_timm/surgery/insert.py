@@ -177,6 +177,7 @@ def insert_modules(
                 new = edited.call_module(attribute, (branch, shortcut))
             node.replace_all_uses_with(new)
             edited.erase_node(node)
+            copies = {old: new if copy is node else copy for old, copy in copies.items()}
             continue
         with edited.inserting_after(branch):
             new = edited.call_module(attribute, (branch,))

@@ -122,7 +122,9 @@ def _verify(reader: Reader, placements: dict[str, Placement]) -> None:
         modes = {False} if reading.trace.graphs[True] is reading.trace.graphs[False] else {True, False}
         for training in modes:
             try:
-                verify(reading, reader.modules[name], patched_class(edit), edit.inserted, training)
+                # On real numbers, wherever the caller has tensors made by default.
+                with torch.device('cpu'):
+                    verify(reading, reader.modules[name], patched_class(edit), edit.inserted, training)
             except TraceError as error:
                 raise RefusedError(f'{name}: {error}') from error
 

@@ -57,7 +57,7 @@ def residual_adds(graph: fx.Graph, module: nn.Module, values: Values) -> list[Re
             continue
         branch, shortcut = pair
         whole = _before_slices(branch, values)
-        if values[whole].numel() in sizes:
+        if sizes & {values[node].numel(), values[whole].numel()} or _rejoined(node, whole, graph):
             found.append(ResidualAdd(node, whole, shortcut, whole is not branch))
     return found
 
@@ -131,6 +131,8 @@ def _branch_and_shortcut(
     first: fx.Node, second: fx.Node, weights: _WeightCounter, values: Values
 ) -> tuple[fx.Node, fx.Node] | None:
     """Tells the branch from the shortcut, or returns None if this is some other sum."""
+    if _is_one_of_several_inputs(first, values) or _is_one_of_several_inputs(second, values):
+        return None
     common = _ancestors(first, values) & _ancestors(second, values)
     depth_first, touched_first = weights.along(first, common)
     depth_second, touched_second = weights.along(second, common)
@@ -146,6 +148,13 @@ def _branch_and_shortcut(
     return None
 
 
+def _is_one_of_several_inputs(node: fx.Node, values: Values) -> bool:
+    """Whether a node is an entry of a list of tensors handed to the module: summing those is fusion (DLA's roots)."""
+    if node.op != 'call_function' or node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
+        return False
+    return node.args[0].op == 'placeholder' and isinstance(values[node.args[0]], list)
+
+
 def _before_slices(node: fx.Node, values: Values) -> fx.Node:
     """The tensor that a chain of slices starts from (RexNet adds its shortcut to a part of the channels)."""
     while node.op == 'call_function' and node.target in _SLICES:
@@ -154,6 +163,14 @@ def _before_slices(node: fx.Node, values: Values) -> fx.Node:
             break
         node = source
     return node
+
+
+def _rejoined(add: fx.Node, whole: fx.Node, graph: fx.Graph) -> bool:
+    """Whether the output is a concatenation of the sum and the rest of the branch (DPN's dual paths)."""
+    result = _output(graph).args[0]
+    if not isinstance(result, fx.Node) or result.target is not torch.cat or add not in result.all_input_nodes:
+        return False
+    return any(part.target in _SLICES and part.args[0] is whole for part in result.all_input_nodes)
 
 
 def _ancestors(node: fx.Node, values: Values | None = None) -> set[fx.Node]:
@@ -180,7 +197,7 @@ class _WeightCounter:
         self.module = module
 
     def along(self, node: fx.Node, common: set[fx.Node]) -> tuple[int, bool]:
-        """Returns the number of weight layers, and whether anything with parameters was passed at all."""
+        """Returns the number of weight layers, and whether anything learned but a scale was passed at all."""
         memo: dict[fx.Node, tuple[int, bool]] = {}
 
         def longest(current: fx.Node) -> tuple[int, bool]:
@@ -205,5 +222,11 @@ class _WeightCounter:
         called = operator.attrgetter(str(node.target))(self.module)
         if not isinstance(called, nn.Module):  # one of the module's own methods: assume it does the work
             return 1, True
-        parameters = [p for p in called.parameters()]
-        return sum(p.ndim > 1 for p in parameters), bool(parameters)
+        parameters = list(called.parameters())
+        weights = sum(p.ndim > 1 for p in parameters)
+        # A learned scale leaves a shortcut one; a norm does not (RepVGG sums a norm with convolutions).
+        scales = not called._modules and not weights and not isinstance(called, _NORMS)
+        return weights, bool(parameters) and not scales
+
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)

@@ -58,17 +58,11 @@ def weightless(model: nn.Module) -> nn.Module:
                 twin.__dict__[name] = {key: _on_meta(tensor, twins) for key, tensor in value.items()}
             elif name == '_modules':
                 twin._modules = {key: twins.get(id(child)) for key, child in value.items()}
-            elif name not in nn.Module.__annotations__ and name not in _fresh_names():
+            elif name not in _FRESH:
                 twin.__dict__[name] = _copied(value, twins)
-            elif name == '_non_persistent_buffers_set':
-                twin.__dict__[name] = set(value)
         twin.__dict__['training'] = False
     skeleton: nn.Module = twins[id(model)]
     return skeleton
-
-
-def _fresh_names() -> frozenset[str]:
-    return _FRESH
 
 
 _FRESH = frozenset(nn.Module().__dict__)
@@ -175,22 +169,15 @@ def _input_sizes(model: nn.Module, given: tuple[int, ...] | None) -> Iterator[tu
         return
     config = getattr(model, 'pretrained_cfg', None) or getattr(model, 'default_cfg', None) or {}
     pretrained = tuple(config.get('input_size') or (3, 224, 224))
-    channels = _in_channels(model, config)
+    # A model made with another in_chans keeps the configuration of its pretrained weights, so its first layer counts
+    # too; but some first layers see a transformed image, so it comes second.
+    convs = (m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)))
+    first = next(convs, None)
+    channels = [pretrained[0], *([first.in_channels] if first is not None else [])]
     sizes = [*_own_image_sizes(model), pretrained[1:], (224, 224), (256, 256), (32, 32)]
-    for size in dict.fromkeys(sizes):
-        yield (channels, *size)
-
-
-def _in_channels(model: nn.Module, config: dict[str, Any]) -> int:
-    """Channels of the input image, read from the first convolution that the model says it has, or simply the first."""
-    names = config.get('first_conv') or ()
-    names = (names,) if isinstance(names, str) else names
-    convs = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    named = dict(model.named_modules())
-    for first in (*(named.get(name) for name in names), *named.values()):
-        if isinstance(first, convs):
-            return first.in_channels
-    return int(config.get('input_size', (3,))[0])
+    for count in dict.fromkeys(channels):
+        for size in dict.fromkeys(sizes):
+            yield (count, *size)
 
 
 def _own_image_sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:

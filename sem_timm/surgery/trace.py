@@ -156,6 +156,8 @@ class _LevelTracer(fx.Tracer):
         given = {}
         for name, value in self.values.items():
             proxy = self.create_proxy('placeholder', name, (), {})
+            if type(value) is tuple and any(isinstance(entry, torch.Tensor) for entry in value):
+                proxy = tuple(proxy[index] for index in range(len(value)))  # a forward may ask whether it is one
             given[name] = proxy if name in self.symbolic else value
         return (lambda root, *_: root_fn(root, **given)), [self.root]
 

