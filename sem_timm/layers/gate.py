@@ -146,7 +146,7 @@ class ChannelGate(nn.Module):
             shortcut: The other operand of the residual add, of the same shape.
 
         Returns:
-            ``x * gate`` or ``shortcut + x * gate``; the first has shape and type of the input.
+            ``x * gate`` or ``x * gate + shortcut``; the first has shape and type of the input.
         """
         gate = self.gate(x)
         if gate.dtype != x.dtype:
@@ -156,10 +156,10 @@ class ChannelGate(nn.Module):
         gate = gate.view(-1, self.channels, *ones) if self.channel_dim == 1 else gate.view(-1, *ones, self.channels)
         if shortcut is None:
             return x * gate
-        if shortcut.dtype == x.dtype:
+        if shortcut.dtype == x.dtype and shortcut.stride() == x.stride():
             # One pass over memory instead of two.
             return torch.addcmul(shortcut, x, gate)
-        return shortcut + x * gate
+        return x * gate + shortcut
 
     def _gate_pooled(self, pooled: Tensor) -> Tensor:
         """The product of the operators' sigmoids for pooled features (B, C), before the gain."""

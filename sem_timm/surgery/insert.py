@@ -105,7 +105,8 @@ class Inserter:
             tensor = reading.values[False][add.branch]
             layout = site_layout(add, reading.values[False])
             sites.append(self._site(name, 'residual', attribute, tensor, layout))
-        key = (id(reading.trace.graphs[True]), id(graph), reading.trace.guards, tuple(numbers), attributes)
+        alike = tuple(_same_layout(reading, number) for number in numbers)
+        key = (id(reading.trace.graphs[True]), id(graph), reading.trace.guards, tuple(numbers), attributes, alike)
         if key not in self._edits:
             graphs = self._edited(reading, numbers, attributes)
             source, bindings = residual_source(type(module), reading.trace, graphs)
@@ -124,8 +125,9 @@ class Inserter:
 
     def _edited(self, reading: Reading, numbers: list[int], attributes: tuple[str, ...]) -> dict[bool, fx.Graph]:
         graphs = reading.trace.graphs
+        fuse = self.operation.fuses_shortcut and all(_same_layout(reading, n) for n in numbers)
         done = {
-            mode: insert_modules(graphs[mode], [reading.adds[mode][n] for n in numbers], attributes, self.operation)
+            mode: insert_modules(graphs[mode], [reading.adds[mode][n] for n in numbers], attributes, fuse)
             for mode in ({False} if graphs[True] is graphs[False] else {True, False})
         }
         return {False: done[False], True: done.get(True, done[False])}
@@ -164,15 +166,18 @@ class Inserter:
 
 
 def insert_modules(
-    graph: fx.Graph, adds: list[ResidualAdd], attributes: tuple[str, ...], operation: Insertion
+    graph: fx.Graph, adds: list[ResidualAdd], attributes: tuple[str, ...], fuse: bool
 ) -> fx.Graph:
-    """A copy of ``graph`` with a call of a new child on the branch of each given add."""
+    """A copy of ``graph`` with a call of a new child on the branch of each given add.
+
+    With ``fuse`` the child gets the shortcut as well and the add is left to it.
+    """
     copies: dict[fx.Node, fx.Node] = {}
     edited = fx.Graph()
     edited.output(edited.graph_copy(graph, copies))
     for add, attribute in zip(adds, attributes):
         node, branch, shortcut = copies[add.add], copies[add.branch], copies[add.shortcut]
-        if operation.fuses_shortcut and not add.partial and _returns_a_new_tensor(node):
+        if fuse and not add.partial and _returns_a_new_tensor(node):
             with edited.inserting_before(node):
                 new = edited.call_module(attribute, (branch, shortcut))
             node.replace_all_uses_with(new)
@@ -186,6 +191,12 @@ def insert_modules(
         else:
             node.replace_input_with(branch, new)
     return edited
+
+
+def _same_layout(reading: Reading, number: int) -> bool:
+    """Whether branch and shortcut lie alike in memory; else the order of the sum decides how its result does."""
+    add, values = reading.adds[False][number], reading.values[False]
+    return bool(values[add.branch].stride() == values[add.shortcut].stride())
 
 
 def _returns_a_new_tensor(add: fx.Node) -> bool:

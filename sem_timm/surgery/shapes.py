@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 
-def _same(input: Tensor, *args: Any, inplace: bool = False, **kwargs: Any) -> Tensor:
-    return input if inplace else torch.empty_like(input)
+def _same(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return torch.empty_like(input)
+
+
+def _contiguous(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
 def _activation(input: Tensor, inplace: bool | str = False, **kwargs: Any) -> Tensor:
@@ -41,6 +45,7 @@ SHAPES: dict[str, Callable[..., Tensor]] = {
     'batch_norm': _batch_norm,
     'linear': _linear,
     'scaled_dot_product_attention': _attention,
-    **dict.fromkeys(('layer_norm', 'group_norm'), _same),
+    'layer_norm': _contiguous,
+    'group_norm': _same,
     **dict.fromkeys(('relu', 'gelu', 'silu', 'hardswish', 'hardsigmoid', 'relu6'), _activation),
 }
