@@ -68,7 +68,7 @@ def markdown(rows: list[Row], seconds: float) -> str:
         f'timm {timm.__version__}, torch {torch.__version__}: {sum(bool(r.sites) for r in rows):,} of {len(rows):,} '
         f'architectures, {sum(r.sites for r in rows):,} sites, {sum(r.residual for r in rows):,} of them on residual '
         f'branches, {sum(len(r.refused) for r in rows):,} refused, {sum(bool(r.error) for r in rows)} errors. '
-        f'{seconds:.0f} s in one process with one thread.',
+        f'{seconds:.0f} s of one core.',
         '',
         '| family | architectures | sites | on residual branches | layouts | blocks |',
         '|---|---:|---:|---:|---|---|',
@@ -99,9 +99,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     names = args.names or [name for name in timm.list_models() if not name.endswith('_sem')]
-    start = time.perf_counter()
+    start = time.process_time()
     rows = [plan_architecture(name) for name in track(names, description='planning')]
-    text = markdown(rows, time.perf_counter() - start)
+    text = markdown(rows, time.process_time() - start)
     if args.json:
         args.json.write_text('\n'.join(json.dumps(vars(row)) for row in rows) + '\n')
     if args.out:

@@ -51,7 +51,10 @@ class LayoutMode(TorchFunctionMode):
             return func(*args, **kwargs)
         sources = [value for value in _tensors((*args, *kwargs.values())) if layout_of(value) is not None]
         # Only for data: what is computed from parameters alone is rare and keeps torch's own ways.
-        out = SHAPES.get(name, func)(*args, **kwargs) if sources and sources[0].is_meta else func(*args, **kwargs)
+        shape = SHAPES.get(name) if sources and sources[0].is_meta else None
+        out = NotImplemented if shape is None else shape(*args, **kwargs)
+        if out is NotImplemented:
+            out = func(*args, **kwargs)
         if sources:
             rule = _RULES.get(name, _inherit)
             outputs = [out] if isinstance(out, Tensor) else list(_tensors((out,)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,11 +123,15 @@ def _verify(reader: Reader, placements: dict[str, Placement]) -> None:
         modes = {False} if reading.trace.graphs[True] is reading.trace.graphs[False] else {True, False}
         for training in modes:
             try:
-                # On real numbers, wherever the caller has tensors made by default.
-                with torch.device('cpu'):
+                with _on_cpu():
                     verify(reading, reader.modules[name], patched_class(edit), edit.inserted, training)
             except TraceError as error:
                 raise RefusedError(f'{name}: {error}') from error
+
+
+def _on_cpu() -> AbstractContextManager[object]:
+    """Where tensors are made by default, wherever the caller has them made; free where that is so already."""
+    return nullcontext() if torch.get_default_device().type == 'cpu' else torch.device('cpu')
 
 
 def _nothing(model: nn.Module, operation: Insertion, refusals: dict[str, str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sem_timm.errors import TraceError
-from sem_timm.surgery.additions import may_add
+from sem_timm.surgery.bytecode import may_add
 from sem_timm.surgery.evaluate import evaluate
 from sem_timm.surgery.residual import ResidualAdd, Values, residual_adds
 from sem_timm.surgery.skeleton import Call, Probe
@@ -35,6 +35,7 @@ class Reader:
         self.modules: dict[str, nn.Module] = dict(probe.skeleton.named_modules())
         self._traces: dict[Hashable, Trace | TraceError] = {}
         self._readings: dict[Hashable, Reading | TraceError] = {}
+        self._by_name: dict[str, Reading | TraceError] = {}
 
     def read(self, name: str) -> Reading:
         """Returns the reading of a module that the probe has called.
@@ -42,18 +43,30 @@ class Reader:
         Raises:
             TraceError: If its forward cannot be traced or evaluated.
         """
+        if name not in self._by_name:
+            try:
+                self._by_name[name] = self._find(name)
+            except TraceError as error:
+                self._by_name[name] = error
+        reading = self._by_name[name]
+        if isinstance(reading, TraceError):
+            raise reading
+        return reading
+
+    def _find(self, name: str) -> Reading:
         module, call = self.modules[name], self.probe.calls[name]
         try:
             values = bind(forward_signature(type(module)), call)
         except TypeError as error:
             raise TraceError(f'{type(module).__name__}.forward: {error}') from error
         key = (self.structures.describe(module), call_key(values, shapes=True), _shapes(call.output))
-        if key not in self._readings:
+        reading = self._readings.get(key)
+        if reading is None:
             try:
-                self._readings[key] = self._read(name, values)
+                reading = self._read(name, values)
             except TraceError as error:
-                self._readings[key] = error
-        reading = self._readings[key]
+                reading = error
+            self._readings[key] = reading
         if isinstance(reading, TraceError):
             raise reading
         return reading

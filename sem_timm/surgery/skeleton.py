@@ -72,7 +72,7 @@ def _on_meta(tensor: torch.Tensor | None, twins: dict[int, Any]) -> torch.Tensor
     if tensor is None:
         return None
     if id(tensor) not in twins:
-        twin = torch.empty_like(tensor, device='meta', requires_grad=False)
+        twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device='meta')
         twins[id(tensor)] = nn.Parameter(twin, requires_grad=False) if isinstance(tensor, nn.Parameter) else twin
     twin = twins[id(tensor)]
     assert isinstance(twin, torch.Tensor)
@@ -131,8 +131,6 @@ def _run(skeleton: nn.Module, size: tuple[int, ...], batch_size: int) -> Probe:
     found = Probe(skeleton, size)
     dtype = next((p.dtype for p in skeleton.parameters() if p.is_floating_point()), torch.float32)
     image = set_layout(torch.empty(batch_size, *size, dtype=dtype, device='meta'), Layout(channel=1))
-    handles = []
-
     given: dict[str, tuple[Any, Any]] = {}
 
     def before(module: nn.Module, args: Any, kwargs: Any, *, name: str) -> None:
@@ -144,6 +142,7 @@ def _run(skeleton: nn.Module, size: tuple[int, ...], batch_size: int) -> Probe:
     def after(module: nn.Module, args: Any, output: Any, *, name: str) -> None:
         found.calls.setdefault(name, Call(*given[name], output))
 
+    handles = []
     for name, module in skeleton.named_modules():
         handles.append(module.register_forward_pre_hook(partial(before, name=name), with_kwargs=True))
         handles.append(module.register_forward_hook(partial(after, name=name)))

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sem_timm.surgery.bytecode import names_read
 from sem_timm.surgery.layout import layout_of
 
 _INFRASTRUCTURE = frozenset(nn.Module().__dict__)
@@ -35,7 +36,9 @@ class Structures:
 
     def _described(self, module: nn.Module, plain: Callable[[Any], Hashable]) -> Hashable:
         state = module.__dict__
-        attributes = tuple((k, plain(v)) for k, v in state.items() if k not in _INFRASTRUCTURE)
+        # What no code of the class mentions cannot steer its forward, and a parent rarely looks inside a child.
+        read = names_read(type(module))
+        attributes = tuple((k, plain(v)) for k, v in state.items() if k in read and k not in _INFRASTRUCTURE)
         tensors = tuple((k, t is None) for store in ('_parameters', '_buffers') for k, t in state[store].items())
         children = tuple((k, None if m is None else self._number(m)) for k, m in module._modules.items())
         return type(module), attributes, tensors, children

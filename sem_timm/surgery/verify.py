@@ -8,11 +8,12 @@ forward did to its arguments, must agree bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from sem_timm.errors import TraceError
 from sem_timm.surgery.reading import Reading
@@ -28,10 +29,11 @@ def verify(reading: Reading, module: nn.Module, patched: type, inserted: tuple[s
     """
     trace, values = reading.trace, reading.values[training]
     graph = trace.graphs[training]
-    arguments = {name: _real(value, index) for index, (name, value) in enumerate(trace.values.items())}
+    numbers = _Numbers(_longest([*values.values(), *trace.values.values()]))
+    arguments = {name: numbers.like(value, index) for index, (name, value) in enumerate(trace.values.items())}
     results = []
     for cls in (type(module), patched):
-        stand_in = _stand_in(module, graph, values, cls, training)
+        stand_in = _stand_in(module, graph, values, cls, training, numbers)
         for name in inserted:
             stand_in.__dict__[name] = _identity
         given = {name: _cloned(value) for name, value in arguments.items()}
@@ -49,16 +51,25 @@ def _identity(x: Tensor, shortcut: Tensor | None = None) -> Tensor:
     return x if shortcut is None else shortcut + x
 
 
-def _real(value: Any, seed: int) -> Any:
-    """Numbers of the shape and type of a meta value: a low-discrepancy sequence, zero for indices."""
-    if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            return torch.zeros(value.shape, dtype=value.dtype)
-        numbers = torch.arange(seed, seed + value.numel(), dtype=torch.float32).mul_(_GOLDEN).frac_().sub_(0.5)
-        return numbers.view(value.shape).to(value.dtype)
-    if type(value) in (tuple, list):
-        return type(value)(_real(entry, seed + 1) for entry in value)
-    return value
+class _Numbers:
+    """A low-discrepancy sequence in (-0.5, 0.5), of which tensors of any shape are views."""
+
+    def __init__(self, length: int) -> None:
+        self._sequence = torch.arange(length + 1000, dtype=torch.float32).mul_(_GOLDEN).frac_().sub_(0.5)
+
+    def like(self, value: Any, seed: int) -> Any:
+        """Numbers of the shape and type of a meta value; zero for integers, which are mostly indices."""
+        if isinstance(value, Tensor):
+            if not value.is_floating_point():
+                return torch.zeros(value.shape, dtype=value.dtype)
+            return self._sequence[seed : seed + value.numel()].view(value.shape).to(value.dtype)
+        if type(value) in (tuple, list):
+            return type(value)(self.like(entry, seed + 1) for entry in value)
+        return value
+
+
+def _longest(values: Iterable[Any]) -> int:
+    return max((leaf.numel() for leaf in tree_leaves(list(values)) if isinstance(leaf, Tensor)), default=0)
 
 
 def _cloned(value: Any) -> Any:
@@ -84,7 +95,9 @@ def _equal_numbers(first: Tensor, second: Tensor) -> bool:
     return first.shape == second.shape and torch.equal(first.nan_to_num(), second.nan_to_num())
 
 
-def _stand_in(module: nn.Module, graph: fx.Graph, values: dict[fx.Node, Any], cls: type, training: bool) -> nn.Module:
+def _stand_in(
+    module: nn.Module, graph: fx.Graph, values: dict[fx.Node, Any], cls: type, training: bool, numbers: _Numbers
+) -> nn.Module:
     """The module with real numbers for the tensors its forward reads and stand-ins for all it calls."""
     root = _shell(module, cls)
     root.__dict__['training'] = training
@@ -96,19 +109,19 @@ def _stand_in(module: nn.Module, graph: fx.Graph, values: dict[fx.Node, Any], cl
             owner, name = _owner(root, module, str(node.target))
             for tensors in (owner._parameters, owner._buffers, owner.__dict__):
                 if isinstance(tensors.get(name), Tensor):
-                    tensors[name] = _real(tensors[name], len(name))
+                    tensors[name] = numbers.like(tensors[name], len(name))
     for seed, (target, templates) in enumerate(outputs.items()):
         owner, name = _owner(root, module, target)
         if name in owner._modules:
             child = owner._modules[name]
             assert child is not None
             shell = _shell(child, type(child))
-            shell.__dict__['forward'] = _numbers(templates, seed)
+            shell.__dict__['forward'] = _calls(numbers, templates, seed)
             for alias, other in owner._modules.items():  # a child may have several names, and fx uses the first
                 if other is child:
                     owner._modules[alias] = shell
         else:
-            owner.__dict__[name] = _numbers(templates, seed)
+            owner.__dict__[name] = _calls(numbers, templates, seed)
     return root
 
 
@@ -132,13 +145,13 @@ def _owner(root: nn.Module, module: nn.Module, target: str) -> tuple[nn.Module, 
     return root, name
 
 
-def _numbers(templates: list[Any], seed: int) -> Callable[..., Any]:
+def _calls(numbers: _Numbers, templates: list[Any], seed: int) -> Callable[..., Any]:
     """A stand-in for a child: returns numbers of the recorded shapes that depend on what it is given."""
     calls = iter(templates)
 
     def stand_in(*args: Any, **kwargs: Any) -> Any:
         given = sum((_sample(value) for value in (*args, *kwargs.values())), 0.0)
-        return _scaled(_real(next(calls), 7 * seed), 1 + given)
+        return _scaled(numbers.like(next(calls), 7 * seed % 1000), 1 + given)
 
     return stand_in
 
