@@ -44,8 +44,13 @@ def test_every_public_name_exists() -> None:
 
 
 def test_import_works_in_a_new_process_without_a_warning() -> None:
-    code = "import warnings; warnings.simplefilter('error'); import sem_timm; print(sem_timm.__version__)"
-    result = run_python(code)
+    result = run_python(
+        'import warnings\n'
+        'with warnings.catch_warnings():\n'
+        '    warnings.simplefilter("error")\n'
+        '    import sem_timm\n'
+        'print(sem_timm.__version__)\n'
+    )
     assert result.stdout.strip() == sem_timm.__version__, result.stderr
     assert result.stderr == ''
 

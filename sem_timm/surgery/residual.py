@@ -57,7 +57,7 @@ def residual_adds(graph: fx.Graph, module: nn.Module, values: Values) -> list[Re
             continue
         branch, shortcut = pair
         whole = _before_slices(branch, values)
-        if sizes & {values[node].numel(), values[whole].numel()} or _rejoined(node, whole, graph):
+        if sizes & {values[node].numel(), values[whole].numel()} or _rejoined(node, operands, values, graph):
             found.append(ResidualAdd(node, whole, shortcut, whole is not branch))
     return found
 
@@ -165,12 +165,13 @@ def _before_slices(node: fx.Node, values: Values) -> fx.Node:
     return node
 
 
-def _rejoined(add: fx.Node, whole: fx.Node, graph: fx.Graph) -> bool:
-    """Whether the output is a concatenation of the sum and the rest of the branch (DPN's dual paths)."""
+def _rejoined(add: fx.Node, operands: tuple[fx.Node, fx.Node], values: Values, graph: fx.Graph) -> bool:
+    """Whether the output joins the sum with the rest of a tensor of which an operand is a slice (DPN's dual paths)."""
     result = _output(graph).args[0]
     if not isinstance(result, fx.Node) or result.target is not torch.cat or add not in result.all_input_nodes:
         return False
-    return any(part.target in _SLICES and part.args[0] is whole for part in result.all_input_nodes)
+    wholes = {_before_slices(operand, values) for operand in operands} - set(operands)
+    return any(part.target in _SLICES and part.args[0] in wholes for part in result.all_input_nodes)
 
 
 def _ancestors(node: fx.Node, values: Values | None = None) -> set[fx.Node]:

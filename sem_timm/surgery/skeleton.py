@@ -142,16 +142,20 @@ def _run(skeleton: nn.Module, size: tuple[int, ...], batch_size: int) -> Probe:
     def after(module: nn.Module, args: Any, output: Any, *, name: str) -> None:
         found.calls.setdefault(name, Call(*given[name], output))
 
-    handles = []
-    for name, module in skeleton.named_modules():
-        handles.append(module.register_forward_pre_hook(partial(before, name=name), with_kwargs=True))
-        handles.append(module.register_forward_hook(partial(after, name=name)))
+    modules = list(skeleton.named_modules())
+    for name, module in modules:
+        # Set directly: the skeleton has no other hooks, and a handle for each would cost more than the forward.
+        module._forward_pre_hooks[0] = partial(before, name=name)
+        module._forward_pre_hooks_with_kwargs[0] = True
+        module._forward_hooks[0] = partial(after, name=name)
     try:
         with torch.no_grad(), LayoutMode():
             skeleton(image)
     finally:
-        for handle in handles:
-            handle.remove()
+        for _, module in modules:
+            module._forward_pre_hooks.clear()
+            module._forward_pre_hooks_with_kwargs.clear()
+            module._forward_hooks.clear()
     return found
 
 

@@ -37,8 +37,8 @@ class Structures:
     def _described(self, module: nn.Module, plain: Callable[[Any], Hashable]) -> Hashable:
         state = module.__dict__
         # What no code of the class mentions cannot steer its forward, and a parent rarely looks inside a child.
-        read = names_read(type(module))
-        attributes = tuple((k, plain(v)) for k, v in state.items() if k in read and k not in _INFRASTRUCTURE)
+        read = names_read(type(module)) & state.keys() - _INFRASTRUCTURE
+        attributes = tuple((name, plain(state[name])) for name in sorted(read))
         tensors = tuple((k, t is None) for store in ('_parameters', '_buffers') for k, t in state[store].items())
         children = tuple((k, None if m is None else self._number(m)) for k, m in module._modules.items())
         return type(module), attributes, tensors, children

@@ -1,0 +1,322 @@
+"""The channel axis and the prefix tokens are found where sizes cannot tell them apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.layers import Mlp
+from timm.models.convnext import ConvNeXt
+from timm.models.mlp_mixer import MlpMixer
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import sem_timm
+from sem_timm import ExcitationConfig, OptionError
+from tests.families import FAMILIES
+
+
+def instance_enhancement(model: nn.Module, **options: Any) -> dict[str, sem_timm.Excitation]:
+    """Patches in the simplest gate there is, 2 sigmoid(gamma * mean + beta), with weights that tell channels apart."""
+    sem_timm.patch_model(model.eval(), ExcitationConfig(operator='ie', **options))
+    gates = {}
+    for site in sem_timm.patched(model):
+        for child in site.inserted:
+            gate = model.get_submodule(f'{site.name}.{child}')
+            nn.init.normal_(gate.operators.ie.gamma, generator=torch.Generator().manual_seed(2))
+            nn.init.normal_(gate.operators.ie.beta, generator=torch.Generator().manual_seed(3))
+            gates[f'{site.name}.{child}'] = gate
+    return gates
+
+
+def by_hand(gate: Any, branch: Tensor, axes: tuple[int, ...], shape: tuple[int, ...], skip: int = 0) -> Tensor:
+    """The gated branch, pooled over ``axes`` from token ``skip`` on, with channels where ``shape`` has its -1."""
+    mean = branch[:, skip:].mean(axes) if skip else branch.mean(axes)
+    weights = 2 * torch.sigmoid(gate.operators.ie.gamma * mean + gate.operators.ie.beta)
+    return branch * weights.view(len(branch), *shape)
+
+
+def assert_gated_by_hand(
+    model: nn.Module, images: Tensor, gates: dict[str, Any], axes: tuple[int, ...], shape: tuple[int, ...], skip: int = 0
+) -> None:
+    """Runs the model and compares what every gate returned with a computation by hand."""
+    calls: dict[str, Any] = {}
+    for name, gate in gates.items():
+        gate.register_forward_hook(lambda gate, args, out, name=name: calls.update({name: (args, out)}))
+    with torch.no_grad():
+        model(images)
+        for name, gate in gates.items():
+            (branch, *shortcut), out = calls[name]
+            expected = sum(shortcut, by_hand(gate, branch, axes, shape, skip))
+            torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)  # another order of the same sum
+
+
+def vision_transformer(**options: Any) -> VisionTransformer:
+    """As many tokens as channels: 16."""
+    return VisionTransformer(img_size=64, embed_dim=16, depth=2, num_heads=2, num_classes=10, **options)
+
+
+def test_as_many_tokens_as_channels() -> None:
+    model = vision_transformer(class_token=False, global_pool='avg')
+    gates = instance_enhancement(model, branches='all')
+    plan = sem_timm.plan_model(vision_transformer(class_token=False, global_pool='avg'), branches='all')
+    assert {(site.shape, site.layout, site.channels, site.channel_dim) for site in plan} == {((2, 16, 16), 'NLC', 16, -1)}
+    assert len(gates) == 4
+    assert_gated_by_hand(model, torch.randn(3, 3, 64, 64), gates, (1,), (1, 16))
+
+
+def test_as_many_rows_and_columns_as_channels_first() -> None:
+    for model in (
+        ConvNeXt(depths=(2, 1, 1, 1), dims=(16, 16, 16, 16), num_classes=10),
+        ConvNeXt(depths=(2, 1, 1, 1), dims=(16, 16, 16, 16), num_classes=10, conv_mlp=True),
+    ):
+        plan = sem_timm.plan_model(model, input_size=(3, 64, 64))
+        assert plan.sites[0].shape == (2, 16, 16, 16)
+        assert {(site.layout, site.channels, site.channel_dim) for site in plan} == {('NCHW', 16, 1)}
+        sem_timm.patch_model(model, ExcitationConfig(operator='ie'), target='stages.0.blocks.0', input_size=(3, 64, 64))
+        gate = model.stages[0].blocks[0].ie
+        nn.init.normal_(gate.operators.ie.gamma)
+        assert_gated_by_hand(model, torch.randn(2, 3, 64, 64), {'stages.0.blocks.0': gate}, (2, 3), (16, 1, 1))
+
+
+def test_as_many_rows_and_columns_as_channels_last() -> None:
+    def swin() -> nn.Module:
+        return SwinTransformer(
+            img_size=32, embed_dim=8, depths=(2,), num_heads=(2,), window_size=4, num_classes=10, drop_path_rate=0
+        )
+
+    plan = sem_timm.plan_model(swin(), branches='all')
+    assert [(site.attribute, site.shape, site.layout) for site in plan] == 2 * [
+        ('sem1', (2, 8, 8, 8), 'NHWC'),
+        ('sem2', (2, 64, 8), 'NLC'),
+    ]
+    model = swin()
+    gates = instance_enhancement(model, branches='all')
+    images = torch.randn(2, 3, 32, 32)
+    first = {name: gate for name, gate in gates.items() if name.endswith('1')}
+    second = {name: gate for name, gate in gates.items() if name.endswith('2')}
+    assert len(first) == len(second) == 2
+    assert_gated_by_hand(model, images, first, (1, 2), (1, 1, 8))
+    assert_gated_by_hand(model, images, second, (1,), (1, 8))
+
+
+def test_token_mixing_is_gated_by_the_channels_of_the_trunk() -> None:
+    def mixer() -> nn.Module:
+        return MlpMixer(img_size=64, embed_dim=16, num_blocks=2, num_classes=10)
+
+    plan = sem_timm.plan_model(mixer(), position='residual', branches='all')
+    assert len(plan) == 4
+    assert {(site.shape, site.layout, site.channels) for site in plan} == {((2, 16, 16), 'NLC', 16)}
+    model = mixer()
+    gates = instance_enhancement(model, position='residual', branches='all')
+    assert_gated_by_hand(model, torch.randn(2, 3, 64, 64), gates, (1,), (1, 16))
+
+
+@pytest.mark.parametrize(
+    ('architecture', 'options'),
+    [
+        ('test_vit', {'img_size': 64}),
+        ('test_vit', {'img_size': 64, 'reg_tokens': 4}),
+        ('test_vit', {'img_size': 64, 'reg_tokens': 3, 'class_token': False, 'global_pool': 'avg'}),
+        ('test_vit', {'img_size': 64, 'reg_tokens': 2, 'no_embed_class': True}),
+        ('test_vit3', {'img_size': 64}),
+        ('test_vit4', {'img_size': 64}),
+        ('deit_tiny_distilled_patch16_224', {'img_size': 64, 'depth': 2}),
+        ('deit3_small_patch16_224', {'img_size': 64, 'depth': 2}),
+        ('eva02_tiny_patch14_224', {'img_size': 56, 'depth': 2}),
+        ('vit_small_patch16_dinov3', {'img_size': 64, 'depth': 2}),
+        ('beit_base_patch16_224', {'img_size': 64, 'depth': 2, 'embed_dim': 48, 'num_heads': 2}),
+        ('pit_ti_224', {'img_size': 64}),
+        ('pit_ti_distilled_224', {'img_size': 64}),
+        ('vit_relpos_base_patch16_clsgap_224', {'img_size': 64, 'depth': 2, 'embed_dim': 48, 'num_heads': 2}),
+    ],
+)
+def test_prefix_tokens_are_those_that_timm_counts(architecture: str, options: dict[str, Any]) -> None:
+    model = timm.create_model(architecture, num_classes=10, **options)
+    expected = getattr(model, 'num_prefix_tokens', None)
+    if expected is None:
+        expected = model.num_tokens  # pit
+    for branches in ('last', 'all'):
+        plan = sem_timm.plan_model(model, branches=branches)
+        assert {site.num_prefix_tokens for site in plan} == {expected}
+        grid = plan.sites[0].shape[1] - expected
+        assert int(grid**0.5) ** 2 == grid
+
+
+def test_prefix_tokens_do_not_enter_the_pooling_and_are_gated() -> None:
+    model = vision_transformer(reg_tokens=2)
+    gates = instance_enhancement(model)
+    assert_gated_by_hand(model, torch.randn(2, 3, 64, 64), gates, (1,), (1, 16), skip=3)
+    gate = gates['blocks.0.ie']
+    x = torch.randn(2, 19, 16)
+    other = x.clone()
+    other[:, :3] += 1
+    assert torch.equal(gate.gate(x), gate.gate(other))
+    assert not torch.equal(gate(x)[:, :3], x[:, :3])
+    with pytest.raises(OptionError, match='above 3'):
+        gate(x[:, :3])
+
+
+def test_class_attention() -> None:
+    model = FAMILIES['xcit'].create()
+    plan = sem_timm.plan_model(model, input_size=(3, 64, 64))
+    assert {(site.class_name, site.num_prefix_tokens) for site in plan} == {('XCABlock', 0)}
+    plan = sem_timm.plan_model(model, target=r'cls_attn_blocks\.\d+', input_size=(3, 64, 64))
+    assert {(site.num_prefix_tokens, site.shape[1]) for site in plan} == {(1, 17)}
+    cait = timm.create_model('cait_xxs24_224', img_size=64, num_classes=10)
+    plan = sem_timm.plan_model(cait, target=r'blocks\.\d+')
+    assert {(site.num_prefix_tokens, site.shape[1]) for site in plan} == {(0, 16)}
+
+
+def test_class_tokens_alone_have_nothing_to_pool_over() -> None:
+    """CaiT's last blocks and CrossViT's fusion hand on class tokens only, and those do not enter the pooling."""
+    for architecture, options, target, class_name in (
+        ('cait_xxs24_224', {'img_size': 64}, r'blocks_token_only\.\d+', 'LayerScaleBlockClassAttn'),
+        ('crossvit_9_240', {}, r'blocks\.\d+\.fusion\.\d+', 'CrossAttentionBlock'),
+    ):
+        model = timm.create_model(architecture, num_classes=10, device='meta', **options)
+        with pytest.raises(sem_timm.RefusedError, match='no positions to pool over'):
+            sem_timm.plan_model(model, target=target)
+        plan = sem_timm.plan_model(model)
+        assert class_name not in {site.class_name for site in plan}
+        assert class_name in {refusal.class_name for refusal in plan.refusals}
+
+
+class Encoder(nn.Module):
+    """A residual MLP on tokens or maps with channels last."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, 2 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+class Tokenized(nn.Module):
+    """A convolution whose map becomes tokens in one of several ways; 16 tokens of 16 channels."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.stem = nn.Conv2d(3, 16, 8, 8)
+        self.token = nn.Parameter(torch.zeros(1, 2, 16))
+        self.block = Encoder(16)
+        self.mixing = Encoder(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.way == 'permute':
+            x = x.permute(0, 2, 3, 1)
+        elif self.way == 'permute_and_reshape':
+            x = x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, 16)
+        elif self.way == 'flatten_and_transpose':
+            x = x.flatten(2).transpose(1, 2)
+        elif self.way == 'flatten_and_mT':
+            x = x.flatten(2).mT
+        elif self.way == 'view_and_permute':
+            x = x.view(x.shape[0], 16, -1).permute(0, 2, 1)
+        elif self.way == 'einsum':
+            x = torch.einsum('bchw->bhwc', x)
+        elif self.way == 'movedim':
+            x = torch.movedim(x, 1, -1)
+        elif self.way == 'class_tokens':
+            x = torch.cat((self.token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)), dim=1)
+        elif self.way == 'class_tokens_behind':
+            x = torch.cat((x.flatten(2).transpose(1, 2), self.token.expand(x.shape[0], -1, -1)), dim=1)
+        return self.block(x)
+
+
+@pytest.mark.parametrize(
+    ('way', 'layout', 'prefix'),
+    [
+        ('permute', 'NHWC', 0),
+        ('permute_and_reshape', 'NLC', 0),
+        ('flatten_and_transpose', 'NLC', 0),
+        ('flatten_and_mT', 'NLC', 0),
+        ('view_and_permute', 'NLC', 0),
+        ('einsum', 'NHWC', 0),
+        ('movedim', 'NHWC', 0),
+        ('class_tokens', 'NLC', 2),
+        ('class_tokens_behind', 'NLC', 0),
+    ],
+)
+def test_a_map_becomes_tokens(way: str, layout: str, prefix: int) -> None:
+    for branch_from_a_linear_layer in (True, False):
+        model = Tokenized(way)
+        if not branch_from_a_linear_layer:
+            model.block.mlp = Scaled(16)
+        (site,) = sem_timm.plan_model(model, input_size=(3, 32, 32))
+        assert (site.layout, site.num_prefix_tokens, site.channels) == (layout, prefix, 16)
+
+
+class Scaled(nn.Module):
+    """A branch that does not tell its channels."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sigmoid() * self.gamma
+
+
+class Volume(nn.Module):
+    """A network of three spatial axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv3d(1, 8, 3, padding=1)
+        self.block = ConvBlock(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.stem(x))
+
+
+class ConvBlock(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(dim, dim, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x)
+
+
+def test_other_numbers_of_axes() -> None:
+    model = Volume()
+    (site,) = sem_timm.plan_model(model, input_size=(1, 8, 8, 8))
+    assert (site.layout, site.shape, site.channels) == ('NCDHW', (2, 8, 8, 8, 8), 8)
+    images = torch.randn(2, 1, 8, 8, 8)
+    with torch.no_grad():
+        before = model(images)
+        assert torch.equal(before, sem_timm.patch_model(model, input_size=(1, 8, 8, 8))(images))
+
+
+class ChannelsInTheMiddle(nn.Module):
+    """Adds where the channels are neither first nor last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.block = Middle()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.stem(x))
+
+
+class Middle(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2) + self.conv(x).transpose(1, 2)
+
+
+def test_channels_on_another_axis_are_refused() -> None:
+    with pytest.raises(sem_timm.RefusedError, match='on axis 2, not first or last'):
+        sem_timm.plan_model(ChannelsInTheMiddle(), input_size=(3, 8, 8))
