@@ -44,7 +44,9 @@ def create_and_patch(name: str) -> tuple[float, float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('names', nargs='*', default=['resnet50', 'convnext_tiny', 'vit_small_patch16_224', 'efficientnet_b0'])
+    parser.add_argument(
+        'names', nargs='*', default=['resnet50', 'convnext_tiny', 'vit_small_patch16_224', 'efficientnet_b0']
+    )
     parser.add_argument('--runs', type=int, default=11)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -53,13 +55,18 @@ def main() -> None:
         for package, seconds in imports.items():
             seconds.append(import_seconds(package))
     timm_seconds, own_seconds = (statistics.median(seconds) for seconds in imports.values())
-    print(f'import timm {timm_seconds:.2f} s  import sem_timm {own_seconds:.2f} s  ratio {own_seconds / timm_seconds:.3f}')
+    print(
+        f'import timm {timm_seconds:.2f} s  import sem_timm {own_seconds:.2f} s  ratio {own_seconds / timm_seconds:.3f}'
+    )
     for name in args.names:
         create_and_patch(name)
         runs = [create_and_patch(name) for _ in range(args.runs)]
         created, planned, patched = (statistics.median(run[part] for run in runs) * 1e3 for part in range(3))
         ratio = statistics.median((planned + patched) / created for created, planned, patched in runs)
-        print(f'{name}: create {created:.0f} ms  plan {planned:.0f} ms  apply {patched:.0f} ms  ratio {ratio:.3f}', flush=True)
+        print(
+            f'{name}: create {created:.0f} ms  plan {planned:.0f} ms  apply {patched:.0f} ms  ratio {ratio:.3f}',
+            flush=True,
+        )
 
 
 if __name__ == '__main__':

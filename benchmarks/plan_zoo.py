@@ -52,7 +52,8 @@ def plan_architecture(name: str) -> Row:
     row.layouts.update(site.layout for site in plan)
     row.refused = [f'{refusal.name}: {refusal.reason}' for refusal in plan.refusals]
     row.listing = [
-        f'{s.name} {s.class_name} {s.position} {s.layout} {s.channels} prefix={s.num_prefix_tokens} {s.shape}' for s in plan
+        f'{s.name} {s.class_name} {s.position} {s.layout} {s.channels} prefix={s.num_prefix_tokens} {s.shape}'
+        for s in plan
     ]
     return row
 
@@ -86,7 +87,12 @@ def markdown(rows: list[Row], seconds: float) -> str:
             blocks = ', '.join(f'{name} {count}' for name, count in row.classes.items() if '(output)' in name)
             lines.append(f'| {row.architecture} | {row.sites - row.residual} | {row.sites} | {blocks} |')
     refusals = Counter(reason.split(': ', 1)[-1] for row in rows for reason in row.refused)
-    lines += ['', '## Refused', '', *([f'- {count:,} ×: {reason}' for reason, count in refusals.most_common()] or ['None.'])]
+    lines += [
+        '',
+        '## Refused',
+        '',
+        *([f'- {count:,} ×: {reason}' for reason, count in refusals.most_common()] or ['None.']),
+    ]
     errors = [f'- {row.architecture}: {row.error}' for row in rows if row.error]
     return '\n'.join([*lines, '', '## Errors', '', *(errors or ['None.']), ''])
 

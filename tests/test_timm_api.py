@@ -285,3 +285,64 @@ def test_train_and_eval_reach_the_new_modules() -> None:
     sem_timm.unpatch_model(model)
     sem_timm.patch_model(model)
     assert model.layer1[0].sem.training and not model.layer2[0].sem.training
+
+
+@pytest.mark.parametrize(
+    'architecture', ['repghostnet_050', 'mobileone_s0', 'fastvit_t8', 'lcnetv2_base', 'shvit_s1', 'efficientvim_m1']
+)
+def test_reparameterization_is_right_or_refused(architecture: str) -> None:
+    """timm folds branches into one convolution; where that removes a patched sum, the gate must not go unnoticed."""
+    torch.manual_seed(0)
+    model = timm.create_model(architecture, num_classes=10).eval()
+    size = 128 if architecture == 'efficientvim_m1' else 64
+    for parameter in model.parameters():
+        if parameter.ndim <= 1:
+            nn.init.uniform_(parameter, 0.5, 1.0)
+    trained(sem_timm.patch_model(model, input_size=(3, size, size)))
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = model(images)
+        try:
+            folded = timm.utils.reparameterize_model(model)
+        except sem_timm.SemTimmError as error:
+            assert 'unpatch_model' in str(error)
+            return
+        # Folding rounds differently.
+        torch.testing.assert_close(folded(images), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_other_conversions_of_timm() -> None:
+    base, model, family = both('resnet')
+    with torch.no_grad():
+        for convert in (timm.layers.freeze_batch_norm_2d, timm.layers.unfreeze_batch_norm_2d):
+            base, model = convert(base), convert(model)
+            assert_equal(base(family.images()), model(family.images()))
+    timm.utils.freeze(model, 'layer1')
+    assert not any(p.requires_grad for n, p in inserted(model).items() if n.startswith('layer1.'))
+    assert all(p.requires_grad for n, p in inserted(model).items() if not n.startswith('layer1.'))
+    base, model, family = both('vit_registers')
+    for each in (base, model):
+        each.prune_intermediate_layers(1, prune_norm=True, prune_head=True)
+    with torch.no_grad():
+        assert_equal(base(family.images()), model(family.images()))
+    assert [record.name for record in sem_timm.patched(model)] == ['blocks.0', 'blocks.1']
+
+
+@pytest.mark.filterwarnings('ignore::UserWarning')  # of ConvNeXt's gradient strides, without a patch too
+@several
+def test_distributed_training_needs_every_parameter(name: str, tmp_path: Any) -> None:
+    """A wrapper without `find_unused_parameters` stops at the second step if a parameter got no gradient."""
+    _, model, family = both(name, **({'drop_path_rate': 0.0} if name == 'swin' else {}))
+    store = f'file://{tmp_path / "store"}'
+    torch.distributed.init_process_group('gloo', init_method=store, rank=0, world_size=1)
+    try:
+        wrapper = nn.parallel.DistributedDataParallel(model.train())
+        optimizer = torch.optim.SGD(wrapper.parameters(), 0.01)
+        for _ in range(2):
+            optimizer.zero_grad()
+            wrapper(family.images()).square().mean().backward()
+            optimizer.step()
+    finally:
+        torch.distributed.destroy_process_group()
+    sem_timm.unpatch_model(wrapper.module)
+    assert not sem_timm.patched(wrapper)

@@ -77,7 +77,7 @@ class ChannelGate(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The gain, for the state_dict: the same parameters mean another function with another gain."""
-        return torch.tensor(self.gain)
+        return torch.tensor(self.gain, device='cpu')
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over the gain of a loaded state_dict.

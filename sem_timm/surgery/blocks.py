@@ -24,7 +24,7 @@ def find_blocks(reader: Reader) -> list[str]:
         if reader.holds_residual(name):
             found.add(name)
         else:
-            found.update(_outermost_residual(reader, name) or [name])
+            found.update(_outermost_residual(reader, name) or _steps(reader, name))
     found = found or set(_outermost_residual(reader, '')) or set(_feature_stages(reader))
     return [name for name in reader.modules if name in found]
 
@@ -61,6 +61,17 @@ def _outermost_residual(reader: Reader, root: str) -> list[str]:
         if inside and not any(name.startswith(outer + '.') for outer in found) and reader.holds_residual(name):
             found.append(name)
     return found
+
+
+def _steps(reader: Reader, name: str) -> list[str]:
+    """A module, or if it is a container that gathers what its children return, those of them that are called."""
+    module = reader.modules[name]
+    while type(module).forward is nn.Sequential.forward and module._modules:
+        name = f'{name}.{next(reversed(module._modules))}'
+        module = reader.modules[name]
+    if not isinstance(module, (nn.Sequential, nn.ModuleDict)):
+        return [name]
+    return [f'{name}.{child}' for child in module._modules if f'{name}.{child}' in reader.probe.calls]
 
 
 def _feature_stages(reader: Reader) -> list[str]:

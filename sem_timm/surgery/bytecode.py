@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Iterator
-from functools import lru_cache
-from types import CodeType, FunctionType
+from functools import cache
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,7 @@ _ADD_NAMES = {'add', 'add_', '__add__', '__iadd__'}
 _LIBRARIES = ('torch', 'math', 'functools', 'itertools', 'typing', 'builtins')
 
 
-@lru_cache(maxsize=None)
+@cache
 def may_add(cls: type) -> bool:
     """Whether the methods of a module class, or the functions they call by name, contain an addition."""
     return any(
@@ -22,13 +22,14 @@ def may_add(cls: type) -> bool:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def names_read(cls: type) -> frozenset[str]:
     """Names of all attributes that the methods of a module class, or the functions they call by name, mention."""
-    return frozenset(name for code in _codes(cls) for name in code.co_names)
+    constants = (constant for code in _codes(cls) for constant in code.co_consts)
+    return frozenset((*(n for code in _codes(cls) for n in code.co_names), *(c for c in constants if type(c) is str)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _codes(cls: type) -> tuple[CodeType, ...]:
     found: dict[CodeType, None] = {}
     for base in cls.__mro__:
@@ -53,10 +54,18 @@ def _reachable(function: FunctionType, seen: dict[CodeType, None]) -> Iterator[C
         visited.add(code)
         yield code
         waiting += [(constant, scope) for constant in code.co_consts if isinstance(constant, CodeType)]
-        for name in code.co_names:
-            called = scope.get(name)
-            if isinstance(called, FunctionType) and called.__module__.split('.')[0] not in _LIBRARIES:
+        for called in _called(code, scope):
+            if isinstance(called, FunctionType) and str(called.__module__).split('.')[0] not in _LIBRARIES:
                 waiting.append((called.__code__, called.__globals__))
+
+
+def _called(code: CodeType, scope: dict[str, Any]) -> Iterator[Any]:
+    """What the names in a code may stand for: globals, and attributes of modules among them."""
+    known = [scope[name] for name in code.co_names if name in scope]
+    yield from known
+    for module in known:
+        if isinstance(module, ModuleType) and module.__name__.split('.')[0] not in _LIBRARIES:
+            yield from (vars(module)[name] for name in code.co_names if name in vars(module))
 
 
 def _is_addition(step: dis.Instruction) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sem_timm.errors import TraceError
+from sem_timm.surgery.bytecode import names_read
 from sem_timm.surgery.layout import Layout, LayoutMode, layout_of, set_layout
 from sem_timm.surgery.plan import Insertion, Site
 from sem_timm.surgery.reading import Reader, Reading
@@ -30,6 +31,13 @@ class Placement:
     reading: Reading | None
 
 
+def iterates_children(module: nn.Module) -> bool:
+    """Whether a module's forward may go through its children, whatever they are."""
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    walks = {'children', 'named_children', 'modules', 'named_modules', '_modules'}
+    return isinstance(module, containers) or bool(walks & names_read(type(module)))
+
+
 class Inserter:
     """Places one operation in modules of one probed model, making each distinct edit once."""
 
@@ -47,9 +55,15 @@ class Inserter:
         """
         self._check(name)
         reading = self._residual_reading(name)
-        if reading is None:
-            return self._at_output(name)
-        return self._at_residual(name, reading)
+        if reading is not None:
+            return self._at_residual(name, reading)
+        module = self.reader.modules[name]
+        if type(module).forward is nn.Sequential.forward and module._modules:
+            # A new child of a sequence would become one of its steps; its last step returns the same.
+            return self.place(f'{name}.{next(reversed(module._modules))}')
+        if iterates_children(module):
+            raise Refused('its forward goes through its children, and the new one would become one of them')
+        return self._at_output(name)
 
     def _check(self, name: str) -> None:
         module, count = self.reader.modules[name], self.reader.probe.counts.get(name, 0)
@@ -165,9 +179,7 @@ class Inserter:
         return self._parameters[key]
 
 
-def insert_modules(
-    graph: fx.Graph, adds: list[ResidualAdd], attributes: tuple[str, ...], fuse: bool
-) -> fx.Graph:
+def insert_modules(graph: fx.Graph, adds: list[ResidualAdd], attributes: tuple[str, ...], fuse: bool) -> fx.Graph:
     """A copy of ``graph`` with a call of a new child on the branch of each given add.
 
     With ``fuse`` the child gets the shortcut as well and the add is left to it.

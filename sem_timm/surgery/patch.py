@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from sem_timm.errors import ModelError, PlanError
-from sem_timm.surgery.plan import Plan
-from sem_timm.surgery.planning import check_model, class_map
+from sem_timm.surgery.plan import Plan, Site
+from sem_timm.surgery.planning import check_model, structure_of
 from sem_timm.surgery.rewrite import edit_of, patched_class
 
 
@@ -48,22 +48,39 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     """
     check_model(model)
     _check_fit(model, plan)
-    rng = torch.get_rng_state()
     modules = {name: model.get_submodule(name) for name in plan.edits}
+    rng = _rng_states()
+    done: list[tuple[nn.Module, str]] = []
     try:
-        # All that can fail comes first; what follows only sets attributes.
-        built = {(site.name, site.attribute): _built(plan, site, modules[site.name], model) for site in plan.sites}
+        classes = {name: patched_class(edit) for name, edit in plan.edits.items()}
+        built = [(modules[site.name], site.attribute, _built(plan, site, modules[site.name], model)) for site in plan]
+        for block, attribute, new in built:
+            block.add_module(attribute, new)
+            done.append((block, attribute))
+        for name, cls in classes.items():
+            modules[name].__class__ = cls
     except BaseException:
-        torch.set_rng_state(rng)
+        for name, edit in plan.edits.items():
+            modules[name].__class__ = edit.base
+        for block, attribute in done:
+            delattr(block, attribute)
+        _set_rng_states(rng)
         raise
-    for (name, attribute), new in built.items():
-        modules[name].add_module(attribute, new)
-    for name, edit in plan.edits.items():
-        modules[name].__class__ = patched_class(edit)
     return model
 
 
-def _built(plan: Plan, site: Any, block: nn.Module, model: nn.Module) -> nn.Module:
+def _rng_states() -> list[torch.Tensor]:
+    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *on_gpu]
+
+
+def _set_rng_states(states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if states[1:]:
+        torch.cuda.set_rng_state_all(states[1:])
+
+
+def _built(plan: Plan, site: Site, block: nn.Module, model: nn.Module) -> nn.Module:
     """The new module with the device, dtype and mode of its block."""
     device, dtype = _device_and_dtype(block) or _device_and_dtype(model) or (torch.device('cpu'), torch.float32)
     return plan.operation.build(site, device, dtype).train(block.training)
@@ -79,10 +96,15 @@ def _device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype] | N
 def _check_fit(model: nn.Module, plan: Plan) -> None:
     again = 'Make a plan for it: patch_model(model, plan_model(model, ...)).'
     if plan.model() is not model:
-        raise PlanError(f'this plan was made for another {plan.model_name}, not for this {type(model).__name__}. {again}')
-    now = class_map(model)
-    if now != plan.classes:
-        changed = [name for name in {**plan.classes, **now} if now.get(name) is not plan.classes.get(name)]
+        raise PlanError(
+            f'this plan was made for another {plan.model_name}, not for this {type(model).__name__}. {again}'
+        )
+    before, now = plan.structure, structure_of(model)
+    changed = [name for name in {**before, **now} if now.get(name) != before.get(name)]
+    changed += [
+        f'{s.name}.{s.attribute}' for s in plan if not changed and hasattr(model.get_submodule(s.name), s.attribute)
+    ]
+    if changed:
         raise PlanError(f'the model has changed since the plan was made, at {", ".join(changed[:3])}. {again}')
 
 
@@ -106,8 +128,9 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         ModelError: If nothing in the model is patched, or something wraps it.
     """
     check_model(model)
-    if not patched(model):
+    if not any(edit_of(module, inherited=True) for module in model.modules()):
         raise ModelError(f'{type(model).__name__} is not patched; there is nothing to undo.')
+    _check_undoable(model)
     for module in list(model.modules()):
         edit = edit_of(module)
         while edit is not None:
@@ -116,3 +139,15 @@ def unpatch_model(model: nn.Module) -> nn.Module:
                 delattr(module, name)
             edit = edit_of(module)
     return model
+
+
+def _check_undoable(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        edit = edit_of(module, inherited=True)
+        if edit is not None and edit is not edit_of(module):
+            raise ModelError(
+                f'{name} got another class since it was patched, {type(module).__name__}; undo that first.'
+            )
+        missing = [] if edit is None else [child for child in edit.inserted if child not in module._modules]
+        if missing:
+            raise ModelError(f'{name}.{missing[0]} was put there by the patch and is gone; nothing was undone.')

@@ -1,20 +1,16 @@
-"""Choosing sites, showing them, and knowing all of it works before the first edit.
-
-A plan is made on a weightless copy of the model: nothing of the model is read but its structure, and nothing of it
-changes. `plan_insertion` finds the sites; `sem_timm.surgery.patch` applies a plan and undoes it.
-"""
+"""What a plan is: sites and refusals of one operation in one model, to look at and to apply."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from sem_timm.errors import OptionError, RefusedError
+from sem_timm.errors import OptionError
 from sem_timm.surgery.rewrite import Edit
 
 POSITIONS = ('auto', 'residual', 'output')
@@ -24,8 +20,13 @@ BRANCHES = ('last', 'all')
 class Insertion(Protocol):
     """What the surgery asks of an operation: where it goes, and how to build the module that is put there."""
 
-    position: str
-    branches: str
+    @property
+    def position(self) -> str:
+        """One of `POSITIONS`."""
+
+    @property
+    def branches(self) -> str:
+        """One of `BRANCHES`."""
 
     @property
     def attribute(self) -> str:
@@ -85,7 +86,7 @@ class Refusal:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Sites of one operation in one model, ready to be applied.
 
@@ -99,7 +100,7 @@ class Plan:
     refusals: tuple[Refusal, ...]
     edits: dict[str, Edit] = field(repr=False)
     model: weakref.ref[nn.Module] = field(repr=False)
-    classes: dict[str, type] = field(repr=False)
+    structure: dict[str, Hashable] = field(repr=False)
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
@@ -131,14 +132,16 @@ class Plan:
             'refusals': [asdict(refusal) for refusal in self.refusals],
         }
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         rows = [('site', 'class', 'position', 'layout', 'channels', 'new parameters')]
         rows += [
             (s.name, s.class_name, s.position, s.layout, f'{s.channels:,}', f'{s.num_parameters:,}') for s in self.sites
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(6)]
         lines = [
-            '  '.join(text.ljust(w) if i < 4 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths))).rstrip()
+            '  '.join(
+                text.ljust(w) if i < 4 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths))
+            ).rstrip()
             for row in rows
         ]
         lines.insert(1, '  '.join('-' * width for width in widths))

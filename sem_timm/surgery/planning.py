@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +14,9 @@ from torch import nn
 from sem_timm.errors import ModelError, RefusedError, TraceError
 from sem_timm.surgery.blocks import find_blocks
 from sem_timm.surgery.insert import Inserter, Placement, Refused
-from sem_timm.surgery.plan import Insertion, Plan, Refusal, Site
+from sem_timm.surgery.plan import Insertion, Plan, Refusal
 from sem_timm.surgery.reading import Reader
-from sem_timm.surgery.rewrite import Edit, patched_class
+from sem_timm.surgery.rewrite import Edit
 from sem_timm.surgery.select import Target, select
 from sem_timm.surgery.skeleton import probe
 from sem_timm.surgery.verify import verify
@@ -46,19 +47,18 @@ def plan_insertion(
     """
     check_model(model)
     wanted = None if target is None else select(model, target)
-    unwanted = set() if exclude is None else {name for _, names in select(model, exclude, 'exclude') for name in names}
+    unwanted = _excluded(model, exclude)
     with torch.random.fork_rng(devices=[]):
         reader = Reader(probe(model, input_size))
         blocks = [name for name in find_blocks(reader) if name not in unwanted]
         work = _Work(Inserter(reader, operation))
-        if wanted is None:
-            work.place_all(blocks)
-        else:
-            for entry, names in wanted:
-                work.place_wanted(entry, [name for name in names if name not in unwanted], blocks)
+        for entry, names in wanted or [('', blocks)]:
+            kept = [name for name in names if name not in unwanted]
+            work.place([name for name in blocks if name in set(kept)] or kept, entry)
+        work.verify(reader)
+        work.check()
         if not work.placements:
             raise RefusedError(_nothing(model, operation, work.refusals))
-        _verify(reader, work.placements)
     order = [name for name in reader.modules if name in work.placements]
     sites = tuple(site for name in order for site in work.placements[name].sites)
     return Plan(
@@ -69,64 +69,81 @@ def plan_insertion(
         refusals=tuple(Refusal(n, type(reader.modules[n]).__name__, why) for n, why in work.refusals.items()),
         edits={name: work.placements[name].edit for name in order},
         model=weakref.ref(model),
-        classes=class_map(model),
+        structure=structure_of(model),
     )
 
 
-def class_map(model: nn.Module) -> dict[str, type]:
-    """Class of every module by name: what must not change between a plan and its application."""
-    return {name: type(module) for name, module in model.named_modules()}
+def structure_of(model: nn.Module) -> dict[str, Hashable]:
+    """Class and shapes of every module by name: what must not change between a plan and its application."""
+    return {
+        name: (
+            type(module),
+            'forward' in module.__dict__,
+            *((key, None if p is None else p.shape) for key, p in module._parameters.items()),
+        )
+        for name, module in model.named_modules()
+    }
+
+
+def _excluded(model: nn.Module, exclude: Target | None) -> set[str]:
+    """The modules that an exclude selects, and all inside them."""
+    chosen = [] if exclude is None else [name for _, names in select(model, exclude, 'exclude') for name in names]
+    inside = tuple(name + '.' for name in chosen)
+    return {name for name, _ in model.named_modules() if name in chosen or (inside and name.startswith(inside))}
 
 
 @dataclass
 class _Work:
-    """Placements and refusals gathered for one plan."""
+    """Placements and refusals gathered for one plan, and what each entry of the target came to."""
 
     inserter: Inserter
     placements: dict[str, Placement] = field(default_factory=dict)
     refusals: dict[str, str] = field(default_factory=dict)
+    entries: dict[str, list[str]] = field(default_factory=dict)
 
-    def place_all(self, names: list[str]) -> None:
+    def place(self, names: list[str], entry: str = '') -> None:
+        """Places what one entry of a target selects; no entry stands for all blocks."""
+        found = self.entries.setdefault(entry, [])
         for name in names:
-            if name not in self.placements and name not in self.refusals:
-                try:
-                    self.placements[name] = self.inserter.place(name)
-                except Refused as refusal:
-                    self.refusals[name] = str(refusal)
+            try:
+                placement = self.inserter.place(name)
+            except Refused as refusal:
+                self.refusals[name] = str(refusal)
+                found.append(name)
+            else:
+                # A sequence of modules hands the site on to its last one.
+                self.placements[placement.sites[0].name] = placement
+                found.append(placement.sites[0].name)
 
-    def place_wanted(self, entry: str, names: list[str], blocks: list[str]) -> None:
-        """Places one entry of a target: its blocks, or where it selects none the modules themselves."""
-        chosen = [name for name in blocks if name in set(names)] or names
-        self.place_all(chosen)
-        if not any(name in self.placements for name in chosen):
-            reasons = [f'{name}: {self.refusals[name]}' for name in chosen if name in self.refusals]
+    def verify(self, reader: Reader) -> None:
+        """Compares each distinct rewritten forward with the original, on the smallest block that uses it."""
+        smallest: dict[Edit, tuple[int, str]] = {}
+        for name, placement in self.placements.items():
+            size = sum(torch.Size(site.shape).numel() for site in placement.sites)
+            if placement.reading is not None and size < smallest.get(placement.edit, (size + 1, ''))[0]:
+                smallest[placement.edit] = (size, name)
+        for edit, (_, name) in smallest.items():
+            try:
+                with _on_cpu():
+                    verify(self.placements[name].reading, reader.modules[name], edit)
+            except TraceError as error:
+                for other in [n for n, placement in self.placements.items() if placement.edit == edit]:
+                    del self.placements[other]
+                    self.refusals[other] = str(error)
+
+    def check(self) -> None:
+        """Raises RefusedError if all that an entry of the target selects is refused."""
+        operation = self.inserter.operation
+        for entry, names in self.entries.items():
+            if not entry or any(name in self.placements for name in names):
+                continue
+            reasons = [f'{name}: {self.refusals[name]}' for name in names]
             more = f'\n  … and {len(reasons) - 5} more' if len(reasons) > 5 else ''
             raise RefusedError(
-                f'target {entry} selects only modules that can take no {self.inserter.operation.attribute}:\n  '
+                f'target {entry} selects only modules that can take no {operation.attribute}:\n  '
                 + ('\n  '.join(reasons[:5]) or 'all of them are excluded')
                 + more
             )
-
-
-def _verify(reader: Reader, placements: dict[str, Placement]) -> None:
-    """Compares each distinct rewritten forward with the original, on the smallest block that uses it."""
-    smallest: dict[Edit, tuple[int, str]] = {}
-    for name, placement in placements.items():
-        if placement.reading is not None:
-            size = sum(torch.Size(site.shape).numel() for site in placement.sites)
-            known = smallest.get(placement.edit)
-            if known is None or size < known[0]:
-                smallest[placement.edit] = (size, name)
-    for edit, (_, name) in smallest.items():
-        reading = placements[name].reading
-        assert reading is not None
-        modes = {False} if reading.trace.graphs[True] is reading.trace.graphs[False] else {True, False}
-        for training in modes:
-            try:
-                with _on_cpu():
-                    verify(reading, reader.modules[name], patched_class(edit), edit.inserted, training)
-            except TraceError as error:
-                raise RefusedError(f'{name}: {error}') from error
 
 
 def _on_cpu() -> AbstractContextManager[object]:
@@ -136,26 +153,31 @@ def _on_cpu() -> AbstractContextManager[object]:
 
 def _nothing(model: nn.Module, operation: Insertion, refusals: dict[str, str]) -> str:
     reasons = [f'\n  {name}: {reason}' for name, reason in list(refusals.items())[:5]]
-    found = f'{len(refusals)} blocks were found and refused:' if refusals else 'it has no blocks, as far as can be seen.'
+    found = (
+        f'{len(refusals)} blocks were found and refused:' if refusals else 'it has no blocks, as far as can be seen.'
+    )
     return f'nothing in {type(model).__name__} can take {operation}; {found}{"".join(reasons)}'
 
 
+_ADVICE = {
+    'DistributedDataParallel': 'patch the model inside, patch_model(model.module), before wrapping it',
+    'DataParallel': 'patch the model inside, patch_model(model.module), before wrapping it',
+    'FullyShardedDataParallel': 'patch the model inside, patch_model(model.module), before wrapping it',
+    'FSDPModule': 'patch the model before fully_shard(model)',
+    'OptimizedModule': 'patch the model inside, patch_model(model._orig_mod), and compile it again',
+    'ScriptModule': 'patch the model before torch.jit.script or torch.jit.trace',
+    'GraphModule': 'patch the model before it is traced by torch.fx',
+}
+
+
 def check_model(model: Any) -> None:
-    """Raises ModelError, with the call that unwraps it, for a model whose forward is not its own."""
+    """Raises ModelError, with the call that unwraps it, for a model that is wrapped, or a part of which is."""
     if not isinstance(model, nn.Module):
         raise ModelError(f'a torch.nn.Module is needed, not {type(model).__name__}.')
-    names = {base.__name__ for base in type(model).__mro__}
-    wrappers = {
-        'DistributedDataParallel': 'patch the model inside, patch_model(model.module), before wrapping it',
-        'DataParallel': 'patch the model inside, patch_model(model.module), before wrapping it',
-        'FullyShardedDataParallel': 'patch the model inside, patch_model(model.module), before wrapping it',
-        'FSDPModule': 'patch the model before fully_shard(model)',
-        'OptimizedModule': 'patch the model inside, patch_model(model._orig_mod), and compile it again',
-        'ScriptModule': 'patch the model before torch.jit.script or torch.jit.trace',
-        'GraphModule': 'patch the model before it is traced by torch.fx',
-    }
-    for name, advice in wrappers.items():
-        if name in names:
-            raise ModelError(f'the model is wrapped in {name}; {advice}.')
+    first_of = {type(module): name for name, module in reversed(list(model.named_modules()))}
+    for cls, name in first_of.items():
+        wrapper = next((base.__name__ for base in cls.__mro__ if base.__name__ in _ADVICE), None)
+        if wrapper is not None:
+            raise ModelError(f'{name or "the model"} is wrapped in {wrapper}; {_ADVICE[wrapper]}.')
     if getattr(model, '_compiled_call_impl', None) is not None:
         raise ModelError('the model was compiled in place; patch it before model.compile().')

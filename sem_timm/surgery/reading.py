@@ -130,7 +130,6 @@ class Reader:
         return found
 
 
-
 def _evaluated(found: Trace, module: nn.Module, call: Call, known: dict[str, Any]) -> Reading:
     values: dict[bool, Values] = {}
     adds: dict[bool, list[ResidualAdd]] = {}

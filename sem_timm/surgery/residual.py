@@ -110,7 +110,7 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     is_sum = (node.op == 'call_function' and node.target in _ADDS) or (
         node.op == 'call_method' and node.target in _ADD_METHODS
     )
-    if not is_sum or node.kwargs.keys() - {'other'}:
+    if not is_sum or node.kwargs.keys() - {'input', 'other'}:
         return None
     operands = [*node.args, *node.kwargs.values()]
     if len(operands) != 2 or not all(isinstance(operand, fx.Node) for operand in operands):
@@ -199,20 +199,17 @@ class _WeightCounter:
 
     def along(self, node: fx.Node, common: set[fx.Node]) -> tuple[int, bool]:
         """Returns the number of weight layers, and whether anything learned but a scale was passed at all."""
-        memo: dict[fx.Node, tuple[int, bool]] = {}
-
-        def longest(current: fx.Node) -> tuple[int, bool]:
-            if current in common:
-                return 0, False
-            if current not in memo:
-                memo[current] = (0, False)
-                before = [longest(source) for source in current.all_input_nodes]
-                own, parameters = self._own(current)
+        passed: dict[fx.Node, tuple[int, bool]] = dict.fromkeys(common, (0, False))
+        reached = _ancestors(node)
+        for current in node.graph.nodes:
+            if current in reached and current not in passed:
+                before = [passed[source] for source in current.all_input_nodes]
+                own, learned = self._own(current)
                 depth = max((depth for depth, _ in before), default=0) + own
-                memo[current] = depth, parameters or any(touched for _, touched in before)
-            return memo[current]
-
-        return longest(node)
+                passed[current] = depth, learned or any(touched for _, touched in before)
+            if current is node:
+                break
+        return passed[node]
 
     def _own(self, node: fx.Node) -> tuple[int, bool]:
         if node.op == 'get_attr':

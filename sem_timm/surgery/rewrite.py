@@ -6,6 +6,7 @@ can be copied and pickled.
 """
 
 from __future__ import annotations
+import __future__
 
 import ast
 import builtins
@@ -16,7 +17,7 @@ import textwrap
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from itertools import count
 from types import ModuleType
@@ -54,12 +55,13 @@ def patched_class(edit: Edit) -> type:
     return _patched_class(edit)
 
 
-def edit_of(module: nn.Module) -> Edit | None:
-    """The edit that made the module's present class, or None if its class was not made here."""
-    return type(module).__dict__.get('_surgery_edit')
+def edit_of(module: nn.Module, *, inherited: bool = False) -> Edit | None:
+    """The edit that made the module's present class, or with ``inherited`` one it derives from; None if there is none."""
+    cls = type(module)
+    return getattr(cls, '_surgery_edit', None) if inherited else cls.__dict__.get('_surgery_edit')
 
 
-@lru_cache(maxsize=None)
+@cache
 def _patched_class(edit: Edit) -> type:
     namespace = {
         'forward': _compiled(edit),
@@ -77,7 +79,8 @@ def _compiled(edit: Edit) -> Callable[..., Any]:
     linecache.cache[filename] = (len(edit.source), None, edit.source.splitlines(keepends=True), filename)
     scope: dict[str, Any] = {**dict(edit.bindings), '__name__': edit.base.__module__}
     # Annotations are kept as written and not evaluated: the names in them belong to another file.
-    exec(compile('from __future__ import annotations\n' + edit.source, filename, 'exec', dont_inherit=True), scope)
+    flags = __future__.annotations.compiler_flag
+    exec(compile(edit.source, filename, 'exec', flags=flags, dont_inherit=True), scope)
     forward: Callable[..., Any] = scope['forward']
     original = inspect.unwrap(edit.base.forward)  # type: ignore[attr-defined]
     forward.__defaults__, forward.__kwdefaults__ = original.__defaults__, original.__kwdefaults__  # type: ignore
@@ -89,8 +92,9 @@ def _compiled(edit: Edit) -> Callable[..., Any]:
 def _reduce_ex(self: nn.Module, protocol: int) -> Any:
     # The class is made at run time, so a copy or a pickle names its ingredients instead of it.
     edit = edit_of(self)
-    assert edit is not None
-    reduced = super(type(self), self).__reduce_ex__(protocol)
+    if edit is None:  # somebody derived a class from a patched one, and answers for it
+        return nn.Module.__reduce_ex__(self, protocol)
+    reduced = edit.base.__reduce_ex__(self, protocol)  # type: ignore[call-arg]
     return (_restored, (_portable(edit),), *reduced[2:])
 
 
@@ -133,13 +137,16 @@ def output_source(
 ) -> tuple[str, tuple[tuple[str, Any], ...]]:
     """Source and bindings of a forward that calls the old one and passes its output, or its first, to a new child."""
     call = f'{base.__name__}.forward({", ".join(["self", *_passed_on(signature)])})'
-    if kind is tuple:
-        lines = [f'first, *others = {call}', f'return (self.{name}(first), *others)']
-    elif kind is list:
-        lines = [f'first, *others = {call}', f'return [self.{name}(first), *others]']
-    else:
-        lines = [f'return self.{name}({call})']
-    return _function(signature, lines), ((base.__name__, base),)
+    if kind not in (tuple, list):
+        return _function(signature, [f'return self.{name}({call})']), ((base.__name__, base),)
+    message = f'{base.__name__} was patched when it returned a {kind.__name__}; now it does not.'
+    lines = [
+        f'out = {call}',
+        f'if not isinstance(out, {kind.__name__}):',
+        f'    raise GuardError({message!r})',
+        f'return {kind.__name__}([self.{name}(out[0]), *out[1:]])',
+    ]
+    return _function(signature, lines), ((base.__name__, base), ('GuardError', GuardError))
 
 
 def _function(signature: inspect.Signature, lines: list[str]) -> str:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Union
 
 from torch import nn
 
 from sem_timm.errors import NoMatchError, OptionError, closest
 
-Target = Union[str, Sequence[str], type, Callable[[str, nn.Module], bool]]
+Target = str | Sequence[str] | type | Callable[[str, nn.Module], bool]
 
 
 def select(model: nn.Module, target: Target, role: str = 'target') -> list[tuple[str, list[str]]]:
@@ -62,9 +61,12 @@ def _by_pattern(pattern: str, modules: dict[str, nn.Module], role: str) -> list[
 
 
 def _by_name(entry: str, modules: dict[str, nn.Module]) -> list[str]:
-    # Names read off a compiled or distributed model carry its prefix; the model itself has none.
-    entry = entry.removeprefix('module.').removeprefix('_orig_mod.')
-    return [name for name in modules if name == entry or name.endswith('.' + entry)]
+    # Names read off a compiled or distributed model carry a prefix that the model itself does not have.
+    for wanted in (entry, entry.removeprefix('module.').removeprefix('_orig_mod.')):
+        names = [name for name in modules if name == wanted or name.endswith('.' + wanted)]
+        if names:
+            return names
+    return []
 
 
 def _no_match(model: nn.Module, entry: str, role: str, modules: dict[str, nn.Module]) -> str:

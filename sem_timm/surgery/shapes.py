@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 
-def _same(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _same(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if 'dtype' in kwargs or 'out' in kwargs:
+        return NotImplemented
     return input.detach()  # the cheapest new tensor there is; without data, sharing it means nothing
 
 
@@ -23,13 +25,14 @@ def _activation(input: Tensor, inplace: bool | str = False, **kwargs: Any) -> Te
     return input if inplace is True else input.detach()
 
 
-def _in_place(input: Tensor, other: Any, **kwargs: Any) -> Tensor:
-    return input
+def _in_place(input: Tensor, other: Any, **kwargs: Any) -> Any:
+    fits = not isinstance(other, Tensor) or _fits(other.shape, input.shape)
+    return input if fits else NotImplemented
 
 
 def _elementwise(*operands: Any, **kwargs: Any) -> Any:
     tensors = [operand for operand in operands if isinstance(operand, Tensor)]
-    numbers = all(isinstance(operand, (Tensor, int, float)) for operand in operands)
+    numbers = not kwargs.keys() - {'alpha'} and all(isinstance(operand, (Tensor, int, float)) for operand in operands)
     first = tensors[0]
     if not numbers or not first.is_floating_point() or any(tensor.dtype != first.dtype for tensor in tensors):
         return NotImplemented
@@ -51,7 +54,10 @@ def _mean(input: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) 
     return torch.empty(kept, dtype=input.dtype, device='meta')
 
 
-def _contiguous(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _layer_norm(input: Tensor, normalized_shape: Any, *args: Any, **kwargs: Any) -> Tensor:
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if tuple(input.shape[-len(shape) :]) != shape:
+        raise RuntimeError(f'layer norm over {shape} got an input of {tuple(input.shape)}')
     return torch.empty(input.shape, dtype=input.dtype, device='meta')
 
 
@@ -81,7 +87,8 @@ def _conv2d(
     if input.shape[1] != weight.shape[1] * groups:
         raise RuntimeError(f'convolution of {weight.shape[1] * groups} channels got an input with {input.shape[1]}')
     size = [
-        (extent + 2 * _at(padding, axis) - _at(dilation, axis) * (weight.shape[2 + axis] - 1) - 1) // _at(stride, axis) + 1
+        (extent + 2 * _at(padding, axis) - _at(dilation, axis) * (weight.shape[2 + axis] - 1) - 1) // _at(stride, axis)
+        + 1
         for axis, extent in enumerate(input.shape[2:])
     ]
     if min(size) < 1:
@@ -102,7 +109,7 @@ SHAPES: dict[str, Callable[..., Any]] = {
     'linear': _linear,
     'conv2d': _conv2d,
     'scaled_dot_product_attention': _attention,
-    'layer_norm': _contiguous,
+    'layer_norm': _layer_norm,
     'mean': _mean,
     **dict.fromkeys(('group_norm', 'sigmoid', 'tanh', 'softmax'), _same),
     **dict.fromkeys(('relu', 'gelu', 'silu', 'hardswish', 'hardsigmoid', 'relu6'), _activation),

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -60,6 +60,9 @@ def weightless(model: nn.Module) -> nn.Module:
                 twin._modules = {key: twins.get(id(child)) for key, child in value.items()}
             elif name not in _FRESH:
                 twin.__dict__[name] = _copied(value, twins)
+        if 'forward' in twin.__dict__ and getattr(twin.forward, '__self__', None) is not twin:
+            # A forward from elsewhere may hold on to the live module; the mark stays that there was one.
+            twin.__dict__['forward'] = MethodType(type(twin).forward, twin)
         twin.__dict__['training'] = False
     skeleton: nn.Module = twins[id(model)]
     return skeleton
@@ -92,10 +95,17 @@ def _copied(value: Any, twins: dict[int, Any]) -> Any:
     if type(value) is dict:
         return {key: _copied(entry, twins) for key, entry in value.items()}
     if isinstance(value, partial):
-        return value
+        arguments = [_copied(entry, twins) for entry in value.args]
+        return partial(_copied(value.func, twins), *arguments, **_copied(value.keywords, twins))
+    if isinstance(value, tuple) and hasattr(value, '_fields'):
+        return type(value)(*(_copied(entry, twins) for entry in value))
+    if isinstance(value, dict):
+        copied = copy.copy(value)
+        copied.update({key: _copied(entry, twins) for key, entry in value.items()})
+        return copied
     try:
         return copy.deepcopy(value, dict(twins))
-    except Exception:  # an object that cannot be copied is shared; the skeleton only reads it
+    except Exception:  # such as a lock or an open file
         return value
 
 
@@ -111,16 +121,16 @@ def probe(model: nn.Module, input_size: tuple[int, ...] | None = None, batch_siz
         OptionError: If ``input_size`` has a wrong form or the model does not accept it.
         ModelError: If no input size is known and none of the likely ones is accepted.
     """
-    skeleton = weightless(model)
     failure: Exception | None = None
     for size in _input_sizes(model, input_size):
         try:
-            return _run(skeleton, size, batch_size)
+            # A fresh copy for each try: a forward that fails half-way may leave caches behind.
+            return _run(weightless(model), size, batch_size)
         except Exception as error:  # any exception of a foreign forward: try the next size, report the first
             failure = failure or error
     reason = f'{type(failure).__name__}: {failure}'
     if input_size is not None:
-        raise OptionError(f'{type(model).__name__} does not accept input_size={tuple(input_size)}: {reason}')
+        raise OptionError(f'{type(model).__name__} does not accept input_size={input_size}: {reason}') from failure
     raise ModelError(
         f'{type(model).__name__} could not be run on a meta tensor to learn its shapes. {reason}\n'
         '  Give the shape of one input: plan_model(model, ..., input_size=(3, 224, 224)).'
@@ -166,7 +176,8 @@ def _snapshot(value: Any) -> Any:
 def _input_sizes(model: nn.Module, given: tuple[int, ...] | None) -> Iterator[tuple[int, ...]]:
     """The shapes to try, the likeliest first: the one given, the model's own image size, its pretrained one."""
     if given is not None:
-        if not all(isinstance(n, int) and n > 0 for n in given) or not given:
+        sizes = given if isinstance(given, (tuple, list)) else ()
+        if not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
             raise OptionError(f'input_size={given!r} is not a shape of one input, such as (3, 224, 224).')
         yield tuple(given)
         return

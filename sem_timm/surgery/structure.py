@@ -17,8 +17,8 @@ _PLAIN = (bool, int, float, str, type(None))
 class Structures:
     """Describes the structures met so far; modules with equal descriptions trace to equal graphs.
 
-    Integers of descendants are left out, or no two blocks of different width would be equal. A forward that reads such
-    a number of a child gets a graph whose shapes do not fit; the reader sees that and traces the module by itself.
+    Integers of descendants are left out unless the module's own code mentions their names, or no two blocks of
+    different width would be equal.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,16 @@ class Structures:
         self._known: dict[int, int] = {}
 
     def describe(self, module: nn.Module) -> Hashable:
-        return self._described(module, _exact)
+        """What of a module, of its children and of their attributes can steer its forward."""
+        mentioned = names_read(type(module))
+        looked_into = tuple(
+            (name, key, child.__dict__[key])
+            for name, child in module.named_modules()
+            if child is not module
+            for key in sorted(mentioned & child.__dict__.keys())
+            if type(child.__dict__[key]) is int
+        )
+        return self._described(module, _exact), looked_into
 
     def _number(self, module: nn.Module) -> int:
         key = id(module)
@@ -36,7 +45,7 @@ class Structures:
 
     def _described(self, module: nn.Module, plain: Callable[[Any], Hashable]) -> Hashable:
         state = module.__dict__
-        # What no code of the class mentions cannot steer its forward, and a parent rarely looks inside a child.
+        # What no code of the class mentions cannot steer its forward.
         read = names_read(type(module)) & state.keys() - _INFRASTRUCTURE
         attributes = tuple((name, plain(state[name])) for name in sorted(read))
         tensors = tuple((k, t is None) for store in ('_parameters', '_buffers') for k, t in state[store].items())
@@ -45,12 +54,14 @@ class Structures:
 
 
 def _exact(value: Any) -> Hashable:
-    """What of an attribute can steer a forward: plain values as they are, functions and classes by identity."""
+    """An attribute as something that is equal for equal behaviour: plain values as they are, others by identity."""
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, (tuple, list)):
         return tuple(_exact(entry) for entry in value)
-    return id(value) if callable(value) and not isinstance(value, nn.Module) else type(value)
+    if isinstance(value, dict):
+        return tuple((str(key), _exact(entry)) for key, entry in value.items())
+    return type(value) if isinstance(value, (Tensor, nn.Module)) else id(value)
 
 
 def _without_integers(value: Any) -> Hashable:

@@ -15,23 +15,22 @@ constant is kept symbolic if that gives the same graph, and otherwise guarded.
 from __future__ import annotations
 
 import inspect
-import operator
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType
+from functools import partial
 from typing import Any
 
-import torch
-from timm.layers import get_notrace_functions
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from sem_timm.errors import GuardError, TraceError
+from sem_timm.errors import TraceError
 from sem_timm.surgery.skeleton import Call
+from sem_timm.surgery.tracers import LEVELS, LevelTracer, check, is_unpacked, own_methods, place_of
 
 _CONSTANTS = (type(None), bool, int, float, str)
+
+_Level = Callable[[dict[str, Any], frozenset[str]], LevelTracer]
 
 
 @dataclass(frozen=True)
@@ -76,19 +75,17 @@ def trace(module: nn.Module, call: Call, *, inline_methods: bool = False) -> Tra
     if inspect.Parameter.VAR_POSITIONAL in kinds or inspect.Parameter.VAR_KEYWORD in kinds:
         raise TraceError(f'{type(module).__name__}.forward{signature} takes a variable number of arguments.')
     values = bind(signature, call)
-    methods = frozenset() if inline_methods else frozenset(own_methods(type(module)))
+    methods: frozenset[str] = frozenset() if inline_methods else frozenset(own_methods(type(module)))
     failure: Exception | None = None
-    for level in (_plain, _with_notrace_functions, _value_guided):
+    for level in LEVELS:
+        tracers = partial(level, methods=methods)
         try:
-            with _leaf_methods(module, methods):
-                graphs, guards = _both_modes(module, values, signature, level)
+            graphs, guards = _both_modes(module, values, signature, tracers)
             return Trace(signature, values, graphs, guards, methods)
-        except GuardError:
-            raise
         except Exception as error:  # whatever the foreign forward raises on a proxy means: this level cannot
             failure = error
     assert failure is not None
-    raise TraceError(f'{type(module).__name__}.forward cannot be traced: {_place(failure, module)}') from failure
+    raise TraceError(f'{type(module).__name__}.forward cannot be traced: {place_of(failure)}') from failure
 
 
 def is_guided(trace: Trace) -> bool:
@@ -103,180 +100,10 @@ def forward_signature(cls: type) -> inspect.Signature:
 
 
 def bind(signature: inspect.Signature, call: Call) -> dict[str, Any]:
+    """The value of every parameter in a call, defaults included."""
     bound = signature.bind(*call.args, **call.kwargs)
     bound.apply_defaults()
     return dict(bound.arguments)
-
-
-def own_methods(cls: type) -> Iterator[str]:
-    """Names of the plain methods that a module class defines beyond those of ``nn.Module``, forward excepted."""
-    for base in cls.__mro__:
-        if base in (nn.Module, nn.Sequential):
-            return
-        for name, value in vars(base).items():
-            if isinstance(value, FunctionType) and name != 'forward' and not hasattr(nn.Module, name):
-                yield name
-
-
-@contextmanager
-def _leaf_methods(module: nn.Module, names: frozenset[str]) -> Iterator[None]:
-    """While active, calling one of the module's own methods records a node, as calling a child does."""
-    tracers = _ACTIVE
-    added = [name for name in names if name not in module.__dict__]
-
-    def leaf(name: str) -> Callable[..., Any]:
-        return lambda *args, **kwargs: tracers[-1].create_proxy('call_module', name, args, kwargs)
-
-    module.__dict__.update({name: leaf(name) for name in added})
-    try:
-        yield
-    finally:
-        for name in added:
-            del module.__dict__[name]
-
-
-_ACTIVE: list[_LevelTracer] = []  # the tracer at work, for the methods that stand in for a module's own
-
-
-class _LevelTracer(fx.Tracer):
-    """Traces the root's own forward with the arguments in ``symbolic`` as proxies and the others as they are."""
-
-    proxy_buffer_attributes = True
-
-    def __init__(self, values: dict[str, Any], symbolic: frozenset[str], autowrap: tuple[Any, ...] = ()) -> None:
-        super().__init__(autowrap_functions=autowrap)
-        self.values = values
-        self.symbolic = symbolic
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        # fx would rename concrete arguments and assert on them; here each keeps its name, whatever its value.
-        given = {}
-        for name, value in self.values.items():
-            proxy = self.create_proxy('placeholder', name, (), {})
-            if type(value) is tuple and any(isinstance(entry, torch.Tensor) for entry in value):
-                proxy = tuple(proxy[index] for index in range(len(value)))  # a forward may ask whether it is one
-            given[name] = proxy if name in self.symbolic else value
-        return (lambda root, *_: root_fn(root, **given)), [self.root]
-
-    def run(self, module: nn.Module) -> fx.Graph:
-        _ACTIVE.append(self)
-        try:
-            graph = self.trace(module)
-        finally:
-            _ACTIVE.pop()
-        _drop_dead_reads(graph)
-        return graph
-
-
-class _GuidedProxy(fx.Proxy):
-    """A proxy that answers questions about its value from the meta run, and leaves a check of each answer behind."""
-
-    def __len__(self) -> int:
-        return self.tracer.decide(self, len)  # type: ignore[attr-defined, no-any-return]
-
-    def __index__(self) -> int:
-        return self.tracer.decide(self, int)  # type: ignore[attr-defined, no-any-return]
-
-    __int__ = __index__
-
-    def __float__(self) -> float:
-        return self.tracer.decide(self, float)  # type: ignore[attr-defined, no-any-return]
-
-
-class _GuidedTracer(_LevelTracer):
-    """Computes every node on the meta device as it is recorded, and lets control flow follow the values."""
-
-    def __init__(self, values: dict[str, Any], symbolic: frozenset[str]) -> None:
-        super().__init__(values, symbolic, tuple(get_notrace_functions()))
-        self.known: dict[fx.Node, Any] = {}
-        self.computing = False
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _GuidedProxy(node, self)
-
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
-        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
-        self.computing = True
-        try:
-            with torch.no_grad():
-                self.known[proxy.node] = self._compute(proxy.node)
-        finally:
-            self.computing = False
-        return proxy
-
-    def _compute(self, node: fx.Node) -> Any:
-        args = map_arg(node.args, lambda n: self.known[n])
-        kwargs = map_arg(node.kwargs, lambda n: self.known[n])
-        if node.op == 'placeholder':
-            return self.values[str(node.target)]
-        if node.op == 'call_function':
-            assert callable(node.target)
-            return node.target(*args, **kwargs)
-        if node.op == 'call_method':
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        root = self.root
-        assert isinstance(root, nn.Module)
-        if node.op == 'call_module' and node.target in own_methods(type(root)):
-            return getattr(type(root), str(node.target))(root, *args, **kwargs)
-        found: Any = root
-        for part in str(node.target).split('.'):
-            found = getattr(found, part)
-        return found.forward(*args, **kwargs) if node.op == 'call_module' else found
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        return forward(*args, **kwargs) if self.computing else super().call_module(m, forward, args, kwargs)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        return attr_val if self.computing else super().getattr(attr, attr_val, parameter_proxy_cache)
-
-    def decide(self, proxy: fx.Proxy, question: Callable[[Any], Any]) -> Any:
-        value = self.known[proxy.node]
-        if isinstance(value, torch.Tensor) and question is not len:
-            raise TraceError('the forward depends on values of a tensor')
-        answer = question(value)
-        where = _line_of(traceback.extract_stack())
-        self.create_node('call_function', check, (proxy.node, answer, where), {})
-        return answer
-
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        return bool(self.decide(obj, bool))
-
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        value = self.known[obj.node]
-        length = value.shape[0] if isinstance(value, torch.Tensor) else len(value)
-        return iter([obj[i] for i in range(length)])
-
-
-def check(value: Any, expected: Any, where: str) -> None:
-    """Run-time check of one decision that a value-guided trace took: ``value`` still answers as it did then.
-
-    Raises:
-        GuardError: If it does not.
-    """
-    kind = len if isinstance(value, (tuple, list)) and not isinstance(expected, bool) else type(expected)
-    if kind(value) != expected:
-        raise GuardError(
-            f'the patched forward was planned for {expected!r} and met {value!r} at {where}.\n'
-            '  Undo the patch and plan again for this input: plan_model(model, ..., input_size=(C, H, W)).'
-        )
-
-
-_Level = Callable[[dict[str, Any], frozenset[str]], _LevelTracer]
-
-
-def _plain(values: dict[str, Any], symbolic: frozenset[str]) -> _LevelTracer:
-    return _LevelTracer(values, symbolic)
-
-
-def _with_notrace_functions(values: dict[str, Any], symbolic: frozenset[str]) -> _LevelTracer:
-    return _LevelTracer(values, symbolic, tuple(get_notrace_functions()))
-
-
-def _value_guided(values: dict[str, Any], symbolic: frozenset[str]) -> _LevelTracer:
-    return _GuidedTracer(values, symbolic)
 
 
 def _both_modes(
@@ -323,9 +150,10 @@ def _with_free_arguments(
 ) -> tuple[fx.Graph, list[Guard]]:
     """Traces with as many arguments symbolic as change nothing, and guards for the others."""
     constants = [n for n, value in values.items() if isinstance(value, _CONSTANTS) and type(value) is not int]
-    given = frozenset(values) - frozenset(constants)
-    graph, symbolic = level(values, given).run(module), given
-    guards = []
+    given = [name for name in values if name not in constants]
+    symbolic = frozenset(given)
+    graph = level(values, symbolic).run(module)
+    guards = [Guard(f'len({name}) == {len(values[name])}') for name in given if is_unpacked(values[name])]
     # All at once first: most forwards only pass such arguments on.
     for names in [constants, *([name] for name in constants)] if constants else []:
         if set(names) <= symbolic:
@@ -340,7 +168,9 @@ def _with_free_arguments(
         if name not in symbolic:
             guards.append(Guard(f'{name} is None' if values[name] is None else f'{name} == {values[name]!r}'))
     for name in given:
-        if signature.parameters[name].default is None and not _indifferent(module, values, symbolic, name, graph, level):
+        if signature.parameters[name].default is None and not _indifferent(
+            module, values, symbolic, name, graph, level
+        ):
             guards.append(Guard(f'{name} is not None'))
     return graph, guards
 
@@ -367,29 +197,3 @@ def listing(graph: fx.Graph, constants: dict[str, Any] | None = None) -> list[tu
         (node.op, node.target, repr(map_arg(node.args, place.get)), repr(map_arg(node.kwargs, place.get)))
         for node in graph.nodes
     ]
-
-
-def _drop_dead_reads(graph: fx.Graph) -> None:
-    """Removes reads that nobody uses: sizes unpacked and not needed, parameters looked at and not touched."""
-    for node in reversed(graph.nodes):
-        reads = node.op == 'get_attr' or (node.op == 'call_function' and node.target in (getattr, operator.getitem))
-        if reads and not node.users:
-            graph.erase_node(node)
-
-
-
-
-
-def _place(error: Exception, module: nn.Module) -> str:
-    """An error of a trace with the line of the module's own code that caused it."""
-    where = _line_of(traceback.extract_tb(error.__traceback__))
-    text = str(error).split('\n', 1)[0]
-    return f'{text} ({where})' if where else text
-
-
-def _line_of(frames: traceback.StackSummary) -> str:
-    for frame in reversed(frames):
-        if '/torch/' not in frame.filename and '/sem_timm/surgery/' not in frame.filename and frame.line:
-            # From the package on: the code is shown to people, and the place of site-packages is nobody's business.
-            return f'{frame.filename.rsplit("site-packages/", 1)[-1]}:{frame.lineno}: {frame.line}'
-    return ''

@@ -17,34 +17,41 @@ from torch.utils._pytree import tree_leaves
 
 from sem_timm.errors import TraceError
 from sem_timm.surgery.reading import Reading
+from sem_timm.surgery.rewrite import Edit, patched_class
 
 _GOLDEN = 0.6180339887498949
 
 
-def verify(reading: Reading, module: nn.Module, patched: type, inserted: tuple[str, ...], training: bool) -> None:
-    """Compares the forward of ``patched`` with that of the module's own class.
+def verify(reading: Reading | None, module: nn.Module, edit: Edit) -> None:
+    """Compares the rewritten forward with that of the module's own class, in both modes where they differ.
 
     Raises:
-        TraceError: If they differ.
+        TraceError: If they compute different things, or one of them cannot be run by itself.
     """
+    assert reading is not None
+    graphs = reading.trace.graphs
+    for training in {False} if graphs[True] is graphs[False] else {False, True}:
+        try:
+            same = _agree(reading, module, edit, training)
+        except Exception as error:  # the forward needs something of its children that stand-ins do not have
+            raise TraceError(f'{type(module).__name__}.forward cannot be checked by itself: {error}') from error
+        if not same:
+            raise TraceError(f'{type(module).__name__}.forward: the rewritten code computes something else')
+
+
+def _agree(reading: Reading, module: nn.Module, edit: Edit, training: bool) -> bool:
     trace, values = reading.trace, reading.values[training]
-    graph = trace.graphs[training]
     numbers = _Numbers(_longest([*values.values(), *trace.values.values()]))
     arguments = {name: numbers.like(value, index) for index, (name, value) in enumerate(trace.values.items())}
     results = []
-    for cls in (type(module), patched):
-        stand_in = _stand_in(module, graph, values, cls, training, numbers)
-        for name in inserted:
-            stand_in.__dict__[name] = _identity
+    for cls in (edit.base, patched_class(edit)):
+        stand_in = _stand_in(module, trace.graphs[training], values, cls, training, numbers)
+        stand_in.__dict__.update(dict.fromkeys(edit.inserted, _identity))
         given = {name: _cloned(value) for name, value in arguments.items()}
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            results.append((cls.forward(stand_in, **given), given))  # type: ignore[attr-defined]
-    if not _equal(*results):
-        raise TraceError(
-            f'{type(module).__name__}.forward: the rewritten code computes something else than the original '
-            f'({type(module).__module__}.{type(module).__qualname__}).'
-        )
+            torch.default_generator.manual_seed(0)  # of the CPU only; torch.manual_seed would reach the GPUs too
+            results.append((cls.forward(stand_in, **given), given))
+    return _equal(*results)
 
 
 def _identity(x: Tensor, shortcut: Tensor | None = None) -> Tensor:
@@ -85,7 +92,11 @@ def _equal(first: Any, second: Any) -> bool:
         same = isinstance(second, (tuple, list)) and len(first) == len(second)
         return same and all(map(_equal, first, second))
     if isinstance(first, dict):
-        return isinstance(second, dict) and first.keys() == second.keys() and all(_equal(first[k], second[k]) for k in first)
+        return (
+            isinstance(second, dict)
+            and first.keys() == second.keys()
+            and all(_equal(first[k], second[k]) for k in first)
+        )
     return type(first) is type(second) and bool(first == second)
 
 

@@ -1,0 +1,22 @@
+"""Operations: what can be done to a model, and the calls that do it."""
+
+from sem_timm.operations.calls import operation_names, patch_model, plan_model, resolve_operation
+from sem_timm.operations.configs import (
+    ExcitationConfig,
+    InsertConfig,
+    InsertionConfig,
+    SEMConfig,
+    TimmAttentionConfig,
+)
+
+__all__ = [
+    'ExcitationConfig',
+    'InsertConfig',
+    'InsertionConfig',
+    'SEMConfig',
+    'TimmAttentionConfig',
+    'operation_names',
+    'patch_model',
+    'plan_model',
+    'resolve_operation',
+]

@@ -1,0 +1,137 @@
+"""`plan_model` and `patch_model`: an operation, by name or configuration, planned in a model and applied to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from sem_timm.errors import OptionError, closest
+from sem_timm.layers import excitation_names, timm_attention_names
+from sem_timm.operations.configs import (
+    ExcitationConfig,
+    InsertConfig,
+    InsertionConfig,
+    SEMConfig,
+    TimmAttentionConfig,
+)
+from sem_timm.surgery import Plan, Target, apply_plan, plan_insertion
+
+Operation = str | InsertionConfig | Callable[..., nn.Module]
+
+# Excitation operators that are also systems of their own; other names are timm's.
+_SINGLE_SYSTEMS = ('se', 'eca', 'ie')
+
+
+def operation_names() -> tuple[str, ...]:
+    """The short names that `plan_model` and `patch_model` understand."""
+    own = ('sem', *_SINGLE_SYSTEMS, *excitation_names(), *timm_attention_names())
+    return tuple(dict.fromkeys(own))
+
+
+def resolve_operation(operation: Operation, **options: Any) -> InsertionConfig:
+    """Makes a configuration of an operation's short name, class or configuration, and options.
+
+    Raises:
+        OptionError: If the operation or an option is unknown, or an option is out of range.
+    """
+    if isinstance(operation, InsertionConfig):
+        if options:
+            raise OptionError(
+                f'options {", ".join(options)} were given beside a configuration; put them into it: '
+                f'{type(operation).__name__}({next(iter(options))}=...).'
+            )
+        return operation
+    if isinstance(operation, type) and issubclass(operation, InsertionConfig):
+        return resolve_operation(operation(**options))
+    if isinstance(operation, str):
+        cls, fixed = _by_name(operation)
+    elif callable(operation):
+        cls, fixed = InsertConfig, {'factory': operation}
+    else:
+        raise OptionError(f'operation={operation!r} is neither a name, a configuration nor a module class.')
+    known = [f.name for f in fields(cls) if f.name not in fixed]
+    for name in options:
+        if name not in known:
+            raise OptionError(f'option {name!r} of operation {operation!r} is unknown. {closest(name, known)}')
+    return cls(**fixed, **options)
+
+
+def _by_name(name: str) -> tuple[type[InsertionConfig], dict[str, Any]]:
+    if name == 'sem':
+        return SEMConfig, {}
+    if name in _SINGLE_SYSTEMS or (name in excitation_names() and name not in timm_attention_names()):
+        return ExcitationConfig, {'operator': name}
+    if name in timm_attention_names():
+        return TimmAttentionConfig, {'name': name}
+    raise OptionError(f'operation {name!r} is unknown. {closest(name, operation_names())}')
+
+
+def plan_model(
+    model: nn.Module,
+    operation: Operation = 'sem',
+    *,
+    target: Target | None = None,
+    exclude: Target | None = None,
+    input_size: tuple[int, ...] | None = None,
+    **options: Any,
+) -> Plan:
+    """Plans an operation on a model without touching it: no weight is read, no random number drawn.
+
+    Args:
+        model: Any model with blocks; timm's know their input size.
+        operation: 'sem', 'se', 'eca', 'ie', a name of timm's ``create_attn`` such as 'cbam', a configuration, or a
+            module class ``(channels) -> nn.Module``.
+        target: Which blocks: a regular expression that matches whole names, a list of names or dotted suffixes, a
+            module class, or a callable ``(name, module) -> bool``. By default all.
+        exclude: Which blocks not, by the same rules.
+        input_size: Shape (C, H, W) of one input image, where the model does not say.
+        **options: Fields of the operation's configuration, such as ``reduction`` or ``position``.
+
+    Returns:
+        The plan; printing it shows a table.
+
+    Raises:
+        SemTimmError: NoMatchError, RefusedError, OptionError or ModelError, each saying what to do.
+    """
+    config = resolve_operation(operation, **options)
+    return plan_insertion(model, config, target=target, exclude=exclude, input_size=input_size)
+
+
+def patch_model(
+    model: nn.Module,
+    operation: Operation | Plan = 'sem',
+    *,
+    target: Target | None = None,
+    exclude: Target | None = None,
+    input_size: tuple[int, ...] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Operates on a model in place, all of it or nothing; `unpatch_model` gives the model back as it was.
+
+    Args:
+        model: The model.
+        operation: A plan from `plan_model`, or what `plan_model` takes; then the other arguments are its too.
+        target: See `plan_model`.
+        exclude: See `plan_model`.
+        input_size: See `plan_model`.
+        **options: See `plan_model`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        SemTimmError: As `plan_model`, and PlanError if a plan does not fit the model. The model is then unchanged.
+    """
+    if isinstance(operation, Plan):
+        extra = {'target': target, 'exclude': exclude, 'input_size': input_size, **options}
+        given = [name for name, value in extra.items() if value is not None]
+        if given:
+            raise OptionError(
+                f'{", ".join(given)} given beside a plan, which has them already; give them to plan_model.'
+            )
+        return apply_plan(model, operation)
+    plan = plan_model(model, operation, target=target, exclude=exclude, input_size=input_size, **options)
+    return apply_plan(model, plan)

@@ -1,0 +1,223 @@
+"""What can be done to a model, as typed configurations; the one place where layers meet sites."""
+
+from __future__ import annotations
+
+import keyword
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from sem_timm.errors import OptionError, closest
+from sem_timm.layers import SEM, ChannelsFirst, Excitation, timm_attention, timm_attention_names
+from sem_timm.surgery import BRANCHES, POSITIONS, Site, check_choice
+
+
+@dataclass(frozen=True)
+class InsertionConfig:
+    """Where a module is inserted; base of the configurations below.
+
+    Attributes:
+        position: 'residual' puts it on the residual branch, right before the add; 'output' on what the block returns;
+            'auto' on the branch of a block that has one, else on the output.
+        branches: Of several residual branches in one block, such as a transformer's two, the 'last' or 'all'.
+    """
+
+    position: str = field(default='auto', kw_only=True)
+    branches: str = field(default='last', kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_choice('position', self.position, POSITIONS)
+        check_choice('branches', self.branches, BRANCHES)
+
+    @property
+    def attribute(self) -> str:
+        """Name of the new child in its block."""
+        raise NotImplementedError
+
+    @property
+    def fuses_shortcut(self) -> bool:
+        """Whether the module takes ``(branch, shortcut)`` and returns their sum."""
+        return False
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the module, as built, returns its input bit for bit."""
+        return False
+
+    def build(self, site: Site, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """Builds the module for a site."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as data that `json.dumps` takes."""
+        return {'name': str(self), **{f.name: _plain(getattr(self, f.name)) for f in fields(self)}}
+
+    def __str__(self) -> str:
+        return self.attribute
+
+
+@dataclass(frozen=True)
+class _GateConfig(InsertionConfig):
+    """What the configurations of SEM and of a single operator share."""
+
+    reduction: int = 16
+    init: str = 'identity'
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._module(16, device=torch.device('meta'))  # its own checks speak before a model is looked at
+
+    @property
+    def fuses_shortcut(self) -> bool:
+        return True
+
+    @property
+    def is_identity(self) -> bool:
+        return self.init == 'identity'
+
+    def build(self, site: Site, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        return self._module(site.channels, device=device, dtype=dtype, **_layout(site))
+
+    def _module(self, channels: int, **options: Any) -> nn.Module:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SEMConfig(_GateConfig):
+    """Inserts the Switchable Excitation Module, https://arxiv.org/abs/2209.05680.
+
+    Attributes:
+        reduction: Bottleneck ratio of the fully connected operator.
+        init: 'identity' for a module that returns its input bit for bit until trained, 'paper' for the published one.
+        operators: Names or classes of excitation operators.
+
+    Raises:
+        OptionError: If an option is unknown or out of range.
+    """
+
+    operators: tuple[str | Callable[..., nn.Module], ...] = ('se', 'eca', 'ie')
+
+    def __post_init__(self) -> None:
+        operators: Any = self.operators
+        if isinstance(operators, str) or callable(operators):
+            operators = (operators,)
+        if not isinstance(operators, (tuple, list)):
+            raise OptionError(f"operators={operators!r} is no list of names or classes, such as ('se', 'eca', 'ie').")
+        object.__setattr__(self, 'operators', tuple(operators))
+        super().__post_init__()
+
+    @property
+    def attribute(self) -> str:
+        return 'sem'
+
+    def _module(self, channels: int, **options: Any) -> nn.Module:
+        return SEM(channels, reduction=self.reduction, operators=self.operators, init=_init(self.init), **options)
+
+
+@dataclass(frozen=True)
+class ExcitationConfig(_GateConfig):
+    """Inserts one excitation operator by itself: SE, ECA, IE, … as a system of its own.
+
+    Attributes:
+        reduction: Bottleneck ratio of the fully connected operator.
+        init: As for `SEMConfig`.
+        operator: Name or class of the operator.
+
+    Raises:
+        OptionError: If an option is unknown or out of range.
+    """
+
+    operator: str | Callable[..., nn.Module] = 'se'
+
+    @property
+    def attribute(self) -> str:
+        return self.operator if isinstance(self.operator, str) else 'excitation'
+
+    def _module(self, channels: int, **options: Any) -> nn.Module:
+        return Excitation(channels, self.operator, reduction=self.reduction, init=_init(self.init), **options)
+
+
+@dataclass(frozen=True)
+class TimmAttentionConfig(InsertionConfig):
+    """Inserts one of timm's own channel attentions, which timm offers at build time for a few families.
+
+    Attributes:
+        name: A name of timm's ``create_attn`` that keeps the shape of its input.
+
+    Raises:
+        OptionError: If the name is unknown.
+    """
+
+    name: str = 'cbam'
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name not in timm_attention_names():
+            raise OptionError(f'timm attention {self.name!r} is unknown. {closest(self.name, timm_attention_names())}')
+
+    @property
+    def attribute(self) -> str:
+        return f'{self.name}_' if keyword.iskeyword(self.name) else self.name
+
+    def build(self, site: Site, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        return timm_attention(self.name, site.channels, device=device, dtype=dtype, **_layout(site))
+
+
+@dataclass(frozen=True)
+class InsertConfig(InsertionConfig):
+    """Inserts a module of one's own.
+
+    Attributes:
+        factory: Class or callable ``(channels) -> nn.Module``, for inputs (B, C, H, W) that keep their shape. On models
+            with another layout it sees its inputs channels first all the same.
+        name: Name of the new child in its block.
+
+    Raises:
+        OptionError: If the factory cannot be called or the name is no identifier.
+    """
+
+    factory: Callable[..., nn.Module]
+    name: str = 'inserted'
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.factory, nn.Module):
+            name = type(self.factory).__name__
+            raise OptionError(
+                f'factory is one {name}, and each site needs its own; give the class {name}, or a function.'
+            )
+        if not callable(self.factory) or (isinstance(self.factory, type) and issubclass(self.factory, InsertionConfig)):
+            raise OptionError(f'factory={self.factory!r} is no class or function (channels) -> nn.Module.')
+        if not self.name.isidentifier() or keyword.iskeyword(self.name):
+            raise OptionError(f'name={self.name!r} is no identifier; it becomes a part of the state_dict keys.')
+
+    @property
+    def attribute(self) -> str:
+        return self.name
+
+    def build(self, site: Site, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        with device:  # a factory need not know about devices
+            module = self.factory(site.channels)
+        if not isinstance(module, nn.Module):
+            raise OptionError(f'{self.factory!r} returned a {type(module).__name__}, not an nn.Module.')
+        module = module.to(dtype=dtype) if device.type == 'meta' else module.to(device=device, dtype=dtype)
+        return module if site.channel_dim == 1 else ChannelsFirst(module, site.num_prefix_tokens)
+
+
+def _layout(site: Site) -> dict[str, int]:
+    return {'channel_dim': site.channel_dim, 'num_prefix_tokens': site.num_prefix_tokens}
+
+
+def _init(name: str) -> Any:
+    return name  # any text may have been given; the layer checks it
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_plain(entry) for entry in value]
+    if callable(value):
+        return f'{getattr(value, "__module__", "")}.{getattr(value, "__qualname__", repr(value))}'
+    return value

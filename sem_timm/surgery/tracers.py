@@ -1,0 +1,225 @@
+"""The tracers behind `sem_timm.surgery.trace`: one for plain and wrapped tracing, one guided by values."""
+
+from __future__ import annotations
+
+import operator
+import traceback
+from collections.abc import Callable, Iterator
+from types import FunctionType
+from typing import Any
+
+import torch
+from timm.layers import get_notrace_functions
+from torch import fx, nn
+from torch.fx.node import map_arg
+
+from sem_timm.errors import GuardError, TraceError
+
+
+def own_methods(cls: type) -> Iterator[str]:
+    """Names of the plain methods that a module class defines beyond those of ``nn.Module``, forward excepted."""
+    for base in cls.__mro__:
+        if base in (nn.Module, nn.Sequential):
+            return
+        for name, value in vars(base).items():
+            if isinstance(value, FunctionType) and name != 'forward' and not hasattr(nn.Module, name):
+                yield name
+
+
+class LevelTracer(fx.Tracer):
+    """Traces the root's own forward with the arguments in ``symbolic`` as proxies and the others as they are."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(
+        self,
+        values: dict[str, Any],
+        symbolic: frozenset[str],
+        methods: frozenset[str] = frozenset(),
+        autowrap: tuple[Any, ...] = (),
+    ) -> None:
+        super().__init__(autowrap_functions=autowrap)
+        self.values = values
+        self.symbolic = symbolic
+        self.methods = methods
+        self.mode = _mode()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        # fx would rename concrete arguments and assert on them; here each keeps its name, whatever its value.
+        given = {}
+        for name, value in self.values.items():
+            proxy = self.create_proxy('placeholder', name, (), {})
+            if is_unpacked(value):
+                proxy = tuple(proxy[index] for index in range(len(value)))  # a forward may ask whether it is one
+            given[name] = proxy if name in self.symbolic else value
+        return (lambda root, *_: root_fn(root, **given)), [self.root]
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _mode() != self.mode:
+            raise TraceError('the forward switches gradients or autocast on or off, which a graph cannot show')
+        return super().create_node(*args, **kwargs)
+
+    def run(self, module: nn.Module) -> fx.Graph:
+        """Traces a module; calling one of its own methods in ``methods`` records a node, as calling a child does."""
+        leaves = {name: self._leaf(name) for name in self.methods if name not in module.__dict__}
+        module.__dict__.update(leaves)
+        known = set(module.__dict__)
+        try:
+            graph = self.trace(module)
+        finally:
+            added = module.__dict__.keys() - known
+            for name in (*leaves, *added):
+                del module.__dict__[name]
+        if any(node.op == 'get_attr' and node.target in added for node in graph.nodes):
+            raise TraceError('the forward makes a constant tensor')
+        _drop_dead_reads(graph)
+        return graph
+
+    def _leaf(self, name: str) -> Callable[..., Any]:
+        return lambda *args, **kwargs: self.create_proxy('call_module', name, args, kwargs)
+
+
+class _GuidedProxy(fx.Proxy):
+    """A proxy that answers questions about its value from the meta run, and leaves a check of each answer behind."""
+
+    def __len__(self) -> int:
+        return self.tracer.decide(self, len)  # type: ignore[attr-defined, no-any-return]
+
+    def __index__(self) -> int:
+        return self.tracer.decide(self, int)  # type: ignore[attr-defined, no-any-return]
+
+    __int__ = __index__
+
+    def __float__(self) -> float:
+        return self.tracer.decide(self, float)  # type: ignore[attr-defined, no-any-return]
+
+
+class _GuidedTracer(LevelTracer):
+    """Computes every node on the meta device as it is recorded, and lets control flow follow the values."""
+
+    def __init__(self, values: dict[str, Any], symbolic: frozenset[str], methods: frozenset[str] = frozenset()) -> None:
+        super().__init__(values, symbolic, methods, tuple(get_notrace_functions()))
+        self.known: dict[fx.Node, Any] = {}
+        self.computing = False
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _GuidedProxy(node, self)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
+        self.computing = True
+        try:
+            with torch.no_grad():
+                self.known[proxy.node] = self._compute(proxy.node)
+        finally:
+            self.computing = False
+        return proxy
+
+    def _compute(self, node: fx.Node) -> Any:
+        args = map_arg(node.args, lambda n: self.known[n])
+        kwargs = map_arg(node.kwargs, lambda n: self.known[n])
+        if node.op == 'placeholder':
+            return self.values[str(node.target)]
+        if node.op == 'call_function':
+            assert callable(node.target)
+            return node.target(*args, **kwargs)
+        if node.op == 'call_method':
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        root = self.root
+        assert isinstance(root, nn.Module)
+        if node.op == 'call_module' and node.target in own_methods(type(root)):
+            return getattr(type(root), str(node.target))(root, *args, **kwargs)
+        found: Any = root
+        for part in str(node.target).split('.'):
+            found = getattr(found, part)
+        return found.forward(*args, **kwargs) if node.op == 'call_module' else found
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        return forward(*args, **kwargs) if self.computing else super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val if self.computing else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def decide(self, proxy: fx.Proxy, question: Callable[[Any], Any]) -> Any:
+        value = self.known[proxy.node]
+        if isinstance(value, torch.Tensor) and question is not len:
+            raise TraceError('the forward depends on values of a tensor')
+        if _asks_for_device(proxy.node):
+            raise TraceError('the forward depends on the device or type of a tensor')
+        answer = question(value)
+        where = _line_of(traceback.extract_stack())
+        self.create_node('call_function', check, (proxy.node, answer, where), {})
+        return answer
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return bool(self.decide(obj, bool))
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        return iter([obj[i] for i in range(self.decide(obj, len))])
+
+
+def check(value: Any, expected: Any, where: str) -> None:
+    """Run-time check of one decision that a value-guided trace took: ``value`` still answers as it did then.
+
+    Raises:
+        GuardError: If it does not.
+    """
+    kind = len if isinstance(value, (tuple, list, torch.Tensor)) and type(expected) is int else type(expected)
+    if kind(value) != expected:
+        raise GuardError(
+            f'the patched forward was planned for {expected!r} and met {value!r} at {where}.\n'
+            '  Undo the patch and plan again for this input: plan_model(model, ..., input_size=(C, H, W)).'
+        )
+
+
+def _plain(values: dict[str, Any], symbolic: frozenset[str], methods: frozenset[str]) -> LevelTracer:
+    return LevelTracer(values, symbolic, methods)
+
+
+def _with_notrace_functions(values: dict[str, Any], symbolic: frozenset[str], methods: frozenset[str]) -> LevelTracer:
+    return LevelTracer(values, symbolic, methods, tuple(get_notrace_functions()))
+
+
+LEVELS = (_plain, _with_notrace_functions, _GuidedTracer)
+
+
+def is_unpacked(value: Any) -> bool:
+    """Whether an argument is handed on as a tuple of proxies: a forward may ask if it is one, and what is in it."""
+    return type(value) is tuple and any(isinstance(entry, torch.Tensor) for entry in value)
+
+
+def _mode() -> tuple[bool, ...]:
+    autocast = tuple(torch.is_autocast_enabled(device) for device in ('cpu', 'cuda'))
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+
+def _asks_for_device(node: fx.Node) -> bool:
+    names = ('device', 'dtype', 'is_cuda', 'is_cpu', 'is_meta', 'is_mps', 'is_xpu')
+    asked = (node, *node.all_input_nodes)
+    return any(each.target is getattr and each.args[1] in names for each in asked)
+
+
+def _drop_dead_reads(graph: fx.Graph) -> None:
+    """Removes reads that nobody uses: sizes unpacked and not needed, parameters looked at and not touched."""
+    for node in reversed(graph.nodes):
+        reads = node.op == 'get_attr' or (node.op == 'call_function' and node.target in (getattr, operator.getitem))
+        if reads and not node.users:
+            graph.erase_node(node)
+
+
+def place_of(error: Exception) -> str:
+    """An error of a trace with the line of the module's own code that caused it."""
+    where = _line_of(traceback.extract_tb(error.__traceback__))
+    text = str(error).split('\n', 1)[0]
+    return f'{text} ({where})' if where else text
+
+
+def _line_of(frames: traceback.StackSummary) -> str:
+    for frame in reversed(frames):
+        if '/torch/' not in frame.filename and '/sem_timm/surgery/' not in frame.filename and frame.line:
+            # From the package on: the code is shown to people, and the place of site-packages is nobody's business.
+            return f'{frame.filename.rsplit("site-packages/", 1)[-1]}:{frame.lineno}: {frame.line}'
+    return ''

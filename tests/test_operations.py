@@ -1,0 +1,307 @@
+"""What can be inserted: SEM, its parts, timm's own channel attentions, modules of one's own."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import sem_timm
+from sem_timm import ExcitationConfig, InsertConfig, OptionError, SEMConfig, TimmAttentionConfig
+from sem_timm.layers import timm_attention_names
+from tests.families import FAMILIES
+from tests.snapshot import assert_same, snapshot
+
+
+def test_operation_names() -> None:
+    names = sem_timm.operation_names()
+    assert names[:4] == ('sem', 'se', 'eca', 'ie')
+    assert len(set(names)) == len(names)
+    assert set(timm_attention_names()) <= set(names) and set(sem_timm.excitation_names()) <= set(names)
+
+
+@pytest.mark.parametrize('name', sem_timm.operation_names())
+def test_every_operation_by_its_name(name: str) -> None:
+    """A network of maps of 8 x 8, one of tokens with prefix tokens, one with channels last."""
+    for family_name, target in (('resnet', r'layer2\.0'), ('vit_registers', r'blocks\.1'), ('swin', r'layers\.0\.blocks\.1')):
+        family = FAMILIES[family_name]
+        model = family.create()
+        before = snapshot(model)
+        with torch.no_grad():
+            expected = model(family.images())
+        if name == 'halo' and family_name == 'vit_registers':  # its blocks are of 8 x 8, and there are 4 x 4 tokens
+            with pytest.raises(sem_timm.RefusedError, match=r'blocks\.1: halo does not work on \(B, 21, 64\): \w+'):
+                sem_timm.plan_model(model, name, target=target, input_size=family.input_size)
+            continue
+        plan = sem_timm.plan_model(model, name, target=target, input_size=family.input_size)
+        assert len(plan) == 1
+        total = sum(p.numel() for p in model.parameters())
+        sem_timm.patch_model(model, plan)
+        assert sum(p.numel() for p in model.parameters()) - total == plan.num_parameters
+        with torch.no_grad():
+            same = torch.equal(expected, model(family.images()))
+        identity = plan.to_dict()['identity']
+        # timm's non-local block happens to start at zero too, up to rounding.
+        assert same == identity or name == 'nl', family_name
+        assert ('stay bit for bit the same' in str(plan)) == identity and ('outputs change' in str(plan)) != identity
+        sem_timm.unpatch_model(model)
+        before['rng'] = torch.get_rng_state()
+        assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize('name', sem_timm.operation_names())
+def test_every_operation_on_a_whole_network_learns(name: str) -> None:
+    model = FAMILIES['resnet'].create()
+    sem_timm.patch_model(model, name, input_size=(3, 256, 256))
+    model(FAMILIES['resnet'].images(2, 256)).square().mean().backward()
+    for record in sem_timm.patched(model):
+        new = list(model.get_submodule(f'{record.name}.{record.inserted[0]}').parameters())
+        assert not new or any(p.grad is not None and p.grad.any() for p in new)
+
+
+def test_identities_are_the_operations_of_this_package() -> None:
+    model = FAMILIES['resnet'].create()
+    identities = {n for n in sem_timm.operation_names() if sem_timm.plan_model(model, n, input_size=(3, 256, 256)).to_dict()['identity']}
+    assert identities == {'sem', 'se', 'eca', 'ie', 'lct'}
+    assert not sem_timm.plan_model(model, init='paper').operation.is_identity
+
+
+class Own(nn.Module):
+    """A module of one's own, for channels first."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 1)
+        self.shapes: list[tuple[int, ...]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.shapes.append(tuple(x.shape))
+        return self.conv(x)
+
+
+def test_a_module_of_ones_own() -> None:
+    for name, shapes in (
+        ('resnet', [(2, 32, 16, 16)]),
+        ('vit_registers', [(2, 64, 4, 4)]),
+        ('swin', [(2, 24, 16, 16)]),
+    ):
+        family = FAMILIES[name]
+        model = sem_timm.patch_model(family.create(), Own, input_size=family.input_size)
+        own = [module for module in model.modules() if isinstance(module, Own)]
+        assert len(own) == len(sem_timm.patched(model))
+        with torch.no_grad():
+            model(family.images())
+        assert own[0].shapes == shapes
+        assert all('inserted' in record.inserted for record in sem_timm.patched(model))
+
+
+def test_a_function_that_makes_modules_and_a_name() -> None:
+    operation = InsertConfig(lambda channels: nn.GroupNorm(4, channels), name='group_norm')
+    model = sem_timm.patch_model(FAMILIES['resnet'].create(), operation)
+    assert isinstance(model.layer1[0].group_norm, nn.GroupNorm)
+    assert 'layer1.0.group_norm.weight' in model.state_dict()
+    # One that stands for a whole network is not asked for more than it can do.
+    with pytest.raises(sem_timm.RefusedError, match='divisible'):
+        sem_timm.plan_model(model, lambda channels: nn.GroupNorm(7, channels), target='layer2.0.conv2')
+
+
+def test_new_modules_have_device_dtype_and_mode_of_their_block() -> None:
+    for operation in ('sem', 'cbam', Own):
+        model = FAMILIES['resnet'].create().to(torch.float64)
+        model.layer1.train()
+        plan = sem_timm.plan_model(model, operation)
+        model.to(torch.bfloat16)
+        sem_timm.patch_model(model, plan)
+        for record in sem_timm.patched(model):
+            block = model.get_submodule(record.name)
+            new = block.get_submodule(record.inserted[0])
+            assert {p.dtype for p in new.parameters()} == {torch.bfloat16}
+            assert {m.training for m in new.modules()} == {block.training}
+        model = sem_timm.patch_model(FAMILIES['resnet'].create().to('meta'), operation)
+        assert {p.device.type for p in model.parameters()} == {'meta'}
+
+
+@pytest.mark.parametrize(
+    'config',
+    [
+        SEMConfig(),
+        SEMConfig(8, ('se', sem_timm.layers.excitation.InstanceEnhancement), 'paper', position='output'),
+        ExcitationConfig('eca', position='residual', branches='all'),
+        TimmAttentionConfig('coord'),
+        InsertConfig(Own, name='own'),
+        InsertConfig(lambda channels: nn.Identity()),
+    ],
+)
+def test_a_plan_is_data(config: Any) -> None:
+    model = FAMILIES['resnet'].create()
+    plan = sem_timm.plan_model(model, config)
+    data = json.loads(json.dumps(plan.to_dict()))
+    assert data == plan.to_dict()
+    assert data['model'] == 'ResNet' and data['input_size'] == [3, 160, 160]
+    assert data['num_parameters'] == plan.num_parameters == sum(site['num_parameters'] for site in data['sites'])
+    assert [site['name'] for site in data['sites']] == [site.name for site in plan]
+    assert data['operation']['name'] == str(config) and data['operation']['position'] == config.position
+    assert data['refusals'] == []
+
+
+def test_a_plan_prints_a_line_for_each_site() -> None:
+    model = FAMILIES['vgg'].create()
+    plan = sem_timm.plan_model(model, target=r'features\.\d+', input_size=(3, 32, 32))
+    header, rule, *lines = str(plan).splitlines()
+    assert header.split() == ['site', 'class', 'position', 'layout', 'channels', 'new', 'parameters']
+    assert set(rule) == {'-', ' '}
+    rows = [line.split() for line in lines[: len(plan)]]
+    assert rows == [
+        [s.name, s.class_name, s.position, s.layout, f'{s.channels:,}', f'{s.num_parameters:,}'] for s in plan
+    ]
+    total, *refused = lines[len(plan) :]
+    assert f'{len(plan)} sites' in total and f'{plan.num_parameters:,} new parameters' in total and 'VGG' in total
+    assert '3 x 32 x 32' in total and not refused
+    (site,) = one = sem_timm.plan_model(FAMILIES['resnet'].create(), target='layer1.0')
+    assert '1 site,' in str(one) and site in list(one)
+
+
+def test_a_plan_lists_what_it_refuses() -> None:
+    model = FAMILIES['resnet'].create()
+    sem_timm.patch_model(model, target=['layer1.0', 'layer3.0'])
+    plan = sem_timm.plan_model(model)
+    assert [refusal.name for refusal in plan.refusals] == ['layer1.0', 'layer3.0']
+    assert [refusal.class_name.removeprefix('Patched') for refusal in plan.refusals] == ['BasicBlock', 'Bottleneck']
+    *_, title, first, second = str(plan).splitlines()
+    assert title == 'Refused:' and 'layer1.0 (' in first and 'it is already patched (sem)' in first and 'layer3.0' in second
+    assert len(json.loads(json.dumps(plan.to_dict()))['refusals']) == 2
+
+
+@pytest.mark.parametrize('name', ['resnet', 'vit_registers', 'vgg', 'hrnet'])
+@pytest.mark.parametrize('branches', ['last', 'all'])
+def test_a_plan_counts_what_patching_adds(name: str, branches: str) -> None:
+    family = FAMILIES[name]
+    model = family.create()
+    plan = sem_timm.plan_model(model, input_size=family.input_size, branches=branches)
+    assert len(plan) == len(list(plan)) == len(plan.sites) > 0
+    before = sum(p.numel() for p in model.parameters())
+    sem_timm.patch_model(model, plan)
+    assert sum(p.numel() for p in model.parameters()) - before == plan.num_parameters
+    for site in plan:
+        new = model.get_submodule(f'{site.name}.{site.attribute}')
+        assert sum(p.numel() for p in new.parameters()) == site.num_parameters
+        assert new.channels == site.channels and new.channel_dim == site.channel_dim
+    assert len(plan) == sum(len(record.inserted) for record in sem_timm.patched(model))
+
+
+def test_the_record_of_a_patch() -> None:
+    model = FAMILIES['resnet'].create()
+    assert sem_timm.patched(model) == ()
+    config = SEMConfig(8, branches='all')
+    assert sem_timm.patch_model(model, config, target=r'layer[12]\..*') is model
+    sem_timm.patch_model(model, 'cbam', target='layer3.0', position='output')
+    records = sem_timm.patched(model)
+    assert [(r.name, r.class_name, r.inserted, r.position) for r in records] == [
+        ('layer1.0', 'BasicBlock', ('sem',), 'residual'),
+        ('layer2.0', 'BasicBlock', ('sem',), 'residual'),
+        ('layer3.0', 'Bottleneck', ('cbam',), 'output'),
+    ]
+    assert records[0].operation == config and records[2].operation == TimmAttentionConfig('cbam', position='output')
+
+
+def test_patches_stack_and_undo_together() -> None:
+    model, images = FAMILIES['resnet'].create(), FAMILIES['resnet'].images()
+    before = snapshot(model)
+    with torch.no_grad():
+        expected = model(images)
+    sem_timm.patch_model(model, 'eca', target='layer1.0')
+    sem_timm.patch_model(model, Own, target='layer1.0.conv2')
+    sem_timm.patch_model(model, target=r'layer[23]\..*')
+    sem_timm.patch_model(model, 'gc', target='layer4', position='output')
+    assert [record.inserted for record in sem_timm.patched(model)] == [('eca',), ('inserted',), ('sem',), ('sem',), ('gc',)]
+    with torch.no_grad():
+        assert not torch.equal(expected, model(images))
+        assert sem_timm.unpatch_model(model) is model
+        assert torch.equal(expected, model(images))
+    before['rng'] = torch.get_rng_state()
+    assert_same(before, snapshot(model))
+
+
+def test_a_name_that_is_taken_is_not_reused() -> None:
+    """SENet's blocks have a child `se` already."""
+    model = FAMILIES['regnet'].create()
+    plan = sem_timm.plan_model(model, 'se', target=r's1\.b1')
+    assert model.s1.b1.se is not None
+    assert plan.sites[0].attribute != 'se'
+    own = model.s1.b1.se
+    sem_timm.patch_model(model, plan)
+    assert model.s1.b1.se is own
+    sem_timm.unpatch_model(model)
+    assert model.s1.b1.se is own and [*dict(model.s1.b1.named_children())].count('se') == 1
+
+
+def test_names_that_python_keeps_for_itself() -> None:
+    model = FAMILIES['resnet'].create()
+    sem_timm.patch_model(model, 'lambda', target='layer1.0')
+    assert len(sem_timm.patched(model)) == 1
+    with pytest.raises(OptionError, match=r"name='class' is no identifier"):
+        InsertConfig(Own, name='class')
+
+
+def test_configurations_are_values() -> None:
+    assert SEMConfig() == SEMConfig(operators=['se', 'eca', 'ie']) and hash(SEMConfig()) == hash(SEMConfig())
+    assert SEMConfig(operators='se').operators == ('se',)
+    assert [*inspect.signature(SEMConfig).parameters] == ['reduction', 'operators', 'init', 'position', 'branches']
+    with pytest.raises(AttributeError):
+        SEMConfig().reduction = 8  # type: ignore[misc]
+    model = FAMILIES['resnet'].create()
+    by_name = sem_timm.plan_model(model, 'sem', reduction=8, operators=('se',), position='output')
+    assert by_name.operation == SEMConfig(8, ('se',), position='output')
+    assert {site.position for site in by_name} == {'output'}
+
+
+class Halving(nn.Module):
+    """An excitation operator of one's own."""
+
+    def __init__(self, channels: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
+
+    def zero_last_weights(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return pooled * self.weight
+
+
+def test_an_operator_of_ones_own() -> None:
+    model, images = FAMILIES['resnet'].create(), FAMILIES['resnet'].images()
+    with torch.no_grad():
+        expected = model(images)
+        sem_timm.patch_model(model, operators=('se', Halving))
+        assert torch.equal(expected, model(images))
+    assert 'layer1.0.sem.operators.Halving.weight' in model.state_dict()
+    assert json.dumps(sem_timm.patched(model)[0].operation.to_dict()).count('Halving') == 1
+
+
+def test_positions() -> None:
+    model, images = FAMILIES['vit_registers'].create(), FAMILIES['vit_registers'].images()
+    with torch.no_grad():
+        expected = model(images)
+        for position in ('auto', 'residual', 'output'):
+            sem_timm.patch_model(model, position=position)
+            assert {record.position for record in sem_timm.patched(model)} == {
+                'output' if position == 'output' else 'residual'
+            }
+            assert torch.equal(expected, model(images))
+            sem_timm.unpatch_model(model)
+    with pytest.raises(sem_timm.RefusedError, match='no residual'):
+        sem_timm.plan_model(FAMILIES['vgg'].create(), position='residual', input_size=(3, 32, 32))
+
+
+def test_timm_attentions_that_do_not_fit_are_refused_with_their_reason() -> None:
+    model = timm.create_model('test_resnet', num_classes=10)
+    with pytest.raises(sem_timm.RefusedError, match=r'halo does not work on \(B, 32, 12, 12\): \w+'):
+        sem_timm.plan_model(model, 'halo', input_size=(3, 48, 48))
+    with pytest.raises(OptionError, match="'bat'"):
+        sem_timm.plan_model(model, 'bat')
