@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import sem_timm
-from sem_timm import ExcitationConfig, InsertConfig, OptionError, SEMConfig, TimmAttentionConfig
+from sem_timm import InsertConfig, OptionError, SEMConfig
 from sem_timm.layers import timm_attention_names
 from tests.families import FAMILIES
 from tests.snapshot import assert_same, snapshot
@@ -28,7 +28,11 @@ def test_operation_names() -> None:
 @pytest.mark.parametrize('name', sem_timm.operation_names())
 def test_every_operation_by_its_name(name: str) -> None:
     """A network of maps of 8 x 8, one of tokens with prefix tokens, one with channels last."""
-    for family_name, target in (('resnet', r'layer2\.0'), ('vit_registers', r'blocks\.1'), ('swin', r'layers\.0\.blocks\.1')):
+    for family_name, target in (
+        ('resnet', r'layer2\.0'),
+        ('vit_registers', r'blocks\.1'),
+        ('swin', r'layers\.0\.blocks\.1'),
+    ):
         family = FAMILIES[family_name]
         model = family.create()
         before = snapshot(model)
@@ -66,7 +70,11 @@ def test_every_operation_on_a_whole_network_learns(name: str) -> None:
 
 def test_identities_are_the_operations_of_this_package() -> None:
     model = FAMILIES['resnet'].create()
-    identities = {n for n in sem_timm.operation_names() if sem_timm.plan_model(model, n, input_size=(3, 256, 256)).to_dict()['identity']}
+    identities = {
+        n
+        for n in sem_timm.operation_names()
+        if sem_timm.plan_model(model, n, input_size=(3, 256, 256)).to_dict()['identity']
+    }
     assert identities == {'sem', 'se', 'eca', 'ie', 'lct'}
     assert not sem_timm.plan_model(model, init='paper').operation.is_identity
 
@@ -124,107 +132,6 @@ def test_new_modules_have_device_dtype_and_mode_of_their_block() -> None:
             assert {m.training for m in new.modules()} == {block.training}
         model = sem_timm.patch_model(FAMILIES['resnet'].create().to('meta'), operation)
         assert {p.device.type for p in model.parameters()} == {'meta'}
-
-
-@pytest.mark.parametrize(
-    'config',
-    [
-        SEMConfig(),
-        SEMConfig(8, ('se', sem_timm.layers.excitation.InstanceEnhancement), 'paper', position='output'),
-        ExcitationConfig('eca', position='residual', branches='all'),
-        TimmAttentionConfig('coord'),
-        InsertConfig(Own, name='own'),
-        InsertConfig(lambda channels: nn.Identity()),
-    ],
-)
-def test_a_plan_is_data(config: Any) -> None:
-    model = FAMILIES['resnet'].create()
-    plan = sem_timm.plan_model(model, config)
-    data = json.loads(json.dumps(plan.to_dict()))
-    assert data == plan.to_dict()
-    assert data['model'] == 'ResNet' and data['input_size'] == [3, 160, 160]
-    assert data['num_parameters'] == plan.num_parameters == sum(site['num_parameters'] for site in data['sites'])
-    assert [site['name'] for site in data['sites']] == [site.name for site in plan]
-    assert data['operation']['name'] == str(config) and data['operation']['position'] == config.position
-    assert data['refusals'] == []
-
-
-def test_a_plan_prints_a_line_for_each_site() -> None:
-    model = FAMILIES['vgg'].create()
-    plan = sem_timm.plan_model(model, target=r'features\.\d+', input_size=(3, 32, 32))
-    header, rule, *lines = str(plan).splitlines()
-    assert header.split() == ['site', 'class', 'position', 'layout', 'channels', 'new', 'parameters']
-    assert set(rule) == {'-', ' '}
-    rows = [line.split() for line in lines[: len(plan)]]
-    assert rows == [
-        [s.name, s.class_name, s.position, s.layout, f'{s.channels:,}', f'{s.num_parameters:,}'] for s in plan
-    ]
-    total, *refused = lines[len(plan) :]
-    assert f'{len(plan)} sites' in total and f'{plan.num_parameters:,} new parameters' in total and 'VGG' in total
-    assert '3 x 32 x 32' in total and not refused
-    (site,) = one = sem_timm.plan_model(FAMILIES['resnet'].create(), target='layer1.0')
-    assert '1 site,' in str(one) and site in list(one)
-
-
-def test_a_plan_lists_what_it_refuses() -> None:
-    model = FAMILIES['resnet'].create()
-    sem_timm.patch_model(model, target=['layer1.0', 'layer3.0'])
-    plan = sem_timm.plan_model(model)
-    assert [refusal.name for refusal in plan.refusals] == ['layer1.0', 'layer3.0']
-    assert [refusal.class_name.removeprefix('Patched') for refusal in plan.refusals] == ['BasicBlock', 'Bottleneck']
-    *_, title, first, second = str(plan).splitlines()
-    assert title == 'Refused:' and 'layer1.0 (' in first and 'it is already patched (sem)' in first and 'layer3.0' in second
-    assert len(json.loads(json.dumps(plan.to_dict()))['refusals']) == 2
-
-
-@pytest.mark.parametrize('name', ['resnet', 'vit_registers', 'vgg', 'hrnet'])
-@pytest.mark.parametrize('branches', ['last', 'all'])
-def test_a_plan_counts_what_patching_adds(name: str, branches: str) -> None:
-    family = FAMILIES[name]
-    model = family.create()
-    plan = sem_timm.plan_model(model, input_size=family.input_size, branches=branches)
-    assert len(plan) == len(list(plan)) == len(plan.sites) > 0
-    before = sum(p.numel() for p in model.parameters())
-    sem_timm.patch_model(model, plan)
-    assert sum(p.numel() for p in model.parameters()) - before == plan.num_parameters
-    for site in plan:
-        new = model.get_submodule(f'{site.name}.{site.attribute}')
-        assert sum(p.numel() for p in new.parameters()) == site.num_parameters
-        assert new.channels == site.channels and new.channel_dim == site.channel_dim
-    assert len(plan) == sum(len(record.inserted) for record in sem_timm.patched(model))
-
-
-def test_the_record_of_a_patch() -> None:
-    model = FAMILIES['resnet'].create()
-    assert sem_timm.patched(model) == ()
-    config = SEMConfig(8, branches='all')
-    assert sem_timm.patch_model(model, config, target=r'layer[12]\..*') is model
-    sem_timm.patch_model(model, 'cbam', target='layer3.0', position='output')
-    records = sem_timm.patched(model)
-    assert [(r.name, r.class_name, r.inserted, r.position) for r in records] == [
-        ('layer1.0', 'BasicBlock', ('sem',), 'residual'),
-        ('layer2.0', 'BasicBlock', ('sem',), 'residual'),
-        ('layer3.0', 'Bottleneck', ('cbam',), 'output'),
-    ]
-    assert records[0].operation == config and records[2].operation == TimmAttentionConfig('cbam', position='output')
-
-
-def test_patches_stack_and_undo_together() -> None:
-    model, images = FAMILIES['resnet'].create(), FAMILIES['resnet'].images()
-    before = snapshot(model)
-    with torch.no_grad():
-        expected = model(images)
-    sem_timm.patch_model(model, 'eca', target='layer1.0')
-    sem_timm.patch_model(model, Own, target='layer1.0.conv2')
-    sem_timm.patch_model(model, target=r'layer[23]\..*')
-    sem_timm.patch_model(model, 'gc', target='layer4', position='output')
-    assert [record.inserted for record in sem_timm.patched(model)] == [('eca',), ('inserted',), ('sem',), ('sem',), ('gc',)]
-    with torch.no_grad():
-        assert not torch.equal(expected, model(images))
-        assert sem_timm.unpatch_model(model) is model
-        assert torch.equal(expected, model(images))
-    before['rng'] = torch.get_rng_state()
-    assert_same(before, snapshot(model))
 
 
 def test_a_name_that_is_taken_is_not_reused() -> None:

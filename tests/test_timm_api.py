@@ -1,56 +1,17 @@
-"""What timm and torch offer for a model works for a patched one, with the same results."""
+"""What timm offers for a model works for a patched one, with the same results."""
 
 from __future__ import annotations
-
-import copy
-import pickle
-from typing import Any
 
 import pytest
 import timm
 import torch
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
-from torch import Tensor, nn
+from torch import nn
 
 import sem_timm
-from tests.families import FAMILIES, Family
-
-several = pytest.mark.parametrize('name', ['resnet', 'efficientnet', 'convnext', 'vit_registers', 'swin'])
-
-
-def both(name: str, **options: Any) -> tuple[Any, Any, Family]:
-    """A base model, its patched twin with the same weights, and their family."""
-    family = FAMILIES[name]
-    model = family.create(**options)
-    return model, sem_timm.patch_model(copy.deepcopy(model), input_size=family.input_size), family
-
-
-def trained(model: nn.Module) -> nn.Module:
-    """Gives every inserted module weights that change the output."""
-    generator = torch.Generator().manual_seed(5)
-    for parameter in inserted(model).values():
-        nn.init.normal_(parameter, std=0.3, generator=generator)
-    return model
-
-
-def inserted(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that the patch added, by name."""
-    prefixes = tuple(f'{m.name}.{child}.' for m in sem_timm.patched(model) for child in m.inserted)
-    return {name: p for name, p in model.named_parameters() if name.startswith(prefixes)}
-
-
-def assert_equal(first: Any, second: Any) -> None:
-    """Bit for bit, in nested lists, tuples and dictionaries too."""
-    if isinstance(first, Tensor):
-        assert torch.equal(first, second), (first - second).abs().max()
-        return
-    if isinstance(first, dict):
-        assert list(first) == list(second)
-        first, second = list(first.values()), list(second.values())
-    assert len(first) == len(second)
-    for one, other in zip(first, second):
-        assert_equal(one, other)
+from tests.families import FAMILIES
+from tests.twins import assert_equal, both, inserted, several, trained
 
 
 @several
@@ -117,7 +78,9 @@ def test_layer_decay(name: str) -> None:
         assert new and len(own) == 1 and {scales[p] for p in new} == own, module.name
     expected = {id(p): group['lr_scale'] for group in param_groups_layer_decay(base, 0.05) for p in group['params']}
     named = dict(model.named_parameters())
-    assert [expected[id(p)] for _, p in base.named_parameters()] == [scales[id(named[n])] for n, _ in base.named_parameters()]
+    assert [expected[id(p)] for _, p in base.named_parameters()] == [
+        scales[id(named[n])] for n, _ in base.named_parameters()
+    ]
 
 
 @several
@@ -131,7 +94,9 @@ def test_group_matcher_and_no_weight_decay(name: str) -> None:
         before = group_parameters(base, base.group_matcher(coarse=coarse), reverse=True)
         after = group_parameters(model, matcher, reverse=True)
         assert {key: group for key, group in after.items() if key in before} == before
-    decayed = {id(p) for group in param_groups_weight_decay(model, 0.1) if group['weight_decay'] for p in group['params']}
+    decayed = {
+        id(p) for group in param_groups_weight_decay(model, 0.1) if group['weight_decay'] for p in group['params']
+    }
     for key, parameter in inserted(model).items():
         assert (id(parameter) in decayed) == (parameter.ndim > 1), key
 
@@ -150,52 +115,6 @@ def test_model_ema(name: str) -> None:
     average.set(model)
     with torch.no_grad():
         assert_equal(model(family.images()), average.module(family.images()))
-
-
-@several
-def test_copy_and_pickle(name: str) -> None:
-    base, model, family = both(name)
-    trained(model)
-    with torch.no_grad():
-        expected = model(family.images())
-        for other in (copy.deepcopy(model), copy.copy(model), pickle.loads(pickle.dumps(model))):
-            assert sem_timm.patched(other) == sem_timm.patched(model)
-            assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
-            assert_equal(expected, other(family.images()))
-        twin = copy.deepcopy(model)
-        assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in model.parameters()}
-        sem_timm.unpatch_model(twin)
-        assert_equal(base(family.images()), twin(family.images()))
-        assert_equal(expected, model(family.images()))
-
-
-@several
-def test_compile_without_graph_breaks(name: str) -> None:
-    _, model, family = both(name)
-    compiled = torch.compile(trained(model), fullgraph=True, backend='aot_eager')
-    with torch.no_grad():
-        assert_equal(model(family.images()), compiled(family.images()))
-
-
-@pytest.mark.parametrize(('name', 'block'), [('resnet', 'layer1.0'), ('vit_registers', 'blocks.0')])
-def test_compile_with_inductor(name: str, block: str) -> None:
-    _, model, family = both(name)
-    module = trained(model).get_submodule(block)
-    x = torch.randn(2, *{'resnet': (32, 8, 8), 'vit_registers': (21, 64)}[name])
-    with torch.no_grad():
-        # Fusing operations rounds differently.
-        torch.testing.assert_close(torch.compile(module, fullgraph=True)(x), module(x), rtol=1e-3, atol=1e-4)
-
-
-@several
-def test_export(name: str) -> None:
-    _, model, family = both(name)
-    with torch.no_grad():
-        exported = torch.export.export(
-            trained(model), (family.images(),), dynamic_shapes=({0: torch.export.Dim('batch')},), strict=False
-        ).module()
-        for batch_size in (2, 5):
-            assert_equal(model(family.images(batch_size)), exported(family.images(batch_size)))
 
 
 @several
@@ -230,61 +149,6 @@ def test_set_input_size(name: str) -> None:
     with torch.no_grad():
         assert_equal(later(images), model(images))
     assert sem_timm.plan_model(sem_timm.unpatch_model(model)).input_size == (3, 96, 128)
-
-
-@several
-def test_autocast_and_half_precision(name: str) -> None:
-    base, model, family = both(name)
-    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
-        assert_equal(base(family.images()), model(family.images()))
-    with torch.autocast('cpu', torch.bfloat16):
-        trained(model).train()(family.images()).float().square().mean().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in inserted(model).values())
-    base, model, _ = both(name)
-    with torch.no_grad():
-        images = family.images().bfloat16()
-        assert_equal(base.bfloat16()(images), model.bfloat16()(images))
-    later = sem_timm.patch_model(base, input_size=family.input_size)
-    assert {p.dtype for p in inserted(later).values()} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize('name', ['resnet', 'efficientnet', 'convnext', 'regnet'])
-def test_channels_last(name: str) -> None:
-    base, model, family = both(name)
-    for each in (base, model):
-        each.to(memory_format=torch.channels_last)
-    kept = []
-    for module in sem_timm.patched(model):
-        gate = model.get_submodule(f'{module.name}.{module.inserted[0]}')
-        gate.register_forward_hook(lambda gate, args, out: kept.append((args, out)))
-    images = family.images().to(memory_format=torch.channels_last)
-    with torch.no_grad():
-        assert_equal(base(images), model(images))
-    assert len(kept) == len(sem_timm.patched(model))
-    assert all(t.is_contiguous(memory_format=torch.channels_last) for args, out in kept for t in (*args, out))
-
-
-@several
-def test_functional_call(name: str) -> None:
-    base, model, family = both(name)
-    weights = copy.deepcopy(trained(copy.deepcopy(model)).state_dict())
-    with torch.no_grad():
-        expected = torch.func.functional_call(model, weights, (family.images(),))
-        assert not torch.equal(expected, model(family.images()))
-        assert_equal(base(family.images()), model(family.images()))
-        model.load_state_dict(weights)
-        assert_equal(expected, model(family.images()))
-
-
-def test_train_and_eval_reach_the_new_modules() -> None:
-    _, model, _ = both('resnet')
-    for mode in (True, False):
-        model.train(mode)
-        assert {module.training for module in model.modules()} == {mode}
-    model.layer1.train()
-    sem_timm.unpatch_model(model)
-    sem_timm.patch_model(model)
-    assert model.layer1[0].sem.training and not model.layer2[0].sem.training
 
 
 @pytest.mark.parametrize(
@@ -322,27 +186,7 @@ def test_other_conversions_of_timm() -> None:
     assert all(p.requires_grad for n, p in inserted(model).items() if not n.startswith('layer1.'))
     base, model, family = both('vit_registers')
     for each in (base, model):
-        each.prune_intermediate_layers(1, prune_norm=True, prune_head=True)
+        each.prune_intermediate_layers([1], prune_norm=True, prune_head=True)
     with torch.no_grad():
         assert_equal(base(family.images()), model(family.images()))
     assert [record.name for record in sem_timm.patched(model)] == ['blocks.0', 'blocks.1']
-
-
-@pytest.mark.filterwarnings('ignore::UserWarning')  # of ConvNeXt's gradient strides, without a patch too
-@several
-def test_distributed_training_needs_every_parameter(name: str, tmp_path: Any) -> None:
-    """A wrapper without `find_unused_parameters` stops at the second step if a parameter got no gradient."""
-    _, model, family = both(name, **({'drop_path_rate': 0.0} if name == 'swin' else {}))
-    store = f'file://{tmp_path / "store"}'
-    torch.distributed.init_process_group('gloo', init_method=store, rank=0, world_size=1)
-    try:
-        wrapper = nn.parallel.DistributedDataParallel(model.train())
-        optimizer = torch.optim.SGD(wrapper.parameters(), 0.01)
-        for _ in range(2):
-            optimizer.zero_grad()
-            wrapper(family.images()).square().mean().backward()
-            optimizer.step()
-    finally:
-        torch.distributed.destroy_process_group()
-    sem_timm.unpatch_model(wrapper.module)
-    assert not sem_timm.patched(wrapper)

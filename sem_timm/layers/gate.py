@@ -138,12 +138,14 @@ class ChannelGate(nn.Module):
         gate = self._gate_pooled(self.pool(x))
         return gate if self.gain == 1.0 else gate * self.gain
 
-    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, shortcut: Tensor | None = None, shortcut_first: bool = False) -> Tensor:
         """Scale the channels of the input and add the shortcut, if one is given.
 
         Args:
             x: (B, C, *spatial) for ``channel_dim=1``, (B, *spatial, C) for ``channel_dim=-1``.
             shortcut: The other operand of the residual add, of the same shape.
+            shortcut_first: The order of that sum, which matters where the two lie differently in memory: the result
+                lies as its first operand does.
 
         Returns:
             ``x * gate`` or ``x * gate + shortcut``; the first has shape and type of the input.
@@ -159,7 +161,7 @@ class ChannelGate(nn.Module):
         if shortcut.dtype == x.dtype and shortcut.stride() == x.stride():
             # One pass over memory instead of two.
             return torch.addcmul(shortcut, x, gate)
-        return x * gate + shortcut
+        return shortcut + x * gate if shortcut_first else x * gate + shortcut
 
     def _gate_pooled(self, pooled: Tensor) -> Tensor:
         """The product of the operators' sigmoids for pooled features (B, C), before the gain."""

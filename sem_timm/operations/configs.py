@@ -39,7 +39,7 @@ class InsertionConfig:
 
     @property
     def fuses_shortcut(self) -> bool:
-        """Whether the module takes ``(branch, shortcut)`` and returns their sum."""
+        """Whether the module takes ``(branch, shortcut, shortcut_first=False)`` and returns their sum."""
         return False
 
     @property
@@ -59,12 +59,10 @@ class InsertionConfig:
         return self.attribute
 
 
-@dataclass(frozen=True)
 class _GateConfig(InsertionConfig):
     """What the configurations of SEM and of a single operator share."""
 
-    reduction: int = 16
-    init: str = 'identity'
+    init: str
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,14 +89,16 @@ class SEMConfig(_GateConfig):
 
     Attributes:
         reduction: Bottleneck ratio of the fully connected operator.
-        init: 'identity' for a module that returns its input bit for bit until trained, 'paper' for the published one.
         operators: Names or classes of excitation operators.
+        init: 'identity' for a module that returns its input bit for bit until trained, 'paper' for the published one.
 
     Raises:
         OptionError: If an option is unknown or out of range.
     """
 
+    reduction: int = 16
     operators: tuple[str | Callable[..., nn.Module], ...] = ('se', 'eca', 'ie')
+    init: str = 'identity'
 
     def __post_init__(self) -> None:
         operators: Any = self.operators
@@ -122,15 +122,17 @@ class ExcitationConfig(_GateConfig):
     """Inserts one excitation operator by itself: SE, ECA, IE, … as a system of its own.
 
     Attributes:
+        operator: Name or class of the operator.
         reduction: Bottleneck ratio of the fully connected operator.
         init: As for `SEMConfig`.
-        operator: Name or class of the operator.
 
     Raises:
         OptionError: If an option is unknown or out of range.
     """
 
     operator: str | Callable[..., nn.Module] = 'se'
+    reduction: int = 16
+    init: str = 'identity'
 
     @property
     def attribute(self) -> str:

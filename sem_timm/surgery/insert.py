@@ -119,8 +119,7 @@ class Inserter:
             tensor = reading.values[False][add.branch]
             layout = site_layout(add, reading.values[False])
             sites.append(self._site(name, 'residual', attribute, tensor, layout))
-        alike = tuple(_same_layout(reading, number) for number in numbers)
-        key = (id(reading.trace.graphs[True]), id(graph), reading.trace.guards, tuple(numbers), attributes, alike)
+        key = (id(reading.trace.graphs[True]), id(graph), reading.trace.guards, tuple(numbers), attributes)
         if key not in self._edits:
             graphs = self._edited(reading, numbers, attributes)
             source, bindings = residual_source(type(module), reading.trace, graphs)
@@ -139,9 +138,8 @@ class Inserter:
 
     def _edited(self, reading: Reading, numbers: list[int], attributes: tuple[str, ...]) -> dict[bool, fx.Graph]:
         graphs = reading.trace.graphs
-        fuse = self.operation.fuses_shortcut and all(_same_layout(reading, n) for n in numbers)
         done = {
-            mode: insert_modules(graphs[mode], [reading.adds[mode][n] for n in numbers], attributes, fuse)
+            mode: insert_modules(graphs[mode], [reading.adds[mode][n] for n in numbers], attributes, self.operation.fuses_shortcut)
             for mode in ({False} if graphs[True] is graphs[False] else {True, False})
         }
         return {False: done[False], True: done.get(True, done[False])}
@@ -190,8 +188,10 @@ def insert_modules(graph: fx.Graph, adds: list[ResidualAdd], attributes: tuple[s
     for add, attribute in zip(adds, attributes):
         node, branch, shortcut = copies[add.add], copies[add.branch], copies[add.shortcut]
         if fuse and not add.partial and _returns_a_new_tensor(node):
+            # Where the two lie differently in memory, the first operand of the sum decides how the result does.
+            order = {'shortcut_first': True} if node.all_input_nodes[0] is shortcut else {}
             with edited.inserting_before(node):
-                new = edited.call_module(attribute, (branch, shortcut))
+                new = edited.call_module(attribute, (branch, shortcut), order)
             node.replace_all_uses_with(new)
             edited.erase_node(node)
             copies = {old: new if copy is node else copy for old, copy in copies.items()}
@@ -203,12 +203,6 @@ def insert_modules(graph: fx.Graph, adds: list[ResidualAdd], attributes: tuple[s
         else:
             node.replace_input_with(branch, new)
     return edited
-
-
-def _same_layout(reading: Reading, number: int) -> bool:
-    """Whether branch and shortcut lie alike in memory; else the order of the sum decides how its result does."""
-    add, values = reading.adds[False][number], reading.values[False]
-    return bool(values[add.branch].stride() == values[add.shortcut].stride())
 
 
 def _returns_a_new_tensor(add: fx.Node) -> bool:

@@ -34,7 +34,7 @@ class Insertion(Protocol):
 
     @property
     def fuses_shortcut(self) -> bool:
-        """Whether the module takes ``(branch, shortcut)`` and returns their sum."""
+        """Whether the module takes ``(branch, shortcut, shortcut_first=False)`` and returns their sum."""
 
     @property
     def is_identity(self) -> bool:

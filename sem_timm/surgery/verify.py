@@ -54,8 +54,10 @@ def _agree(reading: Reading, module: nn.Module, edit: Edit, training: bool) -> b
     return _equal(*results)
 
 
-def _identity(x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-    return x if shortcut is None else shortcut + x
+def _identity(x: Tensor, shortcut: Tensor | None = None, shortcut_first: bool = False) -> Tensor:
+    if shortcut is None:
+        return x
+    return shortcut + x if shortcut_first else x + shortcut
 
 
 class _Numbers:

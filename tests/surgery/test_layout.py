@@ -1,69 +1,27 @@
-"""The channel axis and the prefix tokens are found where sizes cannot tell them apart."""
+"""The channel axis is found where sizes cannot tell it apart."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import timm
 import torch
 from timm.layers import Mlp
 from timm.models.convnext import ConvNeXt
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import sem_timm
-from sem_timm import ExcitationConfig, OptionError
-from tests.families import FAMILIES
-
-
-def instance_enhancement(model: nn.Module, **options: Any) -> dict[str, sem_timm.Excitation]:
-    """Patches in the simplest gate there is, 2 sigmoid(gamma * mean + beta), with weights that tell channels apart."""
-    sem_timm.patch_model(model.eval(), ExcitationConfig(operator='ie', **options))
-    gates = {}
-    for site in sem_timm.patched(model):
-        for child in site.inserted:
-            gate = model.get_submodule(f'{site.name}.{child}')
-            nn.init.normal_(gate.operators.ie.gamma, generator=torch.Generator().manual_seed(2))
-            nn.init.normal_(gate.operators.ie.beta, generator=torch.Generator().manual_seed(3))
-            gates[f'{site.name}.{child}'] = gate
-    return gates
-
-
-def by_hand(gate: Any, branch: Tensor, axes: tuple[int, ...], shape: tuple[int, ...], skip: int = 0) -> Tensor:
-    """The gated branch, pooled over ``axes`` from token ``skip`` on, with channels where ``shape`` has its -1."""
-    mean = branch[:, skip:].mean(axes) if skip else branch.mean(axes)
-    weights = 2 * torch.sigmoid(gate.operators.ie.gamma * mean + gate.operators.ie.beta)
-    return branch * weights.view(len(branch), *shape)
-
-
-def assert_gated_by_hand(
-    model: nn.Module, images: Tensor, gates: dict[str, Any], axes: tuple[int, ...], shape: tuple[int, ...], skip: int = 0
-) -> None:
-    """Runs the model and compares what every gate returned with a computation by hand."""
-    calls: dict[str, Any] = {}
-    for name, gate in gates.items():
-        gate.register_forward_hook(lambda gate, args, out, name=name: calls.update({name: (args, out)}))
-    with torch.no_grad():
-        model(images)
-        for name, gate in gates.items():
-            (branch, *shortcut), out = calls[name]
-            expected = sum(shortcut, by_hand(gate, branch, axes, shape, skip))
-            torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)  # another order of the same sum
-
-
-def vision_transformer(**options: Any) -> VisionTransformer:
-    """As many tokens as channels: 16."""
-    return VisionTransformer(img_size=64, embed_dim=16, depth=2, num_heads=2, num_classes=10, **options)
+from sem_timm import ExcitationConfig
+from tests.surgery.gates_by_hand import assert_gated_by_hand, instance_enhancement, vision_transformer
 
 
 def test_as_many_tokens_as_channels() -> None:
     model = vision_transformer(class_token=False, global_pool='avg')
     gates = instance_enhancement(model, branches='all')
     plan = sem_timm.plan_model(vision_transformer(class_token=False, global_pool='avg'), branches='all')
-    assert {(site.shape, site.layout, site.channels, site.channel_dim) for site in plan} == {((2, 16, 16), 'NLC', 16, -1)}
+    assert {(site.shape, site.layout, site.channels, site.channel_dim) for site in plan} == {
+        ((2, 16, 16), 'NLC', 16, -1)
+    }
     assert len(gates) == 4
     assert_gated_by_hand(model, torch.randn(3, 3, 64, 64), gates, (1,), (1, 16))
 
@@ -113,76 +71,6 @@ def test_token_mixing_is_gated_by_the_channels_of_the_trunk() -> None:
     model = mixer()
     gates = instance_enhancement(model, position='residual', branches='all')
     assert_gated_by_hand(model, torch.randn(2, 3, 64, 64), gates, (1,), (1, 16))
-
-
-@pytest.mark.parametrize(
-    ('architecture', 'options'),
-    [
-        ('test_vit', {'img_size': 64}),
-        ('test_vit', {'img_size': 64, 'reg_tokens': 4}),
-        ('test_vit', {'img_size': 64, 'reg_tokens': 3, 'class_token': False, 'global_pool': 'avg'}),
-        ('test_vit', {'img_size': 64, 'reg_tokens': 2, 'no_embed_class': True}),
-        ('test_vit3', {'img_size': 64}),
-        ('test_vit4', {'img_size': 64}),
-        ('deit_tiny_distilled_patch16_224', {'img_size': 64, 'depth': 2}),
-        ('deit3_small_patch16_224', {'img_size': 64, 'depth': 2}),
-        ('eva02_tiny_patch14_224', {'img_size': 56, 'depth': 2}),
-        ('vit_small_patch16_dinov3', {'img_size': 64, 'depth': 2}),
-        ('beit_base_patch16_224', {'img_size': 64, 'depth': 2, 'embed_dim': 48, 'num_heads': 2}),
-        ('pit_ti_224', {'img_size': 64}),
-        ('pit_ti_distilled_224', {'img_size': 64}),
-        ('vit_relpos_base_patch16_clsgap_224', {'img_size': 64, 'depth': 2, 'embed_dim': 48, 'num_heads': 2}),
-    ],
-)
-def test_prefix_tokens_are_those_that_timm_counts(architecture: str, options: dict[str, Any]) -> None:
-    model = timm.create_model(architecture, num_classes=10, **options)
-    expected = getattr(model, 'num_prefix_tokens', None)
-    if expected is None:
-        expected = model.num_tokens  # pit
-    for branches in ('last', 'all'):
-        plan = sem_timm.plan_model(model, branches=branches)
-        assert {site.num_prefix_tokens for site in plan} == {expected}
-        grid = plan.sites[0].shape[1] - expected
-        assert int(grid**0.5) ** 2 == grid
-
-
-def test_prefix_tokens_do_not_enter_the_pooling_and_are_gated() -> None:
-    model = vision_transformer(reg_tokens=2)
-    gates = instance_enhancement(model)
-    assert_gated_by_hand(model, torch.randn(2, 3, 64, 64), gates, (1,), (1, 16), skip=3)
-    gate = gates['blocks.0.ie']
-    x = torch.randn(2, 19, 16)
-    other = x.clone()
-    other[:, :3] += 1
-    assert torch.equal(gate.gate(x), gate.gate(other))
-    assert not torch.equal(gate(x)[:, :3], x[:, :3])
-    with pytest.raises(OptionError, match='above 3'):
-        gate(x[:, :3])
-
-
-def test_class_attention() -> None:
-    model = FAMILIES['xcit'].create()
-    plan = sem_timm.plan_model(model, input_size=(3, 64, 64))
-    assert {(site.class_name, site.num_prefix_tokens) for site in plan} == {('XCABlock', 0)}
-    plan = sem_timm.plan_model(model, target=r'cls_attn_blocks\.\d+', input_size=(3, 64, 64))
-    assert {(site.num_prefix_tokens, site.shape[1]) for site in plan} == {(1, 17)}
-    cait = timm.create_model('cait_xxs24_224', img_size=64, num_classes=10)
-    plan = sem_timm.plan_model(cait, target=r'blocks\.\d+')
-    assert {(site.num_prefix_tokens, site.shape[1]) for site in plan} == {(0, 16)}
-
-
-def test_class_tokens_alone_have_nothing_to_pool_over() -> None:
-    """CaiT's last blocks and CrossViT's fusion hand on class tokens only, and those do not enter the pooling."""
-    for architecture, options, target, class_name in (
-        ('cait_xxs24_224', {'img_size': 64}, r'blocks_token_only\.\d+', 'LayerScaleBlockClassAttn'),
-        ('crossvit_9_240', {}, r'blocks\.\d+\.fusion\.\d+', 'CrossAttentionBlock'),
-    ):
-        model = timm.create_model(architecture, num_classes=10, device='meta', **options)
-        with pytest.raises(sem_timm.RefusedError, match='no positions to pool over'):
-            sem_timm.plan_model(model, target=target)
-        plan = sem_timm.plan_model(model)
-        assert class_name not in {site.class_name for site in plan}
-        assert class_name in {refusal.class_name for refusal in plan.refusals}
 
 
 class Encoder(nn.Module):

@@ -29,7 +29,7 @@ def patched_resnet(**options: Any) -> Any:
     return sem_timm.patch_model(FAMILIES['resnet'].create(), **options)
 
 
-BOTTLENECK = '''\
+BOTTLENECK = """\
 def forward(self, x: torch.Tensor) -> torch.Tensor:
     out = self.conv1(x)
     out = self.bn1(out)
@@ -45,7 +45,7 @@ def forward(self, x: torch.Tensor) -> torch.Tensor:
     out = self.sem(out, x)
     out = self.act3(out)
     return out
-'''
+"""
 
 
 def test_the_code_reads_like_hand_written_code() -> None:
@@ -97,7 +97,9 @@ class Network(nn.Module):
 
 
 def test_parameters_keep_names_kinds_defaults_and_annotations() -> None:
-    models: list[tuple[Any, Any]] = [(FAMILIES[name].create(), None) for name in ('resnet', 'dla', 'swin', 'coat', 'vgg')]
+    models: list[tuple[Any, Any]] = [
+        (FAMILIES[name].create(), None) for name in ('resnet', 'dla', 'swin', 'coat', 'vgg')
+    ]
     for model, input_size in (*models, (Network(Keywords()), (3, 8, 8))):
         sem_timm.patch_model(model, input_size=input_size)
         for record in sem_timm.patched(model):

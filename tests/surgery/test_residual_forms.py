@@ -1,0 +1,218 @@
+"""Odd forms of residual adds, in small blocks and in timm's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import sem_timm
+from sem_timm import RefusedError
+from tests.families import FAMILIES
+from tests.surgery.small_blocks import Copy, Net, Zero, block, left_of
+
+
+def partial(self: Any, x: Tensor) -> Tensor:
+    out = self.wide(x)
+    return torch.cat((out[:, :8] + x, out[:, 8:]), dim=1)
+
+
+def partial_in_place(self: Any, x: Tensor) -> Tensor:
+    out = self.wide(x)
+    out[:, :8] += x  # assigns to an item
+    return out
+
+
+def test_a_shortcut_to_some_of_the_channels() -> None:
+    x = torch.randn(2, 8, 8, 8)
+    left, _, count = left_of(partial, x)
+    assert count == 1 and torch.equal(left, torch.cat((x, torch.zeros(2, 4, 8, 8)), dim=1))
+    model = Net(block(partial))
+    (site,) = sem_timm.plan_model(model, target='block', position='residual', input_size=(3, 8, 8))
+    assert site.channels == 12
+    with pytest.raises(RefusedError, match=r'test_residual.py:\d+: out\[:, :8\] \+= x  # assigns to an item'):
+        sem_timm.plan_model(Net(block(partial_in_place)), target='block', position='residual', input_size=(3, 8, 8))
+
+
+# fmt: off
+def a_tuple(self: Any, x: Tensor) -> Any: return x + self.a(x), x.relu() + self.b(x)
+def a_list(self: Any, x: Tensor) -> Any: return [x + self.a(x), x.relu() + self.b(x)]
+def a_dictionary(self: Any, x: Tensor) -> Any: return {'first': x + self.a(x), 'second': x.relu() + self.b(x)}
+def nested(self: Any, x: Tensor) -> Any: return x + self.a(x), {'second': [x.relu() + self.b(x)]}
+# fmt: on
+
+
+@pytest.mark.parametrize('forward', [a_tuple, a_list, a_dictionary, nested])
+def test_one_branch_for_each_output(forward: Callable[..., Any]) -> None:
+    x = torch.randn(2, 8, 8, 8)
+    left, _, count = left_of(forward, x)
+    assert type(left) is type(block(forward)(x))
+    first, second = tree_leaves(left)
+    assert count == 2 and torch.equal(first, x) and torch.equal(second, x.relu())
+
+
+# Changes in place
+
+
+def sum_as_a_statement(self: Any, x: Tensor) -> Any:
+    out = self.a(x)
+    out.add_(x)
+    return out
+
+
+def statement_before_the_sum(self: Any, x: Tensor) -> Any:
+    out = self.a(x)
+    out.mul_(2)
+    return out + x
+
+
+def functional_statement_before_the_sum(self: Any, x: Tensor) -> Any:
+    out = self.a(x)
+    nn.functional.relu(out, inplace=True)
+    out += x
+    return out
+
+
+def on_the_shortcut(self: Any, x: Tensor) -> Any:
+    x += self.a(x)
+    return x
+
+
+def sum_used_twice(self: Any, x: Tensor) -> Any:
+    out = self.a(x)
+    total = out.add_(x)
+    return total * out
+
+
+def kept_in_a_list(self: Any, x: Tensor) -> Any:
+    out = [x]
+    out[0] = out[0] + self.a(x)
+    return out[0]
+
+
+@pytest.mark.parametrize(
+    'forward',
+    [
+        sum_as_a_statement,
+        statement_before_the_sum,
+        functional_statement_before_the_sum,
+        on_the_shortcut,
+        sum_used_twice,
+        kept_in_a_list,
+    ],
+)
+@pytest.mark.parametrize('operation', ['sem', Copy])
+def test_changes_in_place(forward: Callable[..., Any], operation: Any) -> None:
+    base, model = block(forward), Net(block(forward))
+    model.block.load_state_dict(base.state_dict())
+    assert len(sem_timm.plan_model(model, operation, target='block', input_size=(3, 8, 8))) == 1
+    sem_timm.patch_model(model, operation, target='block', input_size=(3, 8, 8))
+    assert sem_timm.patched(model)[0].inserted
+    x = torch.randn(2, 8, 8, 8)
+    first, second = x.clone(), x.clone()
+    with torch.no_grad():
+        assert torch.equal(base(first), model.block(second))
+    assert torch.equal(first, second)  # what the forward does to its argument, the patched one does too
+
+
+def test_one_block_that_cannot_be_rewritten_does_not_stop_the_others() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), block(on_the_shortcut), block(plus))
+    plan = sem_timm.plan_model(model, input_size=(3, 8, 8))
+    assert {site.name: site.position for site in plan}['2'] == 'residual'
+    plan = sem_timm.plan_model(model, position='residual', input_size=(3, 8, 8))
+    assert [site.name for site in plan] in (['2'], ['1', '2'])
+    assert len(plan) + len(plan.refusals) == 2
+
+
+class WithShortcut(nn.Module):
+    """Hands its block a shortcut, as DLA does."""
+
+    def __init__(self, given: bool) -> None:
+        super().__init__()
+        self.given = given
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.project = nn.Conv2d(8, 8, 1)
+
+        def forward(self: Any, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+            if shortcut is None:
+                shortcut = x
+            return self.b(x) + shortcut
+
+        self.block = block(forward)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.block(x, self.project(x)) if self.given else self.block(x)
+
+
+@pytest.mark.parametrize('given', [True, False])
+def test_a_shortcut_that_is_an_argument(given: bool) -> None:
+    model = WithShortcut(given)
+    sem_timm.patch_model(model, sem_timm.InsertConfig(Zero, position='residual'), target='block', input_size=(3, 8, 8))
+    x, shortcut = torch.randn(2, 2, 8, 8, 8)
+    if given:
+        assert torch.equal(model.block(x, shortcut), shortcut)
+        assert torch.equal(model.block(x, shortcut=shortcut), shortcut)
+    else:
+        assert torch.equal(model.block(x), x)
+
+
+# timm's own
+
+
+@pytest.mark.parametrize('architecture', ['repvgg_a0', 'mobileone_s0'])
+def test_sums_of_parallel_convolutions_are_no_residual_adds(architecture: str) -> None:
+    model = timm.create_model(architecture, device='meta')
+    assert {site.position for site in sem_timm.plan_model(model)} == {'output'}
+    with pytest.raises(RefusedError, match='no residual add'):
+        sem_timm.plan_model(model, position='residual')
+
+
+@pytest.mark.parametrize('name', ['resnet', 'rexnet', 'dla', 'densenet', 'vgg'])
+def test_timm_blocks_lose_their_branch(name: str) -> None:
+    family = FAMILIES[name]
+    plan = sem_timm.plan_model(family.create(), input_size=family.input_size)
+    positions = {site.position for site in plan}
+    assert positions == {'resnet': {'residual'}, 'dla': {'residual'}, 'rexnet': {'residual', 'output'}}.get(
+        name, {'output'}
+    )
+    if name == 'rexnet':
+        wider = [s for s in plan if s.position == 'residual' and 'shortcut' in plan.code(s.name)]
+        assert not wider or all(site.channels == site.shape[1] for site in wider)
+
+
+def test_blocks_with_a_dense_and_a_residual_path() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model('dpn48b', num_classes=10).eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(images)
+        sem_timm.patch_model(model, input_size=(3, 64, 64))
+        assert torch.equal(before, model(images))
+    # The stem is no block, although timm's pattern for blocks matches its first convolution too.
+    assert {(site.class_name, site.position) for site in sem_timm.patched(model)} == {('DualPathBlock', 'residual')}
+
+
+def test_blocks_that_return_tuples() -> None:
+    model = timm.create_model('tnt_s_patch16_224', img_size=64, num_classes=10, depth=2).eval()
+    plan = sem_timm.plan_model(model)
+    assert [(site.name, site.attribute, site.shape[1]) for site in plan] == [
+        (f'blocks.{n}', attribute, tokens) for n in range(2) for attribute, tokens in (('sem1', 16), ('sem2', 17))
+    ]
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(images)
+        assert torch.equal(before, sem_timm.patch_model(model, plan)(images))
+
+
+def test_two_branches_of_a_transformer() -> None:
+    model = FAMILIES['vit_registers'].create()
+    plan = sem_timm.plan_model(model, branches='all')
+    assert [site.attribute for site in plan] == ['sem1', 'sem2'] * len(model.blocks)
+    code = plan.code('blocks.0')
+    assert code.index('self.attn(') < code.index('self.sem1(') < code.index('self.mlp(') < code.index('self.sem2(')
