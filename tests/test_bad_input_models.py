@@ -87,7 +87,7 @@ def test_compiled() -> None:
     model = resnet()
     assert_wrapped(torch.compile(model), model, 'OptimizedModule', 'patch_model(model._orig_mod)')
     model.compile()
-    assert_wrapped(model, model, 'compiled in place', 'before model.compile()')
+    assert_wrapped(model, model, 'compiled in place', 'patch', 'before', 'compile()')
 
 
 def test_a_block_that_is_compiled() -> None:

@@ -28,11 +28,8 @@ def test_operation_names() -> None:
 @pytest.mark.parametrize('name', sem_timm.operation_names())
 def test_every_operation_by_its_name(name: str) -> None:
     """A network of maps of 8 x 8, one of tokens with prefix tokens, one with channels last."""
-    for family_name, target in (
-        ('resnet', r'layer2\.0'),
-        ('vit_registers', r'blocks\.1'),
-        ('swin', r'layers\.0\.blocks\.1'),
-    ):
+    places = {'resnet': r'layer2\.0', 'vit_registers': r'blocks\.1', 'swin': r'layers\.0\.blocks\.1'}
+    for family_name, target in places.items():
         family = FAMILIES[family_name]
         model = family.create()
         before = snapshot(model)
@@ -70,11 +67,8 @@ def test_every_operation_on_a_whole_network_learns(name: str) -> None:
 
 def test_identities_are_the_operations_of_this_package() -> None:
     model = FAMILIES['resnet'].create()
-    identities = {
-        n
-        for n in sem_timm.operation_names()
-        if sem_timm.plan_model(model, n, input_size=(3, 256, 256)).to_dict()['identity']
-    }
+    plans = {name: sem_timm.plan_model(model, name, input_size=(3, 256, 256)) for name in sem_timm.operation_names()}
+    identities = {name for name, plan in plans.items() if plan.to_dict()['identity']}
     assert identities == {'sem', 'se', 'eca', 'ie', 'lct'}
     assert not sem_timm.plan_model(model, init='paper').operation.is_identity
 

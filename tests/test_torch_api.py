@@ -41,7 +41,7 @@ def test_compile_without_graph_breaks(name: str) -> None:
 
 @pytest.mark.parametrize(('name', 'block'), [('resnet', 'layer1.0'), ('vit_registers', 'blocks.0')])
 def test_compile_with_inductor(name: str, block: str) -> None:
-    _, model, family = both(name)
+    _, model, _ = both(name)
     module = trained(model).get_submodule(block)
     x = torch.randn(2, *{'resnet': (32, 8, 8), 'vit_registers': (21, 64)}[name])
     with torch.no_grad():

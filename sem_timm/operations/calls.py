@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from torch import nn
@@ -44,18 +44,24 @@ def resolve_operation(operation: Operation, **options: Any) -> InsertionConfig:
                 f'{type(operation).__name__}({next(iter(options))}=...).'
             )
         return operation
+    fixed: dict[str, Any] = {}
     if isinstance(operation, type) and issubclass(operation, InsertionConfig):
-        return resolve_operation(operation(**options))
-    if isinstance(operation, str):
+        cls: type[InsertionConfig] = operation
+    elif isinstance(operation, str):
         cls, fixed = _by_name(operation)
     elif callable(operation):
         cls, fixed = InsertConfig, {'factory': operation}
+    elif isinstance(operation, Plan):
+        raise OptionError('this is a plan already; patch_model(model, plan) applies it.')
     else:
         raise OptionError(f'operation={operation!r} is neither a name, a configuration nor a module class.')
     known = [f.name for f in fields(cls) if f.name not in fixed]
     for name in options:
         if name not in known:
             raise OptionError(f'option {name!r} of operation {operation!r} is unknown. {closest(name, known)}')
+    needed = [f.name for f in fields(cls) if f.default is MISSING and f.name not in {*fixed, *options}]
+    if needed:
+        raise OptionError(f'{cls.__name__} needs {", ".join(needed)}: {cls.__name__}({needed[0]}=...).')
     return cls(**fixed, **options)
 
 

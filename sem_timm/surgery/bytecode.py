@@ -30,6 +30,26 @@ def names_read(cls: type) -> frozenset[str]:
 
 
 @cache
+def names_called(cls: type) -> frozenset[str]:
+    """Names that the forward of a module class mentions, and the methods and functions that it calls."""
+    waiting, seen = ['forward'], {'forward'}
+    while waiting:
+        function = getattr(cls, waiting.pop(), None)
+        if isinstance(function, FunctionType) and function is not getattr(nn.Module, function.__name__, None):
+            names = {name for code in _reachable(function, {}) for name in code.co_names}
+            waiting += names - seen
+            seen |= names
+    return frozenset(seen)
+
+
+@cache
+def iterates_children(cls: type) -> bool:
+    """Whether the forward of a module class may go through its children, whatever they are."""
+    walks = {'children', 'named_children', 'modules', 'named_modules', '_modules'}
+    return issubclass(cls, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or bool(names_called(cls) & walks)
+
+
+@cache
 def _codes(cls: type) -> tuple[CodeType, ...]:
     found: dict[CodeType, None] = {}
     for base in cls.__mro__:

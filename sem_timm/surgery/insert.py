@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from sem_timm.errors import TraceError
-from sem_timm.surgery.bytecode import names_read
+from sem_timm.surgery.bytecode import iterates_children
 from sem_timm.surgery.layout import Layout, LayoutMode, layout_of, set_layout
 from sem_timm.surgery.plan import Insertion, Site
 from sem_timm.surgery.reading import Reader, Reading
 from sem_timm.surgery.residual import ResidualAdd, last_of_each_output, site_layout
-from sem_timm.surgery.rewrite import Edit, edit_of, output_source, residual_source
+from sem_timm.surgery.rewrite import Edit, edit_of, output_source, patched_class, residual_source
 from sem_timm.surgery.trace import forward_signature
 
 
@@ -29,13 +31,6 @@ class Placement:
     sites: tuple[Site, ...]
     edit: Edit
     reading: Reading | None
-
-
-def iterates_children(module: nn.Module) -> bool:
-    """Whether a module's forward may go through its children, whatever they are."""
-    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    walks = {'children', 'named_children', 'modules', 'named_modules', '_modules'}
-    return isinstance(module, containers) or bool(walks & names_read(type(module)))
 
 
 class Inserter:
@@ -57,11 +52,15 @@ class Inserter:
         reading = self._residual_reading(name)
         if reading is not None:
             return self._at_residual(name, reading)
+        return self._at_end(name)
+
+    def _at_end(self, name: str) -> Placement:
+        """The output of a module; of a sequence, whose new child would become one of its steps, that of its last."""
+        self._check(name)
         module = self.reader.modules[name]
         if type(module).forward is nn.Sequential.forward and module._modules:
-            # A new child of a sequence would become one of its steps; its last step returns the same.
-            return self.place(f'{name}.{next(reversed(module._modules))}')
-        if iterates_children(module):
+            return self._at_end(f'{name}.{next(reversed(module._modules))}')
+        if iterates_children(type(module)):
             raise Refused('its forward goes through its children, and the new one would become one of them')
         return self._at_output(name)
 
@@ -74,6 +73,8 @@ class Inserter:
             raise Refused("the model's forward does not call it")
         if count > 1:
             raise Refused(f"the model's forward calls it {count} times; one inserted module cannot serve several calls")
+        if not isinstance(inspect.getattr_static(type(module), 'forward'), FunctionType):
+            raise Refused('its forward is not a plain function')
         if 'forward' in module.__dict__:
             raise Refused('its forward was replaced on the instance, which hides that of its class')
 
@@ -89,7 +90,7 @@ class Inserter:
             if self.operation.position == 'residual':
                 raise Refused(str(error)) from error
             return None
-        if reading.adds[False]:
+        if last_of_each_output(reading.trace.graphs[False], reading.adds[False]):
             return reading
         if self.operation.position == 'residual':
             raise Refused("its own forward has no residual add; position='output' would gate what it returns")
@@ -104,8 +105,16 @@ class Inserter:
         attribute = self._free_name(module, self.operation.attribute)
         site = self._site(name, 'output', attribute, tensor, layout_of(tensor))
         source, bindings = output_source(type(module), forward_signature(type(module)), attribute, kind)
-        edit = Edit(type(module), source, bindings, (attribute,), 'output', self.operation)
+        edit = self._compiled(Edit(type(module), source, bindings, (attribute,), 'output', self.operation))
         return Placement((site,), edit, None)
+
+    def _compiled(self, edit: Edit) -> Edit:
+        """Makes the class of an edit now, so that what cannot be written as code is refused and not met later."""
+        try:
+            patched_class(edit)
+        except Exception as error:  # odd names, a class that forbids subclasses, unhashable options
+            raise Refused(f'no class can be made for it: {type(error).__name__}: {error}') from error
+        return edit
 
     def _at_residual(self, name: str, reading: Reading) -> Placement:
         module, graph = self.reader.modules[name], reading.trace.graphs[False]
@@ -122,8 +131,12 @@ class Inserter:
         key = (id(reading.trace.graphs[True]), id(graph), reading.trace.guards, tuple(numbers), attributes)
         if key not in self._edits:
             graphs = self._edited(reading, numbers, attributes)
-            source, bindings = residual_source(type(module), reading.trace, graphs)
-            self._edits[key] = Edit(type(module), source, bindings, attributes, 'residual', self.operation)
+            try:
+                source, bindings = residual_source(type(module), reading.trace, graphs)
+            except SyntaxError as error:  # a child named by a keyword, say
+                raise Refused(f'its forward cannot be written as code: {error}') from error
+            edit = Edit(type(module), source, bindings, attributes, 'residual', self.operation)
+            self._edits[key] = self._compiled(edit)
         return Placement(tuple(sites), self._edits[key], reading)
 
     def _attributes(self, module: nn.Module, count: int) -> tuple[str, ...]:
@@ -146,20 +159,25 @@ class Inserter:
 
     def _site(self, name: str, position: str, attribute: str, tensor: Tensor, layout: Layout | None) -> Site:
         shape = tuple(tensor.shape)
+        if not tensor.is_floating_point():
+            raise Refused(f'the tensor there is of {tensor.dtype}, which has no gradient')
         if tensor.ndim < 3:
             raise Refused(f'there are no positions to pool over: the tensor is {_text(shape)}')
         if layout is None or layout.channel is None:
             raise Refused(f'the channels of the {_text(shape)} tensor could not be told from its other axes')
         if layout.channel not in (1, tensor.ndim - 1):
             raise Refused(f'the channels of the {_text(shape)} tensor are on axis {layout.channel}, not first or last')
+        if layout.batch != 0:
+            raise Refused(f'the batch is not the first axis of the {_text(shape)} tensor, and gates are per sample')
         prefix = layout.prefix if tensor.ndim == 3 and layout.channel == 2 and layout.prefix < shape[1] else 0
         channel_dim = 1 if layout.channel == 1 else -1
         class_name = type(self.reader.modules[name]).__name__
-        site = Site(name, class_name, position, attribute, shape, shape[layout.channel], channel_dim, prefix)
-        return replace(site, num_parameters=self._rehearse(site, tensor.dtype))
+        site = Site(name, class_name, position, attribute, shape, tensor.dtype, shape[layout.channel], channel_dim, prefix)
+        return replace(site, num_parameters=self._rehearse(site))
 
-    def _rehearse(self, site: Site, dtype: torch.dtype) -> int:
+    def _rehearse(self, site: Site) -> int:
         """Builds and runs the new module once on meta tensors; returns its number of parameters."""
+        dtype = site.dtype
         key = (site.shape, site.channel_dim, site.num_prefix_tokens, dtype, site.position)
         if key not in self._parameters:
             try:
@@ -169,7 +187,7 @@ class Inserter:
                     fused = self.operation.fuses_shortcut and site.position == 'residual'
                     out = new(x, x) if fused else new(x)
             except Exception as error:  # the module is anybody's; that it does not fit here is a reason, not a crash
-                raise Refused(f'{self.operation} does not work on {_text(site.shape)}: {error}') from error
+                raise Refused(f'{self.operation} does not work on {_text(site.shape)}: {type(error).__name__}: {error}') from error
             if not isinstance(out, Tensor) or out.shape != x.shape:
                 got = _text(tuple(out.shape)) if isinstance(out, Tensor) else type(out).__name__
                 raise Refused(f'{self.operation} turns {_text(site.shape)} into {got}')
@@ -187,7 +205,7 @@ def insert_modules(graph: fx.Graph, adds: list[ResidualAdd], attributes: tuple[s
     edited.output(edited.graph_copy(graph, copies))
     for add, attribute in zip(adds, attributes):
         node, branch, shortcut = copies[add.add], copies[add.branch], copies[add.shortcut]
-        if fuse and not add.partial and _returns_a_new_tensor(node):
+        if fuse and not add.partial:
             # Where the two lie differently in memory, the first operand of the sum decides how the result does.
             order = {'shortcut_first': True} if node.all_input_nodes[0] is shortcut else {}
             with edited.inserting_before(node):
@@ -196,19 +214,13 @@ def insert_modules(graph: fx.Graph, adds: list[ResidualAdd], attributes: tuple[s
             edited.erase_node(node)
             copies = {old: new if copy is node else copy for old, copy in copies.items()}
             continue
-        with edited.inserting_after(branch):
+        with edited.inserting_after(branch) if add.partial else edited.inserting_before(node):
             new = edited.call_module(attribute, (branch,))
         if add.partial:
             branch.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
         else:
             node.replace_input_with(branch, new)
     return edited
-
-
-def _returns_a_new_tensor(add: fx.Node) -> bool:
-    """False for an in-place add into a tensor that is used again, and so must really be changed."""
-    in_place = add.op == 'call_method' and str(add.target).endswith('_')
-    return not in_place or len(add.all_input_nodes[0].users) == 1
 
 
 def _text(shape: tuple[int, ...]) -> str:

@@ -8,7 +8,7 @@ them, concatenating learned tokens in front adds prefix tokens. Runs on meta ten
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -25,10 +25,12 @@ class Layout:
     Attributes:
         channel: Index of the channel axis, or None where the channels are split or gone.
         prefix: Number of leading tokens (class, register, distillation) of a (B, N, C) tensor.
+        batch: Index of the batch axis, with what else is folded into it, or None where it is folded into another.
     """
 
     channel: int | None = None
     prefix: int = 0
+    batch: int | None = 0
 
 
 def set_layout(tensor: Tensor, layout: Layout) -> Tensor:
@@ -47,8 +49,10 @@ class LayoutMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, '__name__', '')
-        if name == '__get__':
-            return func(*args, **kwargs)
+        if name == '__get__':  # a property such as shape, or a transposed view
+            name = getattr(func.__self__, '__name__', '')
+            if name not in ('T', 'mT', 'H', 'mH'):
+                return func(*args, **kwargs)
         sources = [value for value in _tensors((*args, *kwargs.values())) if layout_of(value) is not None]
         # Only for data: what is computed from parameters alone is rare and keeps torch's own ways.
         shape = SHAPES.get(name) if sources and sources[0].is_meta else None
@@ -84,7 +88,7 @@ def _inherit(out: Tensor, index: int, outputs: list[Tensor], sources: list[Tenso
     layouts = [_of(source) for source in alike]
     channel = next((layout.channel for layout in layouts if layout.channel is not None), None)
     same_tokens = [_of(s).prefix for s in alike if s.ndim == 3 and s.shape[1] == out.shape[1]]
-    return Layout(channel, max(same_tokens, default=0))
+    return Layout(channel, max(same_tokens, default=0), layouts[0].batch if layouts else 0)
 
 
 def _axis_one(out: Tensor, index: int, outputs: list[Tensor], sources: list[Tensor], args: Any, kwargs: Any) -> Layout:
@@ -94,7 +98,8 @@ def _axis_one(out: Tensor, index: int, outputs: list[Tensor], sources: list[Tens
 def _last_axis(out: Tensor, index: int, outputs: list[Tensor], sources: list[Tensor], args: Any, kwargs: Any) -> Layout:
     source = sources[0]
     same_tokens = source.ndim == 3 and out.ndim == 3 and source.shape[1] == out.shape[1]
-    return Layout(out.ndim - 1, _of(source).prefix if same_tokens else 0)
+    batch = _of(source).batch if source.ndim == out.ndim else 0
+    return Layout(out.ndim - 1, _of(source).prefix if same_tokens else 0, batch)
 
 
 def _layer_norm(out: Tensor, index: int, outputs: Any, sources: list[Tensor], args: Any, kwargs: Any) -> Layout:
@@ -108,8 +113,8 @@ def _permuted(out: Tensor, index: int, outputs: Any, sources: list[Tensor], args
     source, layout = sources[0], _of(sources[0])
     dims = kwargs.get('dims', args[1] if len(args) == 2 else args[1:])
     order = [int(d) % source.ndim for d in ((dims,) if isinstance(dims, int) else dims)]
-    channel = order.index(layout.channel) if layout.channel in order else None
-    return Layout(channel, layout.prefix if source.ndim == 3 and order[1] == 1 else 0)
+    channel, batch = (None if axis is None else order.index(axis) for axis in (layout.channel, layout.batch))
+    return Layout(channel, layout.prefix if source.ndim == 3 and order[1] == 1 else 0, batch)
 
 
 def _transposed(out: Tensor, index: int, outputs: Any, sources: list[Tensor], args: Any, kwargs: Any) -> Layout:
@@ -117,9 +122,28 @@ def _transposed(out: Tensor, index: int, outputs: Any, sources: list[Tensor], ar
     given = [*args[1:], *(kwargs[key] for key in ('dim0', 'dim1', 'axis0', 'axis1') if key in kwargs)] or [0, 1]
     first, second = (int(d) % source.ndim for d in given[:2])
     swap = {first: second, second: first}
-    channel = None if layout.channel is None else swap.get(layout.channel, layout.channel)
+    channel, batch = (None if axis is None else swap.get(axis, axis) for axis in (layout.channel, layout.batch))
     # A transposed token axis keeps its prefix: mixers and attention transpose back before the tokens are used again.
-    return Layout(channel, layout.prefix)
+    return Layout(channel, layout.prefix, batch)
+
+
+def _matrix_transposed(out: Tensor, index: int, outputs: Any, sources: list[Tensor], args: Any, kwargs: Any) -> Layout:
+    return _transposed(out, index, outputs, sources, (args[0], -2, -1), {})
+
+
+def _moved(out: Tensor, index: int, outputs: Any, sources: list[Tensor], args: Any, kwargs: Any) -> Layout:
+    source, layout = sources[0], _of(sources[0])
+    given = [*args[1:], *(kwargs[key] for key in ('source', 'destination') if key in kwargs)]
+    moved, places = ([int(d) % source.ndim for d in ((g,) if isinstance(g, int) else g)] for g in given)
+    order = [axis for axis in range(source.ndim) if axis not in moved]
+    for place, axis in sorted(zip(places, moved)):
+        order.insert(place, axis)
+    channel, batch = (None if axis is None else order.index(axis) for axis in (layout.channel, layout.batch))
+    return Layout(channel, 0, batch)
+
+
+def _unknown(out: Tensor, index: int, outputs: Any, sources: list[Tensor], args: Any, kwargs: Any) -> Layout:
+    return Layout()
 
 
 def _reshaped(out: Tensor, index: int, outputs: Any, sources: list[Tensor], args: Any, kwargs: Any) -> Layout:
@@ -127,39 +151,45 @@ def _reshaped(out: Tensor, index: int, outputs: Any, sources: list[Tensor], args
     source, layout = sources[0], _of(sources[0])
     if source.shape == out.shape:
         return layout
-    channel = None
-    if layout.channel is not None and source.numel():
-        size = source.shape[layout.channel]
-        inner = prod(source.shape[layout.channel + 1 :])
-        matches = [d for d in range(out.ndim) if out.shape[d] == size and prod(out.shape[d + 1 :]) == inner]
-        channel = matches[0] if matches else None
-    return Layout(channel, 0)
+    batch = _same_axis(source, out, layout.batch)
+    if layout.batch == 0 and out.ndim and source.shape[0] and out.shape[0] % source.shape[0] == 0:
+        batch = 0  # windows, heads or tokens folded into the batch
+    return Layout(_same_axis(source, out, layout.channel), 0, batch)
+
+
+def _same_axis(source: Tensor, out: Tensor, axis: int | None) -> int | None:
+    if axis is None or not source.numel():
+        return None
+    size, inner = source.shape[axis], prod(source.shape[axis + 1 :])
+    return next((d for d in range(out.ndim) if out.shape[d] == size and prod(out.shape[d + 1 :]) == inner), None)
 
 
 def _matmul(out: Tensor, index: int, outputs: Any, sources: list[Tensor], args: Any, kwargs: Any) -> Layout:
     first, second = args[0], args[1] if len(args) > 1 else kwargs.get('other', kwargs.get('mat2'))
     left, right = layout_of(first), layout_of(second)
+    batch = left.batch if left is not None and first.ndim == out.ndim else 0
     if left is not None and (right is None or right.channel == second.ndim - 1):
-        return replace(_last_axis(out, index, outputs, sources, args, kwargs), prefix=0)
+        return Layout(out.ndim - 1, 0, batch)
     if left is not None and left.channel is not None and left.channel == first.ndim - 2:
-        return Layout(out.ndim - 2)
-    return Layout()
+        return Layout(out.ndim - 2, 0, batch)
+    return Layout(None, 0, batch)
 
 
 def _concatenated(out: Tensor, index: int, outputs: Any, sources: list[Tensor], args: Any, kwargs: Any) -> Layout:
     parts = list(_tensors(args[:1] or (kwargs.get('tensors', ()),)))
     dim = kwargs.get('dim', kwargs.get('axis', args[1] if len(args) > 1 else 0))
     channel = next((_of(part).channel for part in sources if _of(part).channel is not None), None)
+    batch = _of(sources[0]).batch
     if out.ndim != 3 or dim % 3 != 1 or channel == 1:
         prefix = max((_of(part).prefix for part in sources), default=0) if out.ndim == 3 else 0
-        return Layout(channel, prefix)
+        return Layout(channel, prefix, batch)
     prefix = 0
     for part in parts:  # learned tokens, and tokens that were a prefix before, until the first image tokens
         own = part.shape[1] if layout_of(part) is None else _of(part).prefix
         prefix += own
         if own < part.shape[1]:
             break
-    return Layout(channel, prefix)
+    return Layout(channel, prefix, batch)
 
 
 def _indexed(out: Tensor, index: int, outputs: Any, sources: list[Tensor], args: Any, kwargs: Any) -> Layout:
@@ -170,7 +200,9 @@ def _indexed(out: Tensor, index: int, outputs: Any, sources: list[Tensor], args:
     if any(isinstance(step, (Tensor, list)) for step in steps):
         return layout if out.ndim == source.ndim else Layout()
     missing = source.ndim - sum(step is not None and step is not Ellipsis for step in steps)
-    axis, position, channel, prefix = 0, 0, None, layout.prefix
+    axis, position, prefix = 0, 0, layout.prefix
+    channel: int | None = None
+    batch: int | None = None
     full: list[Any] = []
     for step in steps:
         full += [slice(None)] * missing if step is Ellipsis else [step]
@@ -182,9 +214,10 @@ def _indexed(out: Tensor, index: int, outputs: Any, sources: list[Tensor], args:
             prefix = _sliced_prefix(step, source.shape[1], layout.prefix)
         if isinstance(step, slice):
             channel = position if axis == layout.channel else channel
+            batch = position if axis == layout.batch else batch
             position += 1
         axis += 1
-    return Layout(channel, prefix if out.ndim == 3 else 0)
+    return Layout(channel, prefix if out.ndim == 3 else 0, batch)
 
 
 def _sliced_prefix(step: Any, size: int, prefix: int) -> int:
@@ -200,21 +233,21 @@ def _split(out: Tensor, index: int, outputs: list[Tensor], sources: list[Tensor]
     if source.ndim != 3 or dim != 1:
         return layout
     start = sum(part.shape[1] for part in outputs[:index])
-    return Layout(layout.channel, min(max(layout.prefix - start, 0), out.shape[1]))
+    return Layout(layout.channel, min(max(layout.prefix - start, 0), out.shape[1]), layout.batch)
 
 
 def _unbound(out: Tensor, index: int, outputs: Any, sources: list[Tensor], args: Any, kwargs: Any) -> Layout:
     source, layout = sources[0], _of(sources[0])
     dim = kwargs.get('dim', args[1] if len(args) > 1 else 0) % source.ndim
-    if layout.channel is None or layout.channel == dim:
-        return Layout()
-    return Layout(layout.channel - (dim < layout.channel))
+    channel, batch = (None if a in (None, dim) else a - (dim < a) for a in (layout.channel, layout.batch))
+    return Layout(channel, 0, batch)
 
 
 def _stacked(out: Tensor, index: int, outputs: Any, sources: list[Tensor], args: Any, kwargs: Any) -> Layout:
     layout = _of(sources[0])
     dim = kwargs.get('dim', args[1] if len(args) > 1 else 0) % out.ndim
-    return Layout(None if layout.channel is None else layout.channel + (dim <= layout.channel))
+    channel, batch = (None if a is None else a + (dim <= a) for a in (layout.channel, layout.batch))
+    return Layout(channel, 0, batch)
 
 
 _Rule = Callable[..., Layout]
@@ -233,4 +266,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(('split', 'chunk', 'split_with_sizes', 'tensor_split'), _split),
     **dict.fromkeys(('unbind', 'select'), _unbound),
     'stack': _stacked,
+    **dict.fromkeys(('T', 'mT', 'H', 'mH'), _matrix_transposed),
+    **dict.fromkeys(('movedim', 'moveaxis'), _moved),
+    'einsum': _unknown,
 }

@@ -81,16 +81,11 @@ def _set_rng_states(states: list[torch.Tensor]) -> None:
 
 
 def _built(plan: Plan, site: Site, block: nn.Module, model: nn.Module) -> nn.Module:
-    """The new module with the device, dtype and mode of its block."""
-    device, dtype = _device_and_dtype(block) or _device_and_dtype(model) or (torch.device('cpu'), torch.float32)
-    return plan.operation.build(site, device, dtype).train(block.training)
-
-
-def _device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype] | None:
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_floating_point():
-            return tensor.device, tensor.dtype
-    return None
+    """The new module with the device and mode of its block and the type of the tensor it is for."""
+    tensors = (*block.parameters(), *block.buffers(), *model.parameters(), *model.buffers())
+    device = next((tensor.device for tensor in tensors if tensor.is_floating_point()), torch.device('cpu'))
+    with torch.inference_mode(False):  # parameters made in that mode could never be trained
+        return plan.operation.build(site, device, site.dtype).train(block.training)
 
 
 def _check_fit(model: nn.Module, plan: Plan) -> None:

@@ -54,6 +54,7 @@ class Site:
         position: 'residual', before a residual add, or 'output'.
         attribute: Name of the new child in the block.
         shape: Shape of the tensor there in the probe, batch of two.
+        dtype: Its type.
         channels: Number of channels C.
         channel_dim: 1 or -1.
         num_prefix_tokens: Leading tokens that are not image.
@@ -65,6 +66,7 @@ class Site:
     position: str
     attribute: str
     shape: tuple[int, ...]
+    dtype: torch.dtype
     channels: int
     channel_dim: int
     num_prefix_tokens: int = 0
@@ -128,7 +130,7 @@ class Plan:
             'input_size': list(self.input_size),
             'identity': operation.is_identity,
             'num_parameters': self.num_parameters,
-            'sites': [{**asdict(site), 'shape': list(site.shape), 'layout': site.layout} for site in self.sites],
+            'sites': [{**asdict(site), 'shape': list(site.shape), 'dtype': str(site.dtype), 'layout': site.layout} for site in self.sites],
             'refusals': [asdict(refusal) for refusal in self.refusals],
         }
 

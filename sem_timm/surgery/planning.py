@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
+import sys
 import weakref
-from collections.abc import Hashable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +50,7 @@ def plan_insertion(
     check_model(model)
     wanted = None if target is None else select(model, target)
     unwanted = _excluded(model, exclude)
-    with torch.random.fork_rng(devices=[]):
+    with _kept_random_states():
         reader = Reader(probe(model, input_size))
         blocks = [name for name in find_blocks(reader) if name not in unwanted]
         work = _Work(Inserter(reader, operation))
@@ -57,8 +59,10 @@ def plan_insertion(
             work.place([name for name in blocks if name in set(kept)] or kept, entry)
         work.verify(reader)
         work.check()
+        if wanted is None:
+            work.refusals.update(_unread(reader, blocks, unwanted))
         if not work.placements:
-            raise RefusedError(_nothing(model, operation, work.refusals))
+            raise RefusedError(_nothing(model, operation, work.refusals, bool(unwanted)))
     order = [name for name in reader.modules if name in work.placements]
     sites = tuple(site for name in order for site in work.placements[name].sites)
     return Plan(
@@ -79,7 +83,7 @@ def structure_of(model: nn.Module) -> dict[str, Hashable]:
         name: (
             type(module),
             'forward' in module.__dict__,
-            *((key, None if p is None else p.shape) for key, p in module._parameters.items()),
+            *((key, None if p is None else (p.shape, p.dtype)) for key, p in module._parameters.items()),
         )
         for name, module in model.named_modules()
     }
@@ -120,12 +124,12 @@ class _Work:
         smallest: dict[Edit, tuple[int, str]] = {}
         for name, placement in self.placements.items():
             size = sum(torch.Size(site.shape).numel() for site in placement.sites)
-            if placement.reading is not None and size < smallest.get(placement.edit, (size + 1, ''))[0]:
+            if size < smallest.get(placement.edit, (size + 1, ''))[0]:
                 smallest[placement.edit] = (size, name)
         for edit, (_, name) in smallest.items():
             try:
                 with _on_cpu():
-                    verify(self.placements[name].reading, reader.modules[name], edit)
+                    verify(self.placements[name].reading, reader.modules[name], reader.probe.calls[name], edit)
             except TraceError as error:
                 for other in [n for n, placement in self.placements.items() if placement.edit == edit]:
                     del self.placements[other]
@@ -146,16 +150,44 @@ class _Work:
             )
 
 
+def _unread(reader: Reader, blocks: list[str], unwanted: set[str]) -> dict[str, str]:
+    """Modules that might be blocks and whose forward could not be read, unless they are part of one or hold some."""
+    related = {block[: index or None] for block in blocks for index in [0, *_dots(block)]}
+    return {
+        name: str(error)
+        for name, error in reader.failures.items()
+        if name and name not in related | unwanted and not any(name.startswith(block + '.') for block in blocks)
+    }
+
+
+def _dots(name: str) -> list[int]:
+    return [index for index, letter in enumerate(name) if letter == '.']
+
+
+@contextmanager
+def _kept_random_states() -> Iterator[None]:
+    """Keeps the state of every random generator that a forward may draw from."""
+    numpy_random = sys.modules.get('numpy.random')
+    numpy_state = numpy_random.get_state() if numpy_random else None
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(state)
+        if numpy_random:
+            numpy_random.set_state(numpy_state)
+
+
 def _on_cpu() -> AbstractContextManager[object]:
     """Where tensors are made by default, wherever the caller has them made; free where that is so already."""
     return nullcontext() if torch.get_default_device().type == 'cpu' else torch.device('cpu')
 
 
-def _nothing(model: nn.Module, operation: Insertion, refusals: dict[str, str]) -> str:
+def _nothing(model: nn.Module, operation: Insertion, refusals: dict[str, str], excluded: bool) -> str:
     reasons = [f'\n  {name}: {reason}' for name, reason in list(refusals.items())[:5]]
-    found = (
-        f'{len(refusals)} blocks were found and refused:' if refusals else 'it has no blocks, as far as can be seen.'
-    )
+    found = 'all of it is excluded.' if excluded else 'it has no blocks, as far as can be seen.'
+    found = f'{len(refusals)} blocks were found and refused:' if refusals else found
     return f'nothing in {type(model).__name__} can take {operation}; {found}{"".join(reasons)}'
 
 
@@ -179,5 +211,6 @@ def check_model(model: Any) -> None:
         wrapper = next((base.__name__ for base in cls.__mro__ if base.__name__ in _ADVICE), None)
         if wrapper is not None:
             raise ModelError(f'{name or "the model"} is wrapped in {wrapper}; {_ADVICE[wrapper]}.')
-    if getattr(model, '_compiled_call_impl', None) is not None:
-        raise ModelError('the model was compiled in place; patch it before model.compile().')
+    for name, module in model.named_modules():
+        if getattr(module, '_compiled_call_impl', None) is not None:
+            raise ModelError(f'{name or "the model"} was compiled in place; patch the model before compile().')

@@ -12,6 +12,7 @@ from sem_timm.errors import TraceError
 from sem_timm.surgery.bytecode import may_add
 from sem_timm.surgery.evaluate import evaluate
 from sem_timm.surgery.residual import ResidualAdd, Values, residual_adds
+from sem_timm.surgery.rewrite import edit_of
 from sem_timm.surgery.skeleton import Call, Probe
 from sem_timm.surgery.structure import Structures, call_key
 from sem_timm.surgery.trace import Trace, bind, forward_signature, is_guided, trace
@@ -35,6 +36,7 @@ class Reader:
         self.modules: dict[str, nn.Module] = dict(probe.skeleton.named_modules())
         self._traces: dict[Hashable, Trace | TraceError] = {}
         self._readings: dict[Hashable, Reading | TraceError] = {}
+        self.failures: dict[str, TraceError] = {}
         self._by_name: dict[str, Reading | TraceError] = {}
 
     def read(self, name: str) -> Reading:
@@ -74,13 +76,16 @@ class Reader:
     def holds_residual(self, name: str) -> bool:
         """Whether a module's own forward has a residual add; False where the forward cannot be read."""
         module = self.modules[name]
+        if edit_of(module, inherited=True) is not None:
+            return True  # it had one, or it was patched as a block without
         if name not in self.probe.calls or not may_add(type(module)):
             return False
         if not any(next(child.parameters(), None) is not None for child in module.children()):
             return False
         try:
             return bool(self.read(name).adds[False])
-        except TraceError:
+        except TraceError as error:
+            self.failures[name] = error
             return False
 
     def _read(self, name: str, values: dict[str, Any]) -> Reading:
@@ -153,4 +158,6 @@ def _evaluated(found: Trace, module: nn.Module, call: Call, known: dict[str, Any
 def _shapes(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.shape
+    if isinstance(value, dict):
+        return tuple((key, _shapes(entry)) for key, entry in value.items())
     return tuple(_shapes(entry) for entry in value) if isinstance(value, (tuple, list)) else type(value)

@@ -47,16 +47,19 @@ def residual_adds(graph: fx.Graph, module: nn.Module, values: Values) -> list[Re
     """The residual adds of a graph whose results carry the module's output, in the order they are executed."""
     weights = _WeightCounter(module)
     sizes = {value.numel() for value in _leaves(values[_output(graph)]) if isinstance(value, Tensor)}
+    reached = _ancestors(_output(graph))
     found = []
     for node in graph.nodes:
         operands = _operands(node)
-        if operands is None or not _equal_tensors(values, node, *operands):
+        if operands is None or node not in reached or not _equal_tensors(values, node, *operands):
             continue
         pair = _branch_and_shortcut(*operands, weights, values)
         if pair is None:
             continue
         branch, shortcut = pair
         whole = _before_slices(branch, values)
+        if any(_changed_in_place(operand, node) for operand in {branch, shortcut, whole}):
+            continue
         if sizes & {values[node].numel(), values[whole].numel()} or _rejoined(node, operands, values, graph):
             found.append(ResidualAdd(node, whole, shortcut, whole is not branch))
     return found
@@ -83,7 +86,7 @@ def site_layout(add: ResidualAdd, values: Values) -> Layout | None:
     channel = own.channel if trunk.channel is None else trunk.channel
     tokens = values[add.branch].shape[1]
     prefix = max(own.prefix, trunk.prefix)
-    return Layout(channel, prefix if prefix < tokens else 0)
+    return Layout(channel, prefix if prefix < tokens else 0, trunk.batch)
 
 
 def _output(graph: fx.Graph) -> fx.Node:
@@ -136,6 +139,10 @@ def _branch_and_shortcut(
     common = _ancestors(first, values) & _ancestors(second, values)
     depth_first, touched_first = weights.along(first, common)
     depth_second, touched_second = weights.along(second, common)
+    # A sum that the data enters untouched is the trunk so far, whatever else went into it.
+    carries_first, carries_second = (_carries(node, common, weights, values) for node in (first, second))
+    if carries_first != carries_second and (touched_second if carries_first else touched_first):
+        return (second, first) if carries_first else (first, second)
     if not touched_first and touched_second:
         return second, first
     if not touched_second and touched_first:
@@ -146,6 +153,30 @@ def _branch_and_shortcut(
     if depth_second > depth_first >= 1:
         return second, first
     return None
+
+
+def _carries(node: fx.Node, common: set[fx.Node], weights: _WeightCounter, values: Values) -> bool:
+    """Whether common data reaches a node through sums and mere changes of shape."""
+    if node in common:
+        return True
+    sources = [source for source in node.all_input_nodes if _is_data(values[source])]
+    if _operands(node) is not None:
+        return any(_carries(source, common, weights, values) for source in sources)
+    if len(sources) != 1 or weights.own(node) != (0, False) or not isinstance(values[sources[0]], Tensor):
+        return False
+    same = isinstance(values[node], Tensor) and values[node].numel() == values[sources[0]].numel()
+    return same and _carries(sources[0], common, weights, values)
+
+
+def _changed_in_place(operand: fx.Node, add: fx.Node) -> bool:
+    """Whether a statement changes an operand in place, so that it matters when it is read, or which tensor it is."""
+    for user in operand.users:
+        name = user.target if isinstance(user.target, str) else getattr(user.target, '__name__', '')
+        changes = user.op != 'call_module' and str(name).endswith('_') and not str(name).endswith('__')
+        changes |= user.kwargs.get('inplace') is True
+        if changes and user.args[:1] == (operand,) and (user is not add or len(operand.users) > 1):
+            return True
+    return False
 
 
 def _is_one_of_several_inputs(node: fx.Node, values: Values) -> bool:
@@ -204,14 +235,15 @@ class _WeightCounter:
         for current in node.graph.nodes:
             if current in reached and current not in passed:
                 before = [passed[source] for source in current.all_input_nodes]
-                own, learned = self._own(current)
+                own, learned = self.own(current)
                 depth = max((depth for depth, _ in before), default=0) + own
                 passed[current] = depth, learned or any(touched for _, touched in before)
             if current is node:
                 break
         return passed[node]
 
-    def _own(self, node: fx.Node) -> tuple[int, bool]:
+    def own(self, node: fx.Node) -> tuple[int, bool]:
+        """The same for one node alone."""
         if node.op == 'get_attr':
             value = operator.attrgetter(str(node.target))(self.module)
             return int(isinstance(value, nn.Parameter) and value.ndim > 1), isinstance(value, nn.Parameter)

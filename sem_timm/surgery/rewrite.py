@@ -11,6 +11,7 @@ import __future__
 import ast
 import builtins
 import inspect
+import keyword
 import linecache
 import operator
 import textwrap
@@ -25,7 +26,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from sem_timm.errors import GuardError
+from sem_timm.errors import GuardError, ModelError
 from sem_timm.surgery.trace import Guard, Trace
 
 
@@ -69,8 +70,23 @@ def _patched_class(edit: Edit) -> type:
         '__doc__': edit.base.__doc__,
         '__module__': edit.base.__module__,
         '__reduce_ex__': _reduce_ex,
+        **{name: _folding(name) for name in _FOLDS if callable(getattr(edit.base, name, None))},
     }
     return type(edit.base)(f'Patched{edit.base.__name__}', (edit.base,), namespace)
+
+
+# Under these names timm's modules fold their layers into fewer, and with them the sum that a patch works on.
+_FOLDS = ('fuse', 'reparameterize', 'switch_to_deploy')
+
+
+def _folding(name: str) -> Callable[..., Any]:
+    def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        raise ModelError(
+            f'{type(self).__name__}.{name} would fold away what was inserted; fold the model first and patch it then: '
+            'unpatch_model(model), reparameterize_model(model), patch_model(model).'
+        )
+
+    return refuse
 
 
 def _compiled(edit: Edit) -> Callable[..., Any]:
@@ -82,7 +98,7 @@ def _compiled(edit: Edit) -> Callable[..., Any]:
     flags = __future__.annotations.compiler_flag
     exec(compile(edit.source, filename, 'exec', flags=flags, dont_inherit=True), scope)
     forward: Callable[..., Any] = scope['forward']
-    original = inspect.unwrap(edit.base.forward)  # type: ignore[attr-defined]
+    original = edit.base.forward  # type: ignore[attr-defined]
     forward.__defaults__, forward.__kwdefaults__ = original.__defaults__, original.__kwdefaults__  # type: ignore
     forward.__annotations__ = dict(original.__annotations__)
     forward.__qualname__ = f'Patched{edit.base.__qualname__}.forward'
@@ -136,9 +152,12 @@ def output_source(
     base: type, signature: inspect.Signature, name: str, kind: type
 ) -> tuple[str, tuple[tuple[str, Any], ...]]:
     """Source and bindings of a forward that calls the old one and passes its output, or its first, to a new child."""
-    call = f'{base.__name__}.forward({", ".join(["self", *_passed_on(signature)])})'
+    taken = {'self', 'out', 'GuardError', *signature.parameters}
+    own = base.__name__.isidentifier() and not keyword.iskeyword(base.__name__) and base.__name__ not in taken
+    cls = base.__name__ if own else 'BaseClass'
+    call = f'{cls}.forward({", ".join(["self", *_passed_on(signature)])})'
     if kind not in (tuple, list):
-        return _function(signature, [f'return self.{name}({call})']), ((base.__name__, base),)
+        return _function(signature, [f'return self.{name}({call})']), ((cls, base),)
     message = f'{base.__name__} was patched when it returned a {kind.__name__}; now it does not.'
     lines = [
         f'out = {call}',
@@ -146,7 +165,7 @@ def output_source(
         f'    raise GuardError({message!r})',
         f'return {kind.__name__}([self.{name}(out[0]), *out[1:]])',
     ]
-    return _function(signature, lines), ((base.__name__, base), ('GuardError', GuardError))
+    return _function(signature, lines), ((cls, base), ('GuardError', GuardError))
 
 
 def _function(signature: inspect.Signature, lines: list[str]) -> str:
@@ -164,7 +183,7 @@ def _header(signature: inspect.Signature) -> Iterator[str]:
         keyword_only |= parameter.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_POSITIONAL)
         text = stars.get(parameter.kind, '') + parameter.name
         if parameter.annotation is not inspect.Parameter.empty:
-            text += f': {inspect.formatannotation(parameter.annotation)}'
+            text += f': {_annotation(parameter.annotation)}'
         if parameter.default is not inspect.Parameter.empty:
             plain = isinstance(parameter.default, (type(None), bool, int, float, str))
             text += f' = {parameter.default!r}' if plain else ' = ...'  # the real default is set on the function
@@ -174,7 +193,12 @@ def _header(signature: inspect.Signature) -> Iterator[str]:
 def _returns(signature: inspect.Signature) -> str:
     if signature.return_annotation is inspect.Signature.empty:
         return ''
-    return f' -> {inspect.formatannotation(signature.return_annotation)}'
+    return f' -> {_annotation(signature.return_annotation)}'
+
+
+def _annotation(annotation: Any) -> str:
+    # Text already, where the file postpones the evaluation of annotations.
+    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
 
 
 def _passed_on(signature: inspect.Signature) -> Iterator[str]:
@@ -190,7 +214,10 @@ def _passed_on(signature: inspect.Signature) -> Iterator[str]:
 def _guard_lines(base: type, guards: tuple[Guard, ...]) -> Iterator[str]:
     for guard in guards:
         yield f'if not ({guard.condition}):'
-        message = f'{base.__name__} was patched as it was called in the probe, with {guard.condition}; now it is not.'
+        message = (
+            f'{base.__name__} was planned for calls with {guard.condition}, and this is another one.\n'
+            '  Undo the patch and plan again for such calls: unpatch_model(model), plan_model(model, ...).'
+        )
         yield f'    raise GuardError({message!r})'
 
 

@@ -62,7 +62,7 @@ def _by_pattern(pattern: str, modules: dict[str, nn.Module], role: str) -> list[
 
 def _by_name(entry: str, modules: dict[str, nn.Module]) -> list[str]:
     # Names read off a compiled or distributed model carry a prefix that the model itself does not have.
-    for wanted in (entry, entry.removeprefix('module.').removeprefix('_orig_mod.')):
+    for wanted in (entry, re.sub(r'^(module\.|_orig_mod\.)+', '', entry)):
         names = [name for name in modules if name == wanted or name.endswith('.' + wanted)]
         if names:
             return names

@@ -89,7 +89,7 @@ def _copied(value: Any, twins: dict[int, Any]) -> Any:
     if isinstance(value, torch.Tensor):
         return _on_meta(value, twins)
     if isinstance(value, nn.Module):
-        return twins.get(id(value), value)
+        return twins[id(value)] if id(value) in twins else weightless(value)  # one that is hidden in a list
     if type(value) in (list, tuple, set):
         return type(value)(_copied(entry, twins) for entry in value)
     if type(value) is dict:

@@ -29,11 +29,10 @@ class Structures:
         """What of a module, of its children and of their attributes can steer its forward."""
         mentioned = names_read(type(module))
         looked_into = tuple(
-            (name, key, child.__dict__[key])
+            (name, key, _exact(child.__dict__[key]))
             for name, child in module.named_modules()
             if child is not module
-            for key in sorted(mentioned & child.__dict__.keys())
-            if type(child.__dict__[key]) is int
+            for key in sorted((mentioned & child.__dict__.keys()) - _INFRASTRUCTURE)
         )
         return self._described(module, _exact), looked_into
 
@@ -46,7 +45,8 @@ class Structures:
     def _described(self, module: nn.Module, plain: Callable[[Any], Hashable]) -> Hashable:
         state = module.__dict__
         # What no code of the class mentions cannot steer its forward.
-        read = names_read(type(module)) & state.keys() - _INFRASTRUCTURE
+        read = names_read(type(module))
+        read = (state.keys() if read & {'getattr', 'vars', '__dict__'} else read & state.keys()) - _INFRASTRUCTURE
         attributes = tuple((name, plain(state[name])) for name in sorted(read))
         tensors = tuple((k, t is None) for store in ('_parameters', '_buffers') for k, t in state[store].items())
         children = tuple((k, None if m is None else self._number(m)) for k, m in module._modules.items())

@@ -25,10 +25,15 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from sem_timm.errors import TraceError
+from sem_timm.surgery.bytecode import names_called
 from sem_timm.surgery.skeleton import Call
 from sem_timm.surgery.tracers import LEVELS, LevelTracer, check, is_unpacked, own_methods, place_of
 
 _CONSTANTS = (type(None), bool, int, float, str)
+
+# Contexts and calls that act on what is computed inside them, or tell how; none of them leaves a node in a graph.
+_SWITCHES = {'autocast', 'no_grad', 'enable_grad', 'set_grad_enabled', 'inference_mode', 'checkpoint', 'checkpoint_seq'}
+_SWITCHES |= {'is_autocast_enabled', 'is_grad_enabled', 'is_inference_mode_enabled'}
 
 _Level = Callable[[dict[str, Any], frozenset[str]], LevelTracer]
 
@@ -71,9 +76,15 @@ def trace(module: nn.Module, call: Call, *, inline_methods: bool = False) -> Tra
         TraceError: If no level can trace it; the message names the line that stopped the last one.
     """
     signature = forward_signature(type(module))
-    kinds = {parameter.kind for parameter in signature.parameters.values()}
-    if inspect.Parameter.VAR_POSITIONAL in kinds or inspect.Parameter.VAR_KEYWORD in kinds:
-        raise TraceError(f'{type(module).__name__}.forward{signature} takes a variable number of arguments.')
+    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    if any(parameter.kind not in plain for parameter in signature.parameters.values()):
+        raise TraceError(f'{type(module).__name__}.forward{signature} takes arguments that have no names for the caller.')
+    forward = type(module).forward
+    if hasattr(forward, '__wrapped__'):
+        raise TraceError(f'{type(module).__name__}.forward is decorated, which a graph cannot show.')
+    switches = names_called(type(module)) & _SWITCHES
+    if switches:
+        raise TraceError(f'{type(module).__name__}.forward uses {min(switches)}, which a graph cannot show.')
     values = bind(signature, call)
     methods: frozenset[str] = frozenset() if inline_methods else frozenset(own_methods(type(module)))
     failure: Exception | None = None
@@ -95,7 +106,7 @@ def is_guided(trace: Trace) -> bool:
 
 def forward_signature(cls: type) -> inspect.Signature:
     """The signature of a module class's forward, without ``self`` and as written (annotations not evaluated)."""
-    signature = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+    signature = inspect.signature(cls.forward, follow_wrapped=False)  # type: ignore[attr-defined]
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
@@ -111,13 +122,27 @@ def _both_modes(
 ) -> tuple[dict[bool, fx.Graph], tuple[Guard, ...]]:
     with _training_flag(module) as flag:
         graph, guards = _with_free_arguments(module, values, signature, level)
-        if not flag.was_read:
+        if not flag.was_read and 'training' not in names_called(type(module)):
             return {True: graph, False: graph}, tuple(guards)
         flag.value = True
-        other, more = _with_free_arguments(module, values, signature, level)
+        with _children_in_training(module):
+            other, more = _with_free_arguments(module, values, signature, level)
     if listing(other) == listing(graph):
         other = graph
     return {True: other, False: graph}, tuple(dict.fromkeys([*guards, *more]))
+
+
+@contextmanager
+def _children_in_training(module: nn.Module) -> Iterator[None]:
+    """A forward may read the flag of a child; the children themselves are not run."""
+    children = [child for child in module.modules() if child is not module]
+    for child in children:
+        child.__dict__['training'] = True
+    try:
+        yield
+    finally:
+        for child in children:
+            child.__dict__['training'] = False
 
 
 class _TrainingFlag:
@@ -127,10 +152,7 @@ class _TrainingFlag:
 
 @contextmanager
 def _training_flag(module: nn.Module) -> Iterator[_TrainingFlag]:
-    """Makes the module's own training flag settable, and tells whether its forward reads it.
-
-    Children keep theirs: they are not run, and their mode is their own affair.
-    """
+    """Makes the module's own training flag settable, and tells whether its forward reads it."""
     flag = _TrainingFlag()
 
     def read(self: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import random
 import traceback
 from collections.abc import Callable, Iterator
 from types import FunctionType
@@ -66,13 +67,19 @@ class LevelTracer(fx.Tracer):
         """Traces a module; calling one of its own methods in ``methods`` records a node, as calling a child does."""
         leaves = {name: self._leaf(name) for name in self.methods if name not in module.__dict__}
         module.__dict__.update(leaves)
-        known = set(module.__dict__)
+        before, drawn = dict(module.__dict__), _random_states()
         try:
             graph = self.trace(module)
         finally:
-            added = module.__dict__.keys() - known
+            added = module.__dict__.keys() - before.keys()
+            changed = [name for name in before if module.__dict__.get(name) is not before[name]]
+            module.__dict__.update(before)
             for name in (*leaves, *added):
                 del module.__dict__[name]
+        if not all(map(_same_state, drawn, _random_states())):
+            raise TraceError('the forward draws random numbers to decide what to do')
+        if changed:
+            raise TraceError(f'the forward sets self.{changed[0]}, which a graph cannot show')
         if any(node.op == 'get_attr' and node.target in added for node in graph.nodes):
             raise TraceError('the forward makes a constant tensor')
         _drop_dead_reads(graph)
@@ -148,7 +155,7 @@ class _GuidedTracer(LevelTracer):
         if isinstance(value, torch.Tensor) and question is not len:
             raise TraceError('the forward depends on values of a tensor')
         if _asks_for_device(proxy.node):
-            raise TraceError('the forward depends on the device or type of a tensor')
+            raise TraceError('the forward depends on the device of a tensor')
         answer = question(value)
         where = _line_of(traceback.extract_stack())
         self.create_node('call_function', check, (proxy.node, answer, where), {})
@@ -196,8 +203,16 @@ def _mode() -> tuple[bool, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
+def _random_states() -> tuple[Any, ...]:
+    return torch.get_rng_state(), random.getstate()
+
+
+def _same_state(first: Any, second: Any) -> bool:
+    return torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
+
+
 def _asks_for_device(node: fx.Node) -> bool:
-    names = ('device', 'dtype', 'is_cuda', 'is_cpu', 'is_meta', 'is_mps', 'is_xpu')
+    names = ('device', 'is_cuda', 'is_cpu', 'is_meta', 'is_mps', 'is_xpu')
     asked = (node, *node.all_input_nodes)
     return any(each.target is getattr and each.args[1] in names for each in asked)
 

@@ -8,35 +8,60 @@ forward did to its arguments, must agree bit for bit.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from sem_timm.errors import TraceError
+from sem_timm.surgery.layout import LayoutMode
 from sem_timm.surgery.reading import Reading
 from sem_timm.surgery.rewrite import Edit, patched_class
+from sem_timm.surgery.skeleton import Call
 
 _GOLDEN = 0.6180339887498949
 
 
-def verify(reading: Reading | None, module: nn.Module, edit: Edit) -> None:
+def verify(reading: Reading | None, module: nn.Module, call: Call, edit: Edit) -> None:
     """Compares the rewritten forward with that of the module's own class, in both modes where they differ.
 
     Raises:
         TraceError: If they compute different things, or one of them cannot be run by itself.
     """
-    assert reading is not None
+    if reading is None:
+        _check_output_edit(module, call, edit)
+        return
     graphs = reading.trace.graphs
     for training in {False} if graphs[True] is graphs[False] else {False, True}:
         try:
             same = _agree(reading, module, edit, training)
         except Exception as error:  # the forward needs something of its children that stand-ins do not have
-            raise TraceError(f'{type(module).__name__}.forward cannot be checked by itself: {error}') from error
+            raise TraceError(f'{_named(module)} cannot be checked by itself: {error}') from error
         if not same:
-            raise TraceError(f'{type(module).__name__}.forward: the rewritten code computes something else')
+            raise TraceError(f'{_named(module)}: rewritten, it computes something else')
+
+
+def _check_output_edit(module: nn.Module, call: Call, edit: Edit) -> None:
+    """Such a forward calls the old one, so running it once on meta tensors is enough to see that it fits."""
+    stand_in = _shell(module, patched_class(edit))
+    stand_in.__dict__.update(dict.fromkeys(edit.inserted, _identity))
+    try:
+        with torch.no_grad(), LayoutMode():
+            out = stand_in(*call.args, **call.kwargs)
+    except Exception as error:
+        raise TraceError(f'{_named(module)} does not run when it is called by another: {error}') from error
+    shapes = [[leaf.shape for leaf in tree_leaves(each) if isinstance(leaf, Tensor)] for each in (out, call.output)]
+    if shapes[0] != shapes[1]:
+        raise TraceError(f'{_named(module)} returns something else when it is called by another')
+
+
+def _named(module: nn.Module) -> str:
+    code = inspect.unwrap(type(module).forward).__code__
+    return f'{type(module).__name__}.forward ({code.co_filename.rsplit("site-packages/", 1)[-1]}:{code.co_firstlineno})'
 
 
 def _agree(reading: Reading, module: nn.Module, edit: Edit, training: bool) -> bool:
@@ -56,7 +81,7 @@ def _agree(reading: Reading, module: nn.Module, edit: Edit, training: bool) -> b
 
 def _identity(x: Tensor, shortcut: Tensor | None = None, shortcut_first: bool = False) -> Tensor:
     if shortcut is None:
-        return x
+        return x.clone()  # a new tensor, as of any module, so that a change in place shows
     return shortcut + x if shortcut_first else x + shortcut
 
 
@@ -68,13 +93,13 @@ class _Numbers:
 
     def like(self, value: Any, seed: int) -> Any:
         """Numbers of the shape and type of a meta value; zero for integers, which are mostly indices."""
-        if isinstance(value, Tensor):
-            if not value.is_floating_point():
-                return torch.zeros(value.shape, dtype=value.dtype)
-            return self._sequence[seed : seed + value.numel()].view(value.shape).to(value.dtype)
-        if type(value) in (tuple, list):
-            return type(value)(self.like(entry, seed + 1) for entry in value)
-        return value
+        places = count(seed)
+        return tree_map_only(Tensor, lambda tensor: self._tensor(tensor, next(places)), value)
+
+    def _tensor(self, value: Tensor, place: int) -> Tensor:
+        if not value.is_floating_point():
+            return torch.zeros(value.shape, dtype=value.dtype)
+        return self._sequence[place : place + value.numel()].view(value.shape).to(value.dtype)
 
 
 def _longest(values: Iterable[Any]) -> int:
@@ -82,23 +107,18 @@ def _longest(values: Iterable[Any]) -> int:
 
 
 def _cloned(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    return type(value)(_cloned(entry) for entry in value) if type(value) in (tuple, list) else value
+    return tree_map_only(Tensor, torch.clone, value)
 
 
 def _equal(first: Any, second: Any) -> bool:
+    one, one_form = tree_flatten(first)
+    other, other_form = tree_flatten(second)
+    return one_form == other_form and all(map(_equal_leaves, one, other))
+
+
+def _equal_leaves(first: Any, second: Any) -> bool:
     if isinstance(first, Tensor):
         return isinstance(second, Tensor) and first.dtype == second.dtype and _equal_numbers(first, second)
-    if isinstance(first, (tuple, list)):
-        same = isinstance(second, (tuple, list)) and len(first) == len(second)
-        return same and all(map(_equal, first, second))
-    if isinstance(first, dict):
-        return (
-            isinstance(second, dict)
-            and first.keys() == second.keys()
-            and all(_equal(first[k], second[k]) for k in first)
-        )
     return type(first) is type(second) and bool(first == second)
 
 
@@ -163,23 +183,21 @@ def _calls(numbers: _Numbers, templates: list[Any], seed: int) -> Callable[..., 
     calls = iter(templates)
 
     def stand_in(*args: Any, **kwargs: Any) -> Any:
-        given = sum((_sample(value) for value in (*args, *kwargs.values())), 0.0)
-        return _scaled(numbers.like(next(calls), 7 * seed % 1000), 1 + given)
+        return _scaled(numbers.like(next(calls), 7 * seed % 900), 1 + _sample((args, kwargs)))
 
     return stand_in
 
 
 def _sample(value: Any) -> float:
-    """A number that depends on a few hundred entries of a tensor and on where they are."""
-    if isinstance(value, (tuple, list)):
-        return sum(_sample(entry) for entry in value)
-    if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
-        return 0.0
-    entries = value.reshape(-1)[:: max(1, value.numel() // 251)].double()
-    return float(entries @ torch.linspace(0.5, 1.5, len(entries), dtype=torch.float64)) / len(entries)
+    """A number that depends on a few hundred entries of each tensor and on where they are."""
+    total = 0.0
+    for tensor in tree_leaves(value):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
+            entries = tensor.reshape(-1)[:: max(1, tensor.numel() // 251)].double()
+            weights = torch.linspace(0.5, 1.5, len(entries), dtype=torch.float64)
+            total += float(entries @ weights) / len(entries)
+    return total
 
 
 def _scaled(value: Any, factor: float) -> Any:
-    if isinstance(value, Tensor):
-        return value * factor if value.is_floating_point() else value
-    return type(value)(_scaled(entry, factor) for entry in value) if type(value) in (tuple, list) else value
+    return tree_map_only(Tensor, lambda tensor: tensor * factor if tensor.is_floating_point() else tensor, value)

@@ -97,9 +97,8 @@ class Network(nn.Module):
 
 
 def test_parameters_keep_names_kinds_defaults_and_annotations() -> None:
-    models: list[tuple[Any, Any]] = [
-        (FAMILIES[name].create(), None) for name in ('resnet', 'dla', 'swin', 'coat', 'vgg')
-    ]
+    families = [FAMILIES[name] for name in ('resnet', 'dla', 'swin', 'coat', 'vgg')]
+    models: list[tuple[Any, Any]] = [(family.create(), family.input_size) for family in families]
     for model, input_size in (*models, (Network(Keywords()), (3, 8, 8))):
         sem_timm.patch_model(model, input_size=input_size)
         for record in sem_timm.patched(model):
@@ -122,7 +121,13 @@ class PositionalOnly(nn.Module):
 
 
 def test_positional_only_arguments() -> None:
-    model = sem_timm.patch_model(Network(PositionalOnly()), target='block', position='residual', input_size=(3, 8, 8))
+    model = Network(PositionalOnly())
+    with pytest.raises(sem_timm.RefusedError, match=r'PositionalOnly\.forward\(x.*, /\)'):
+        sem_timm.plan_model(model, target='block', position='residual', input_size=(3, 8, 8))
+    x = torch.randn(2, 8, 8, 8)
+    expected = model.block(x)
+    sem_timm.patch_model(model, target='block', input_size=(3, 8, 8))
+    assert torch.equal(expected, model.block(x))
     assert str(inspect.signature(model.block.forward)) == "(x: 'Tensor', /) -> 'Tensor'"
 
 

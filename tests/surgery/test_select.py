@@ -68,16 +68,16 @@ def test_a_suffix_begins_at_a_dot() -> None:
 def test_target_and_exclude() -> None:
     assert sites(target=r'layer[123]\..*', exclude=['layer2.0']) == [BLOCKS[0], BLOCKS[2]]
     assert sites(exclude=Bottleneck) == [BLOCKS[0], BLOCKS[1], BLOCKS[3]]
-    # A stage that is excluded takes its blocks along only if they are matched too.
-    assert sites(exclude='layer1') == BLOCKS
+    # A stage that is excluded takes what is in it along.
+    assert sites(exclude='layer1') == BLOCKS[1:]
     assert sites(exclude=r'layer1.*') == BLOCKS[1:]
 
 
-def test_a_stage_means_its_output_and_a_pattern_its_blocks() -> None:
-    model = FAMILIES['resnet'].create()
-    (site,) = sem_timm.plan_model(model, target='layer1')
-    assert (site.name, site.position) == ('layer1', 'output')
-    assert [site.name for site in sem_timm.plan_model(model, target='layer1.*')] == ['layer1.0']
+def test_a_stage_means_its_last_block_and_a_pattern_all_of_them() -> None:
+    """What a sequence of blocks returns is what its last block returns."""
+    model = timm.create_model('resnet26', device='meta')
+    assert [site.name for site in sem_timm.plan_model(model, target='layer1')] == ['layer1.1']
+    assert [site.name for site in sem_timm.plan_model(model, target='layer1.*')] == ['layer1.0', 'layer1.1']
 
 
 def test_modules_that_are_no_blocks_can_be_named() -> None:

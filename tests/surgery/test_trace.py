@@ -111,7 +111,7 @@ def many_keywords(self: Any, x: Tensor, **masks: Tensor) -> Tensor:
 @pytest.mark.parametrize('forward', [many_arguments, many_keywords])
 def test_any_number_of_arguments_only_at_the_output(forward: Callable[..., Any]) -> None:
     model = Net(block(forward))
-    with pytest.raises(RefusedError, match=r'variable number of arguments'):
+    with pytest.raises(RefusedError, match=r'Block_many_\w+\.forward.*arguments'):
         sem_timm.plan_model(model, target='block', position='residual', input_size=SIZE)
     x = torch.randn(2, 8, 8, 8)
     expected = model.block(x)
