@@ -114,17 +114,18 @@ def test_a_function_that_makes_modules_and_a_name() -> None:
 
 def test_new_modules_have_device_dtype_and_mode_of_their_block() -> None:
     for operation in ('sem', 'cbam', Own):
-        model = FAMILIES['resnet'].create().to(torch.float64)
-        model.layer1.train()
+        model = FAMILIES['resnet'].create().to(torch.bfloat16)
         plan = sem_timm.plan_model(model, operation)
-        model.to(torch.bfloat16)
+        model.layer1.train()
         sem_timm.patch_model(model, plan)
         for record in sem_timm.patched(model):
             block = model.get_submodule(record.name)
             new = block.get_submodule(record.inserted[0])
             assert {p.dtype for p in new.parameters()} == {torch.bfloat16}
             assert {m.training for m in new.modules()} == {block.training}
-        model = sem_timm.patch_model(FAMILIES['resnet'].create().to('meta'), operation)
+        model = FAMILIES['resnet'].create()
+        plan = sem_timm.plan_model(model, operation)
+        sem_timm.patch_model(model.to('meta'), plan)
         assert {p.device.type for p in model.parameters()} == {'meta'}
 
 

@@ -31,22 +31,30 @@ def find_blocks(reader: Reader) -> list[str]:
 
 def _named_by_group_matcher(reader: Reader) -> list[str]:
     """Modules with children whose full name a block pattern matches; the innermost where matches are nested."""
-    patterns = list(_block_patterns(reader.probe.skeleton))
+    stem, blocks = _patterns(reader.probe.skeleton)
     names = [
         name
         for name, module in reader.modules.items()
-        if name and module._modules and any(pattern.fullmatch(name) for pattern in patterns)
+        if name and module._modules and any(pattern.fullmatch(name) for pattern in blocks)
+        # timm looks at the stem first, whose pattern may be part of a block's.
+        if not any(pattern.match(name) for pattern in stem)
     ]
     return [name for name in names if not any(other.startswith(name + '.') for other in names)]
 
 
-def _block_patterns(model: nn.Module) -> Iterator[re.Pattern[str]]:
+def _patterns(model: nn.Module) -> tuple[list[re.Pattern[str]], list[re.Pattern[str]]]:
+    """What the group matcher says of stem and blocks; nothing where there is none."""
     try:
         groups = model.group_matcher(coarse=False)  # type: ignore[operator]
-    except Exception:  # no group matcher, or one that is not for this model
-        return
-    blocks: Any = groups.get('blocks') if isinstance(groups, dict) else None
-    for entry in [blocks] if isinstance(blocks, (str, re.Pattern)) else blocks or ():
+    except Exception:  # there is none, or one that is not for this model
+        groups = None
+    if not isinstance(groups, dict):
+        return [], []
+    return list(_entries(groups.get('stem'))), list(_entries(groups.get('blocks')))
+
+
+def _entries(group: Any) -> Iterator[re.Pattern[str]]:
+    for entry in [group] if isinstance(group, (str, re.Pattern)) else group or ():
         pattern, ordinal = (entry, None) if isinstance(entry, (str, re.Pattern)) else entry
         if ordinal is None:  # a fixed ordinal marks norms and other parts that merely share a block's learning rate
             yield re.compile(pattern)

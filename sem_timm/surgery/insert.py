@@ -169,7 +169,9 @@ class Inserter:
             raise Refused(f'the channels of the {_text(shape)} tensor are on axis {layout.channel}, not first or last')
         if layout.batch != 0:
             raise Refused(f'the batch is not the first axis of the {_text(shape)} tensor, and gates are per sample')
-        prefix = layout.prefix if tensor.ndim == 3 and layout.channel == 2 and layout.prefix < shape[1] else 0
+        prefix = layout.prefix if tensor.ndim == 3 and layout.channel == 2 else 0
+        if prefix >= shape[1]:
+            raise Refused(f'there are no positions to pool over: {_text(shape)} holds class tokens only')
         channel_dim = 1 if layout.channel == 1 else -1
         class_name = type(self.reader.modules[name]).__name__
         site = Site(name, class_name, position, attribute, shape, tensor.dtype, shape[layout.channel], channel_dim, prefix)

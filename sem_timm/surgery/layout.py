@@ -152,9 +152,13 @@ def _reshaped(out: Tensor, index: int, outputs: Any, sources: list[Tensor], args
     if source.shape == out.shape:
         return layout
     batch = _same_axis(source, out, layout.batch)
-    if layout.batch == 0 and out.ndim and source.shape[0] and out.shape[0] % source.shape[0] == 0:
-        batch = 0  # windows, heads or tokens folded into the batch
+    if layout.batch == 0 and out.ndim and out.shape[0] > 1 and _divides(source.shape[0], out.shape[0]):
+        batch = 0  # windows, heads or tokens folded into the batch, or unfolded from it
     return Layout(_same_axis(source, out, layout.channel), 0, batch)
+
+
+def _divides(one: int, other: int) -> bool:
+    return one > 0 and (one % other == 0 or other % one == 0)
 
 
 def _same_axis(source: Tensor, out: Tensor, axis: int | None) -> int | None:

@@ -16,6 +16,7 @@ from sem_timm.errors import ModelError, PlanError
 from sem_timm.surgery.plan import Plan, Site
 from sem_timm.surgery.planning import check_model, structure_of
 from sem_timm.surgery.rewrite import edit_of, patched_class
+from sem_timm.surgery.skeleton import dtype_of
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,10 @@ def _built(plan: Plan, site: Site, block: nn.Module, model: nn.Module) -> nn.Mod
     """The new module with the device and mode of its block and the type of the tensor it is for."""
     tensors = (*block.parameters(), *block.buffers(), *model.parameters(), *model.buffers())
     device = next((tensor.device for tensor in tensors if tensor.is_floating_point()), torch.device('cpu'))
+    now = dtype_of(model)
+    dtype = site.dtype if now == plan.dtype else now  # the model may have been cast since
     with torch.inference_mode(False):  # parameters made in that mode could never be trained
-        return plan.operation.build(site, device, site.dtype).train(block.training)
+        return plan.operation.build(site, device, dtype).train(block.training)
 
 
 def _check_fit(model: nn.Module, plan: Plan) -> None:

@@ -98,6 +98,7 @@ class Plan:
     operation: Insertion
     model_name: str
     input_size: tuple[int, ...]
+    dtype: torch.dtype
     sites: tuple[Site, ...]
     refusals: tuple[Refusal, ...]
     edits: dict[str, Edit] = field(repr=False)

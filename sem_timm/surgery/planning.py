@@ -20,7 +20,7 @@ from sem_timm.surgery.plan import Insertion, Plan, Refusal
 from sem_timm.surgery.reading import Reader
 from sem_timm.surgery.rewrite import Edit
 from sem_timm.surgery.select import Target, select
-from sem_timm.surgery.skeleton import probe
+from sem_timm.surgery.skeleton import dtype_of, probe
 from sem_timm.surgery.verify import verify
 
 
@@ -69,6 +69,7 @@ def plan_insertion(
         operation=operation,
         model_name=type(model).__name__,
         input_size=reader.probe.input_size,
+        dtype=dtype_of(model),
         sites=sites,
         refusals=tuple(Refusal(n, type(reader.modules[n]).__name__, why) for n, why in work.refusals.items()),
         edits={name: work.placements[name].edit for name in order},
@@ -83,7 +84,7 @@ def structure_of(model: nn.Module) -> dict[str, Hashable]:
         name: (
             type(module),
             'forward' in module.__dict__,
-            *((key, None if p is None else (p.shape, p.dtype)) for key, p in module._parameters.items()),
+            *((key, None if p is None else p.shape) for key, p in module._parameters.items()),
         )
         for name, module in model.named_modules()
     }
@@ -186,7 +187,7 @@ def _on_cpu() -> AbstractContextManager[object]:
 
 def _nothing(model: nn.Module, operation: Insertion, refusals: dict[str, str], excluded: bool) -> str:
     reasons = [f'\n  {name}: {reason}' for name, reason in list(refusals.items())[:5]]
-    found = 'all of it is excluded.' if excluded else 'it has no blocks, as far as can be seen.'
+    found = 'exclude leaves no block; exclude less.' if excluded else 'it has no blocks, as far as can be seen.'
     found = f'{len(refusals)} blocks were found and refused:' if refusals else found
     return f'nothing in {type(model).__name__} can take {operation}; {found}{"".join(reasons)}'
 

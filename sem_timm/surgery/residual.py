@@ -84,9 +84,7 @@ def site_layout(add: ResidualAdd, values: Values) -> Layout | None:
     if own is None or trunk is None or add.partial:
         return own or trunk
     channel = own.channel if trunk.channel is None else trunk.channel
-    tokens = values[add.branch].shape[1]
-    prefix = max(own.prefix, trunk.prefix)
-    return Layout(channel, prefix if prefix < tokens else 0, trunk.batch)
+    return Layout(channel, max(own.prefix, trunk.prefix), trunk.batch)
 
 
 def _output(graph: fx.Graph) -> fx.Node:

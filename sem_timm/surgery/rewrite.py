@@ -177,6 +177,7 @@ def _header(signature: inspect.Signature) -> Iterator[str]:
     yield 'self'
     stars = {inspect.Parameter.VAR_POSITIONAL: '*', inspect.Parameter.VAR_KEYWORD: '**'}
     keyword_only = False
+    without_name = [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.POSITIONAL_ONLY]
     for parameter in signature.parameters.values():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not keyword_only:
             yield '*'
@@ -188,6 +189,8 @@ def _header(signature: inspect.Signature) -> Iterator[str]:
             plain = isinstance(parameter.default, (type(None), bool, int, float, str))
             text += f' = {parameter.default!r}' if plain else ' = ...'  # the real default is set on the function
         yield text
+        if without_name[-1:] == [parameter.name]:
+            yield '/'
 
 
 def _returns(signature: inspect.Signature) -> str:

@@ -18,6 +18,7 @@ from torch import nn
 
 from sem_timm.errors import ModelError, OptionError
 from sem_timm.surgery.layout import Layout, LayoutMode, set_layout
+from sem_timm.surgery.tracers import place_of
 
 _SHARED = (bool, int, float, complex, str, bytes, type, type(None), torch.dtype, torch.device, torch.Size)
 _SHARED += (FunctionType, BuiltinFunctionType)
@@ -128,7 +129,8 @@ def probe(model: nn.Module, input_size: tuple[int, ...] | None = None, batch_siz
             return _run(weightless(model), size, batch_size)
         except Exception as error:  # any exception of a foreign forward: try the next size, report the first
             failure = failure or error
-    reason = f'{type(failure).__name__}: {failure}'
+    assert failure is not None
+    reason = f'{type(failure).__name__}: {place_of(failure)}'
     if input_size is not None:
         raise OptionError(f'{type(model).__name__} does not accept input_size={input_size}: {reason}') from failure
     raise ModelError(
@@ -139,8 +141,7 @@ def probe(model: nn.Module, input_size: tuple[int, ...] | None = None, batch_siz
 
 def _run(skeleton: nn.Module, size: tuple[int, ...], batch_size: int) -> Probe:
     found = Probe(skeleton, size)
-    dtype = next((p.dtype for p in skeleton.parameters() if p.is_floating_point()), torch.float32)
-    image = set_layout(torch.empty(batch_size, *size, dtype=dtype, device='meta'), Layout(channel=1))
+    image = set_layout(torch.empty(batch_size, *size, dtype=dtype_of(skeleton), device='meta'), Layout(channel=1))
     given: dict[str, tuple[Any, Any]] = {}
 
     def before(module: nn.Module, args: Any, kwargs: Any, *, name: str) -> None:
@@ -167,6 +168,11 @@ def _run(skeleton: nn.Module, size: tuple[int, ...], batch_size: int) -> Probe:
             module._forward_pre_hooks_with_kwargs.clear()
             module._forward_hooks.clear()
     return found
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The type of a model's first parameter, and so of its inputs."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _snapshot(value: Any) -> Any:

@@ -142,7 +142,7 @@ def _stand_in(
             owner, name = _owner(root, module, str(node.target))
             for tensors in (owner._parameters, owner._buffers, owner.__dict__):
                 if isinstance(tensors.get(name), Tensor):
-                    tensors[name] = numbers.like(tensors[name], len(name))
+                    tensors[name] = _cloned(numbers.like(tensors[name], len(name)))
     for seed, (target, templates) in enumerate(outputs.items()):
         owner, name = _owner(root, module, target)
         if name in owner._modules:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from timm.layers import Mlp
 from timm.models.convnext import ConvNeXt
@@ -208,3 +209,23 @@ class Middle(nn.Module):
 def test_channels_on_another_axis_are_refused() -> None:
     with pytest.raises(sem_timm.RefusedError, match='on axis 2, not first or last'):
         sem_timm.plan_model(ChannelsInTheMiddle(), input_size=(3, 8, 8))
+
+
+@pytest.mark.parametrize('architecture', ['hiera_tiny_224', 'levit_128s', 'nest_tiny', 'tnt_s_patch16_224'])
+def test_the_batch_axis_is_followed_through_reshapes(architecture: str) -> None:
+    plan = sem_timm.plan_model(timm.create_model(architecture, device='meta'))
+    assert plan.refusals == ()
+
+
+def test_gates_do_not_mix_samples_where_tokens_are_folded_into_the_batch() -> None:
+    """MobileViT runs its transformer once for each pixel of a patch, with those pixels folded into the batch."""
+    torch.manual_seed(0)
+    model = sem_timm.patch_model(timm.create_model('mobilevit_xxs', num_classes=10), input_size=(3, 64, 64)).eval()
+    assert {record.class_name for record in sem_timm.patched(model)} == {'Block', 'BottleneckBlock'}
+    for name, parameter in model.named_parameters():
+        if '.sem.' in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    first, second, other = torch.randn(3, 1, 3, 64, 64)
+    with torch.no_grad():
+        alone = model(torch.cat([first, second]))[0]
+        torch.testing.assert_close(model(torch.cat([first, other]))[0], alone, rtol=1e-4, atol=1e-5)

@@ -213,9 +213,8 @@ def test_blocks_with_a_dense_and_a_residual_path() -> None:
 def test_blocks_that_return_tuples() -> None:
     model = timm.create_model('tnt_s_patch16_224', img_size=64, num_classes=10, depth=2).eval()
     plan = sem_timm.plan_model(model)
-    assert [(site.name, site.attribute, site.shape[1]) for site in plan] == [
-        (f'blocks.{n}', attribute, tokens) for n in range(2) for attribute, tokens in (('sem1', 16), ('sem2', 17))
-    ]
+    # One path holds 16 image patches of pixels each, the other 16 patches and a class token.
+    assert [site.name for site in plan if site.shape[1:] == (17, 384)] == ['blocks.0', 'blocks.1']
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         before = model(images)
