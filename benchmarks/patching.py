@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import timm
 import torch
@@ -38,7 +39,7 @@ def create_and_patch(name: str) -> tuple[float, float, float]:
     times.append(time.process_time())
     sem_timm.patch_model(model, plan)
     times.append(time.process_time())
-    created, planned, patched = (end - start for start, end in zip(times, times[1:]))
+    created, planned, patched = (end - start for start, end in pairwise(times))
     return created, planned, patched
 
 

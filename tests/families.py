@@ -1,4 +1,4 @@
-"""The families the promises are tested on: they differ in layout, residual form and what their blocks are called with."""
+"""The families the promises are tested on: they differ in layout, residual form and how their blocks are called."""
 
 from __future__ import annotations
 

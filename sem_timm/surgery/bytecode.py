@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dis
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from types import CodeType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import nn
+
+_Function = TypeVar('_Function', bound=Callable[..., Any])
+
+
+def _cached(function: _Function) -> _Function:
+    return cast(_Function, cache(function))  # with the signature of the function, which `cache` forgets
+
 
 _ADD_NAMES = {'add', 'add_', '__add__', '__iadd__'}
 _LIBRARIES = ('torch', 'math', 'functools', 'itertools', 'typing', 'builtins')
 
 
-@cache
+@_cached
 def may_add(cls: type) -> bool:
     """Whether the methods of a module class, or the functions they call by name, contain an addition."""
     return any(
@@ -22,14 +29,14 @@ def may_add(cls: type) -> bool:
     )
 
 
-@cache
+@_cached
 def names_read(cls: type) -> frozenset[str]:
     """Names of all attributes that the methods of a module class, or the functions they call by name, mention."""
     constants = (constant for code in _codes(cls) for constant in code.co_consts)
     return frozenset((*(n for code in _codes(cls) for n in code.co_names), *(c for c in constants if type(c) is str)))
 
 
-@cache
+@_cached
 def names_called(cls: type) -> frozenset[str]:
     """Names that the forward of a module class mentions, and the methods and functions that it calls."""
     waiting, seen = ['forward'], {'forward'}
@@ -42,14 +49,14 @@ def names_called(cls: type) -> frozenset[str]:
     return frozenset(seen)
 
 
-@cache
+@_cached
 def iterates_children(cls: type) -> bool:
     """Whether the forward of a module class may go through its children, whatever they are."""
     walks = {'children', 'named_children', 'modules', 'named_modules', '_modules'}
     return issubclass(cls, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or bool(names_called(cls) & walks)
 
 
-@cache
+@_cached
 def _codes(cls: type) -> tuple[CodeType, ...]:
     found: dict[CodeType, None] = {}
     for base in cls.__mro__:

@@ -152,7 +152,9 @@ class Inserter:
     def _edited(self, reading: Reading, numbers: list[int], attributes: tuple[str, ...]) -> dict[bool, fx.Graph]:
         graphs = reading.trace.graphs
         done = {
-            mode: insert_modules(graphs[mode], [reading.adds[mode][n] for n in numbers], attributes, self.operation.fuses_shortcut)
+            mode: insert_modules(
+                graphs[mode], [reading.adds[mode][n] for n in numbers], attributes, self.operation.fuses_shortcut
+            )
             for mode in ({False} if graphs[True] is graphs[False] else {True, False})
         }
         return {False: done[False], True: done.get(True, done[False])}
@@ -170,11 +172,13 @@ class Inserter:
         if layout.batch != 0:
             raise Refused(f'the batch is not the first axis of the {_text(shape)} tensor, and gates are per sample')
         prefix = layout.prefix if tensor.ndim == 3 and layout.channel == 2 else 0
-        if prefix >= shape[1]:
-            raise Refused(f'there are no positions to pool over: {_text(shape)} holds class tokens only')
+        if prefix >= shape[1] or (tensor.ndim == 3 and layout.channel == 2 and shape[1] == 1):
+            raise Refused(f'there are no positions to pool over: {_text(shape)} holds nothing but class tokens')
         channel_dim = 1 if layout.channel == 1 else -1
         class_name = type(self.reader.modules[name]).__name__
-        site = Site(name, class_name, position, attribute, shape, tensor.dtype, shape[layout.channel], channel_dim, prefix)
+        site = Site(
+            name, class_name, position, attribute, shape, tensor.dtype, shape[layout.channel], channel_dim, prefix
+        )
         return replace(site, num_parameters=self._rehearse(site))
 
     def _rehearse(self, site: Site) -> int:
@@ -189,7 +193,9 @@ class Inserter:
                     fused = self.operation.fuses_shortcut and site.position == 'residual'
                     out = new(x, x) if fused else new(x)
             except Exception as error:  # the module is anybody's; that it does not fit here is a reason, not a crash
-                raise Refused(f'{self.operation} does not work on {_text(site.shape)}: {type(error).__name__}: {error}') from error
+                raise Refused(
+                    f'{self.operation} does not work on {_text(site.shape)}: {type(error).__name__}: {error}'
+                ) from error
             if not isinstance(out, Tensor) or out.shape != x.shape:
                 got = _text(tuple(out.shape)) if isinstance(out, Tensor) else type(out).__name__
                 raise Refused(f'{self.operation} turns {_text(site.shape)} into {got}')
@@ -209,7 +215,7 @@ def insert_modules(graph: fx.Graph, adds: list[ResidualAdd], attributes: tuple[s
         node, branch, shortcut = copies[add.add], copies[add.branch], copies[add.shortcut]
         if fuse and not add.partial:
             # Where the two lie differently in memory, the first operand of the sum decides how the result does.
-            order = {'shortcut_first': True} if node.all_input_nodes[0] is shortcut else {}
+            order: dict[str, Any] = {'shortcut_first': True} if node.all_input_nodes[0] is shortcut else {}
             with edited.inserting_before(node):
                 new = edited.call_module(attribute, (branch, shortcut), order)
             node.replace_all_uses_with(new)
@@ -219,7 +225,8 @@ def insert_modules(graph: fx.Graph, adds: list[ResidualAdd], attributes: tuple[s
         with edited.inserting_after(branch) if add.partial else edited.inserting_before(node):
             new = edited.call_module(attribute, (branch,))
         if add.partial:
-            branch.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+            for user in [user for user in branch.users if user is not new]:
+                user.replace_input_with(branch, new)
         else:
             node.replace_input_with(branch, new)
     return edited

@@ -131,7 +131,10 @@ class Plan:
             'input_size': list(self.input_size),
             'identity': operation.is_identity,
             'num_parameters': self.num_parameters,
-            'sites': [{**asdict(site), 'shape': list(site.shape), 'dtype': str(site.dtype), 'layout': site.layout} for site in self.sites],
+            'sites': [
+                {**asdict(site), 'shape': list(site.shape), 'dtype': str(site.dtype), 'layout': site.layout}
+                for site in self.sites
+            ],
             'refusals': [asdict(refusal) for refusal in self.refusals],
         }
 

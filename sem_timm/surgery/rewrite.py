@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from itertools import count
+from math import isfinite
 from types import ModuleType
 from typing import Any
 
@@ -57,7 +58,7 @@ def patched_class(edit: Edit) -> type:
 
 
 def edit_of(module: nn.Module, *, inherited: bool = False) -> Edit | None:
-    """The edit that made the module's present class, or with ``inherited`` one it derives from; None if there is none."""
+    """The edit that made the module's class, or with ``inherited`` one it derives from; None if there is none."""
     cls = type(module)
     return getattr(cls, '_surgery_edit', None) if inherited else cls.__dict__.get('_surgery_edit')
 
@@ -72,7 +73,8 @@ def _patched_class(edit: Edit) -> type:
         '__reduce_ex__': _reduce_ex,
         **{name: _folding(name) for name in _FOLDS if callable(getattr(edit.base, name, None))},
     }
-    return type(edit.base)(f'Patched{edit.base.__name__}', (edit.base,), namespace)
+    metaclass: Any = type(edit.base)
+    return metaclass(f'Patched{edit.base.__name__}', (edit.base,), namespace)
 
 
 # Under these names timm's modules fold their layers into fewer, and with them the sum that a patch works on.
@@ -99,7 +101,7 @@ def _compiled(edit: Edit) -> Callable[..., Any]:
     exec(compile(edit.source, filename, 'exec', flags=flags, dont_inherit=True), scope)
     forward: Callable[..., Any] = scope['forward']
     original = edit.base.forward  # type: ignore[attr-defined]
-    forward.__defaults__, forward.__kwdefaults__ = original.__defaults__, original.__kwdefaults__  # type: ignore
+    forward.__defaults__, forward.__kwdefaults__ = original.__defaults__, original.__kwdefaults__
     forward.__annotations__ = dict(original.__annotations__)
     forward.__qualname__ = f'Patched{edit.base.__qualname__}.forward'
     return forward
@@ -110,14 +112,15 @@ def _reduce_ex(self: nn.Module, protocol: int) -> Any:
     edit = edit_of(self)
     if edit is None:  # somebody derived a class from a patched one, and answers for it
         return nn.Module.__reduce_ex__(self, protocol)
-    reduced = edit.base.__reduce_ex__(self, protocol)  # type: ignore[call-arg]
+    base: Any = edit.base
+    reduced = base.__reduce_ex__(self, protocol)
     return (_restored, (_portable(edit),), *reduced[2:])
 
 
 def _restored(portable: tuple[Any, ...]) -> nn.Module:
     base, source, bindings, *rest = portable
     named = tuple((name, import_module(value) if is_module else value) for name, is_module, value in bindings)
-    cls = patched_class(Edit(base, source, named, *rest))
+    cls: Any = patched_class(Edit(base, source, named, *rest))
     module: nn.Module = cls.__new__(cls)
     return module
 
@@ -175,7 +178,7 @@ def _function(signature: inspect.Signature, lines: list[str]) -> str:
 
 def _header(signature: inspect.Signature) -> Iterator[str]:
     yield 'self'
-    stars = {inspect.Parameter.VAR_POSITIONAL: '*', inspect.Parameter.VAR_KEYWORD: '**'}
+    stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: '*', inspect.Parameter.VAR_KEYWORD: '**'}
     keyword_only = False
     without_name = [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.POSITIONAL_ONLY]
     for parameter in signature.parameters.values():
@@ -186,7 +189,8 @@ def _header(signature: inspect.Signature) -> Iterator[str]:
         if parameter.annotation is not inspect.Parameter.empty:
             text += f': {_annotation(parameter.annotation)}'
         if parameter.default is not inspect.Parameter.empty:
-            plain = isinstance(parameter.default, (type(None), bool, int, float, str))
+            plain = isinstance(parameter.default, (type(None), bool, int, str))
+            plain |= isinstance(parameter.default, float) and isfinite(parameter.default)
             text += f' = {parameter.default!r}' if plain else ' = ...'  # the real default is set on the function
         yield text
         if without_name[-1:] == [parameter.name]:
@@ -207,11 +211,12 @@ def _annotation(annotation: Any) -> str:
 def _passed_on(signature: inspect.Signature) -> Iterator[str]:
     for parameter in signature.parameters.values():
         name = parameter.name
-        yield {
+        forms: dict[Any, str] = {
             inspect.Parameter.VAR_POSITIONAL: f'*{name}',
             inspect.Parameter.VAR_KEYWORD: f'**{name}',
             inspect.Parameter.KEYWORD_ONLY: f'{name}={name}',
-        }.get(parameter.kind, name)
+        }
+        yield forms.get(parameter.kind, name)
 
 
 def _guard_lines(base: type, guards: tuple[Guard, ...]) -> Iterator[str]:

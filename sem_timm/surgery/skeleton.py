@@ -20,7 +20,19 @@ from sem_timm.errors import ModelError, OptionError
 from sem_timm.surgery.layout import Layout, LayoutMode, set_layout
 from sem_timm.surgery.tracers import place_of
 
-_SHARED = (bool, int, float, complex, str, bytes, type, type(None), torch.dtype, torch.device, torch.Size)
+_SHARED: tuple[type, ...] = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.Size,
+)
 _SHARED += (FunctionType, BuiltinFunctionType)
 
 
@@ -182,8 +194,8 @@ def _snapshot(value: Any) -> Any:
 def _input_sizes(model: nn.Module, given: tuple[int, ...] | None) -> Iterator[tuple[int, ...]]:
     """The shapes to try, the likeliest first: the one given, the model's own image size, its pretrained one."""
     if given is not None:
-        sizes = given if isinstance(given, (tuple, list)) else ()
-        if not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
+        numbers = given if isinstance(given, (tuple, list)) else ()
+        if not numbers or not all(isinstance(n, int) and n > 0 for n in numbers):
             raise OptionError(f'input_size={given!r} is not a shape of one input, such as (3, 224, 224).')
         yield tuple(given)
         return

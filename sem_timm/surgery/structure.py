@@ -45,8 +45,10 @@ class Structures:
     def _described(self, module: nn.Module, plain: Callable[[Any], Hashable]) -> Hashable:
         state = module.__dict__
         # What no code of the class mentions cannot steer its forward.
-        read = names_read(type(module))
-        read = (state.keys() if read & {'getattr', 'vars', '__dict__'} else read & state.keys()) - _INFRASTRUCTURE
+        mentioned = names_read(type(module))
+        read = (
+            state.keys() if mentioned & {'getattr', 'vars', '__dict__'} else mentioned & state.keys()
+        ) - _INFRASTRUCTURE
         attributes = tuple((name, plain(state[name])) for name in sorted(read))
         tensors = tuple((k, t is None) for store in ('_parameters', '_buffers') for k, t in state[store].items())
         children = tuple((k, None if m is None else self._number(m)) for k, m in module._modules.items())
@@ -61,7 +63,8 @@ def _exact(value: Any) -> Hashable:
         return tuple(_exact(entry) for entry in value)
     if isinstance(value, dict):
         return tuple((str(key), _exact(entry)) for key, entry in value.items())
-    return type(value) if isinstance(value, (Tensor, nn.Module)) else id(value)
+    kind: Hashable = str(type(value))
+    return kind if isinstance(value, (Tensor, nn.Module)) else id(value)
 
 
 def _without_integers(value: Any) -> Hashable:

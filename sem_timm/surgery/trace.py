@@ -78,7 +78,9 @@ def trace(module: nn.Module, call: Call, *, inline_methods: bool = False) -> Tra
     signature = forward_signature(type(module))
     plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     if any(parameter.kind not in plain for parameter in signature.parameters.values()):
-        raise TraceError(f'{type(module).__name__}.forward{signature} takes arguments that have no names for the caller.')
+        raise TraceError(
+            f'{type(module).__name__}.forward{signature} takes arguments that have no names for the caller.'
+        )
     forward = type(module).forward
     if hasattr(forward, '__wrapped__'):
         raise TraceError(f'{type(module).__name__}.forward is decorated, which a graph cannot show.')
@@ -159,7 +161,7 @@ def _training_flag(module: nn.Module) -> Iterator[_TrainingFlag]:
         flag.was_read = True
         return flag.value
 
-    cls = type(module)
+    cls: Any = type(module)
     module.__class__ = type(cls)(cls.__name__, (cls,), {'training': property(read), '__module__': cls.__module__})
     try:
         yield flag

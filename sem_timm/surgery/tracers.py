@@ -52,7 +52,7 @@ class LevelTracer(fx.Tracer):
         # fx would rename concrete arguments and assert on them; here each keeps its name, whatever its value.
         given = {}
         for name, value in self.values.items():
-            proxy = self.create_proxy('placeholder', name, (), {})
+            proxy: Any = self.create_proxy('placeholder', name, (), {})
             if is_unpacked(value):
                 proxy = tuple(proxy[index] for index in range(len(value)))  # a forward may ask whether it is one
             given[name] = proxy if name in self.symbolic else value
@@ -93,15 +93,15 @@ class _GuidedProxy(fx.Proxy):
     """A proxy that answers questions about its value from the meta run, and leaves a check of each answer behind."""
 
     def __len__(self) -> int:
-        return self.tracer.decide(self, len)  # type: ignore[attr-defined, no-any-return]
+        return self.tracer.decide(self, len)  # type: ignore[attr-defined]
 
     def __index__(self) -> int:
-        return self.tracer.decide(self, int)  # type: ignore[attr-defined, no-any-return]
+        return self.tracer.decide(self, int)  # type: ignore[attr-defined]
 
     __int__ = __index__
 
     def __float__(self) -> float:
-        return self.tracer.decide(self, float)  # type: ignore[attr-defined, no-any-return]
+        return self.tracer.decide(self, float)  # type: ignore[attr-defined]
 
 
 class _GuidedTracer(LevelTracer):
@@ -137,7 +137,7 @@ class _GuidedTracer(LevelTracer):
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         root = self.root
         assert isinstance(root, nn.Module)
-        if node.op == 'call_module' and node.target in own_methods(type(root)):
+        if node.op == 'call_module' and str(node.target) in own_methods(type(root)):
             return getattr(type(root), str(node.target))(root, *args, **kwargs)
         found: Any = root
         for part in str(node.target).split('.'):
@@ -165,7 +165,8 @@ class _GuidedTracer(LevelTracer):
         return bool(self.decide(obj, bool))
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        return iter([obj[i] for i in range(self.decide(obj, len))])
+        entries: Any = obj
+        return iter([entries[i] for i in range(self.decide(obj, len))])
 
 
 def check(value: Any, expected: Any, where: str) -> None:

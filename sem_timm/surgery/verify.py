@@ -69,7 +69,8 @@ def _agree(reading: Reading, module: nn.Module, edit: Edit, training: bool) -> b
     numbers = _Numbers(_longest([*values.values(), *trace.values.values()]))
     arguments = {name: numbers.like(value, index) for index, (name, value) in enumerate(trace.values.items())}
     results = []
-    for cls in (edit.base, patched_class(edit)):
+    classes: tuple[Any, ...] = (edit.base, patched_class(edit))
+    for cls in classes:
         stand_in = _stand_in(module, trace.graphs[training], values, cls, training, numbers)
         stand_in.__dict__.update(dict.fromkeys(edit.inserted, _identity))
         given = {name: _cloned(value) for name, value in arguments.items()}

@@ -229,3 +229,20 @@ def test_gates_do_not_mix_samples_where_tokens_are_folded_into_the_batch() -> No
     with torch.no_grad():
         alone = model(torch.cat([first, second]))[0]
         torch.testing.assert_close(model(torch.cat([first, other]))[0], alone, rtol=1e-4, atol=1e-5)
+
+
+class TokensFirst(nn.Module):
+    """Tokens before samples, as in nn.MultiheadAttention by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 8, 8)
+        self.block = Encoder(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.stem(x).flatten(2).permute(2, 0, 1))
+
+
+def test_samples_on_another_axis_are_refused() -> None:
+    with pytest.raises(sem_timm.RefusedError, match='batch is not the first axis'):
+        sem_timm.plan_model(TokensFirst(), input_size=(3, 32, 32))
