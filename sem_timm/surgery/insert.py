@@ -16,7 +16,8 @@ from sem_timm.surgery.layout import Layout, LayoutMode, layout_of, set_layout
 from sem_timm.surgery.plan import Insertion, Site
 from sem_timm.surgery.reading import Reader, Reading
 from sem_timm.surgery.residual import ResidualAdd, last_of_each_output, site_layout
-from sem_timm.surgery.rewrite import Edit, edit_of, output_source, patched_class, residual_source
+from sem_timm.surgery.rewrite import Edit, edit_of, patched_class
+from sem_timm.surgery.source import output_source, residual_source
 from sem_timm.surgery.trace import forward_signature
 
 

@@ -8,27 +8,18 @@ can be copied and pickled.
 from __future__ import annotations
 import __future__
 
-import ast
-import builtins
-import inspect
-import keyword
 import linecache
-import operator
-import textwrap
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from itertools import count
-from math import isfinite
 from types import ModuleType
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
-from sem_timm.errors import GuardError, ModelError
-from sem_timm.surgery.trace import Guard, Trace
+from sem_timm.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -132,175 +123,3 @@ def _portable(edit: Edit) -> tuple[Any, ...]:
         for name, value in edit.bindings
     )
     return (edit.base, edit.source, bindings, edit.inserted, edit.position, edit.operation)
-
-
-# Source code
-
-
-def residual_source(base: type, trace: Trace, graphs: dict[bool, fx.Graph]) -> tuple[str, tuple[tuple[str, Any], ...]]:
-    """Source and bindings of a forward made from edited graphs, one for each mode where they differ."""
-    evaluation = _body(graphs[False])
-    training = evaluation if graphs[True] is graphs[False] else _body(graphs[True])
-    bindings = {**training[1], **evaluation[1]}
-    lines = [*_guard_lines(base, trace.guards)]
-    if training[0] != evaluation[0]:
-        lines += ['if self.training:', textwrap.indent(training[0], '    ')]
-    lines.append(evaluation[0])
-    if trace.guards:
-        bindings['GuardError'] = GuardError
-    return _function(trace.signature, lines), tuple(sorted(bindings.items()))
-
-
-def output_source(
-    base: type, signature: inspect.Signature, name: str, kind: type
-) -> tuple[str, tuple[tuple[str, Any], ...]]:
-    """Source and bindings of a forward that calls the old one and passes its output, or its first, to a new child."""
-    taken = {'self', 'out', 'GuardError', *signature.parameters}
-    own = base.__name__.isidentifier() and not keyword.iskeyword(base.__name__) and base.__name__ not in taken
-    cls = base.__name__ if own else 'BaseClass'
-    call = f'{cls}.forward({", ".join(["self", *_passed_on(signature)])})'
-    if kind not in (tuple, list):
-        return _function(signature, [f'return self.{name}({call})']), ((cls, base),)
-    message = f'{base.__name__} was patched when it returned a {kind.__name__}; now it does not.'
-    lines = [
-        f'out = {call}',
-        f'if not isinstance(out, {kind.__name__}):',
-        f'    raise GuardError({message!r})',
-        f'return {kind.__name__}([self.{name}(out[0]), *out[1:]])',
-    ]
-    return _function(signature, lines), ((cls, base), ('GuardError', GuardError))
-
-
-def _function(signature: inspect.Signature, lines: list[str]) -> str:
-    header = f'def forward({", ".join(_header(signature))}){_returns(signature)}:'
-    return header + '\n' + textwrap.indent('\n'.join(lines), '    ') + '\n'
-
-
-def _header(signature: inspect.Signature) -> Iterator[str]:
-    yield 'self'
-    stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: '*', inspect.Parameter.VAR_KEYWORD: '**'}
-    keyword_only = False
-    without_name = [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.POSITIONAL_ONLY]
-    for parameter in signature.parameters.values():
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not keyword_only:
-            yield '*'
-        keyword_only |= parameter.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_POSITIONAL)
-        text = stars.get(parameter.kind, '') + parameter.name
-        if parameter.annotation is not inspect.Parameter.empty:
-            text += f': {_annotation(parameter.annotation)}'
-        if parameter.default is not inspect.Parameter.empty:
-            plain = isinstance(parameter.default, (type(None), bool, int, str))
-            plain |= isinstance(parameter.default, float) and isfinite(parameter.default)
-            text += f' = {parameter.default!r}' if plain else ' = ...'  # the real default is set on the function
-        yield text
-        if without_name[-1:] == [parameter.name]:
-            yield '/'
-
-
-def _returns(signature: inspect.Signature) -> str:
-    if signature.return_annotation is inspect.Signature.empty:
-        return ''
-    return f' -> {_annotation(signature.return_annotation)}'
-
-
-def _annotation(annotation: Any) -> str:
-    # Text already, where the file postpones the evaluation of annotations.
-    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-
-
-def _passed_on(signature: inspect.Signature) -> Iterator[str]:
-    for parameter in signature.parameters.values():
-        name = parameter.name
-        forms: dict[Any, str] = {
-            inspect.Parameter.VAR_POSITIONAL: f'*{name}',
-            inspect.Parameter.VAR_KEYWORD: f'**{name}',
-            inspect.Parameter.KEYWORD_ONLY: f'{name}={name}',
-        }
-        yield forms.get(parameter.kind, name)
-
-
-def _guard_lines(base: type, guards: tuple[Guard, ...]) -> Iterator[str]:
-    for guard in guards:
-        yield f'if not ({guard.condition}):'
-        message = (
-            f'{base.__name__} was planned for calls with {guard.condition}, and this is another one.\n'
-            '  Undo the patch and plan again for such calls: unpatch_model(model), plan_model(model, ...).'
-        )
-        yield f'    raise GuardError({message!r})'
-
-
-def _body(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
-    """The statements of a graph's code, and the globals they need."""
-    names = _human_names(graph)
-    for index, node in enumerate(graph.nodes):
-        node.name = f'node{index}x'  # fx insists on names of its own, so these only mark the places
-    code = graph.python_code(root_module='self')
-    function = next(node for node in ast.parse(code.src).body if isinstance(node, ast.FunctionDef))
-    renamed = _Rename({node.name: name for node, name in names.items()})
-    # fx sets each variable to None after its last use; reusing names has the same effect and reads better.
-    statements = [renamed.visit(node) for node in function.body if not _clears(node)]
-    text = '\n'.join(ast.unparse(node) for node in statements if not _assigns_to_itself(node))
-    used = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
-    return text, {name: value for name, value in code.globals.items() if name in used}
-
-
-class _Rename(ast.NodeTransformer):
-    def __init__(self, names: dict[str, str]) -> None:
-        self.names = names
-
-    def visit_Name(self, node: ast.Name) -> ast.Name:
-        node.id = self.names.get(node.id, node.id)
-        return node
-
-
-def _clears(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and node.value.value is None
-
-
-def _assigns_to_itself(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Assign) and ast.dump(node.targets[0]).replace('Store', 'Load') == ast.dump(node.value)
-
-
-def _human_names(graph: fx.Graph) -> dict[fx.Node, str]:
-    """Lets a value take over the name of the operand that dies with it, as in ``x = self.norm(x)``."""
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    last_use = {source: order[node] for node in graph.nodes for source in node.all_input_nodes}
-    names = {node: str(node.target) for node in graph.nodes if node.op == 'placeholder'}
-    busy_until = {name: len(order) for name in ('self', *names.values(), *_RESERVED)}
-    for node, index in order.items():
-        if node.op in ('placeholder', 'output'):
-            continue
-        sources = node.all_input_nodes
-        if sources and last_use[sources[0]] == index and not _reads(node):
-            names[node] = names[sources[0]]
-        else:
-            stem = _stem(node, names)
-            names[node] = next(name for name in _numbered(stem) if busy_until.get(name, -1) <= index)
-        if busy_until.get(names[node]) != len(order):  # a parameter's name stays its own to the end
-            busy_until[names[node]] = last_use.get(node, index)
-    return names
-
-
-def _reads(node: fx.Node) -> bool:
-    """Whether a node only looks something up, such as a parameter or a size."""
-    looks_up = node.op == 'call_function' and node.target in (getattr, operator.getitem)
-    return node.op == 'get_attr' or (looks_up and isinstance(node.args[1], (str, int)))
-
-
-def _stem(node: fx.Node, names: dict[fx.Node, str]) -> str:
-    if node.op == 'get_attr':
-        return str(node.target).replace('.', '_')
-    if node.op == 'call_function' and node.target is getattr:
-        return str(node.args[1])
-    if _reads(node) and isinstance(node.args[0], fx.Node):
-        return f'{names[node.args[0]]}_{node.args[1]}'
-    name = getattr(node.target, '__name__', str(node.target)).strip('_')
-    return name if node.op != 'call_module' and name.isidentifier() else 'out'
-
-
-def _numbered(stem: str) -> Iterator[str]:
-    yield stem if stem.isidentifier() else 'value'
-    yield from (f'{stem}{number}' for number in count(2))
-
-
-_RESERVED = {'torch', 'device', 'inf', 'nan', 'check', 'GuardError', 'math', 'operator'} | set(dir(builtins))
