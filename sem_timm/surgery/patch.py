@@ -7,6 +7,7 @@ and the operation. So a copy, an unpickled model and a wrapper around patched bl
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def _set_rng_states(states: list[torch.Tensor]) -> None:
 
 def _built(plan: Plan, site: Site, block: nn.Module, model: nn.Module) -> nn.Module:
     """The new module with the device and mode of its block and the type of the tensor it is for."""
-    tensors = (*block.parameters(), *block.buffers(), *model.parameters(), *model.buffers())
+    tensors = chain(block.parameters(), block.buffers(), model.parameters(), model.buffers())
     device = next((tensor.device for tensor in tensors if tensor.is_floating_point()), torch.device('cpu'))
     now = dtype_of(model)
     dtype = site.dtype if now == plan.dtype else now  # the model may have been cast since
