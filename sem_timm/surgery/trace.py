@@ -109,7 +109,10 @@ def is_guided(trace: Trace) -> bool:
 def forward_signature(cls: type) -> inspect.Signature:
     """The signature of a module class's forward, without ``self`` and as written (annotations not evaluated)."""
     signature = inspect.signature(cls.forward, follow_wrapped=False)  # type: ignore[attr-defined]
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
+    own, *others = signature.parameters.values()
+    # A decorator may have left nothing but *args, which holds more than ``self``.
+    kept = [own, *others] if own.kind is inspect.Parameter.VAR_POSITIONAL else others
+    return signature.replace(parameters=kept)
 
 
 def bind(signature: inspect.Signature, call: Call) -> dict[str, Any]:
