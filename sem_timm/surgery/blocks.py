@@ -73,10 +73,8 @@ def _outermost_residual(reader: Reader, root: str) -> list[str]:
 
 def _steps(reader: Reader, name: str) -> list[str]:
     """A module, or if it is a container that gathers what its children return, those of them that are called."""
+    name = reader.last_step(name)
     module = reader.modules[name]
-    while type(module).forward is nn.Sequential.forward and module._modules:
-        name = f'{name}.{next(reversed(module._modules))}'
-        module = reader.modules[name]
     if not isinstance(module, (nn.Sequential, nn.ModuleDict)):
         return [name]
     return [f'{name}.{child}' for child in module._modules if f'{name}.{child}' in reader.probe.calls]

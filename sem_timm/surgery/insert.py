@@ -53,17 +53,10 @@ class Inserter:
         reading = self._residual_reading(name)
         if reading is not None:
             return self._at_residual(name, reading)
-        return self._at_end(name)
-
-    def _at_end(self, name: str) -> Placement:
-        """The output of a module; of a sequence, whose new child would become one of its steps, that of its last."""
-        self._check(name)
-        module = self.reader.modules[name]
-        if type(module).forward is nn.Sequential.forward and module._modules:
-            return self._at_end(f'{name}.{next(reversed(module._modules))}')
-        if iterates_children(type(module)):
-            raise Refused('its forward goes through its children, and the new one would become one of them')
-        return self._at_output(name)
+        # A new child of a sequence would become one of its steps; its last step returns the same.
+        last = self.reader.last_step(name)
+        self._check(last)
+        return self._at_output(last)
 
     def _check(self, name: str) -> None:
         module, count = self.reader.modules[name], self.reader.probe.counts.get(name, 0)
@@ -99,6 +92,8 @@ class Inserter:
 
     def _at_output(self, name: str) -> Placement:
         module, output = self.reader.modules[name], self.reader.probe.calls[name].output
+        if iterates_children(type(module)):
+            raise Refused('its forward goes through its children, and the new one would become one of them')
         kind = type(output) if type(output) in (tuple, list) else Tensor
         tensor = output[0] if kind is not Tensor and output else output
         if not isinstance(tensor, Tensor):

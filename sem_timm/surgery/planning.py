@@ -153,16 +153,12 @@ class _Work:
 
 def _unread(reader: Reader, blocks: list[str], unwanted: set[str]) -> dict[str, str]:
     """Modules that might be blocks and whose forward could not be read, unless they are part of one or hold some."""
-    related = {block[: index or None] for block in blocks for index in [0, *_dots(block)]}
-    return {
-        name: str(error)
-        for name, error in reader.failures.items()
-        if name and name not in related | unwanted and not any(name.startswith(block + '.') for block in blocks)
-    }
 
+    def related(name: str) -> bool:
+        return any(f'{name}.'.startswith(f'{block}.') or block.startswith(f'{name}.') for block in blocks)
 
-def _dots(name: str) -> list[int]:
-    return [index for index, letter in enumerate(name) if letter == '.']
+    failures = reader.failures.items()
+    return {name: str(error) for name, error in failures if name and name not in unwanted and not related(name)}
 
 
 @contextmanager

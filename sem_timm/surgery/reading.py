@@ -88,6 +88,14 @@ class Reader:
             self.failures[name] = error
             return False
 
+    def last_step(self, name: str) -> str:
+        """A module's own name; for a sequence that of the step whose output is its own, however deep."""
+        module = self.modules[name]
+        while type(module).forward is nn.Sequential.forward and module._modules:
+            name = f'{name}.{next(reversed(module._modules))}'
+            module = self.modules[name]
+        return name
+
     def _read(self, name: str, values: dict[str, Any]) -> Reading:
         reading = self._reading(name, values, inline_methods=False)
         if not reading.adds[False] and reading.trace.methods:

@@ -43,11 +43,6 @@ class Edit:
     operation: Any
 
 
-def patched_class(edit: Edit) -> type:
-    """The subclass of ``edit.base`` with the new forward; the same one for equal edits."""
-    return _patched_class(edit)
-
-
 def edit_of(module: nn.Module, *, inherited: bool = False) -> Edit | None:
     """The edit that made the module's class, or with ``inherited`` one it derives from; None if there is none."""
     cls = type(module)
@@ -55,7 +50,8 @@ def edit_of(module: nn.Module, *, inherited: bool = False) -> Edit | None:
 
 
 @cache
-def _patched_class(edit: Edit) -> type:
+def patched_class(edit: Edit) -> Any:
+    """The subclass of ``edit.base`` with the new forward; the same one for equal edits."""
     namespace = {
         'forward': _compiled(edit),
         '_surgery_edit': edit,
@@ -111,7 +107,7 @@ def _reduce_ex(self: nn.Module, protocol: int) -> Any:
 def _restored(portable: tuple[Any, ...]) -> nn.Module:
     base, source, bindings, *rest = portable
     named = tuple((name, import_module(value) if is_module else value) for name, is_module, value in bindings)
-    cls: Any = patched_class(Edit(base, source, named, *rest))
+    cls = patched_class(Edit(base, source, named, *rest))
     module: nn.Module = cls.__new__(cls)
     return module
 
