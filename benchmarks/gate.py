@@ -9,11 +9,11 @@ import argparse
 import ctypes
 import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 from timm.layers import SEModule
+from torch.utils.benchmark import Timer
 
 from sem_timm.layers import SEM
 
@@ -32,23 +32,11 @@ def keep_freed_memory() -> None:
         libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at its largest
 
 
-def seconds(call: Callable[[], torch.Tensor]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def medians(calls: dict[str, Callable[[], torch.Tensor]], runs: int) -> dict[str, float]:
-    """Median seconds of each call; the calls take turns, and their order is reversed every other round."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        for _ in range(5):
-            call()
-    for run in range(runs):
-        for name in list(calls) if run % 2 else reversed(list(calls)):
-            times[name].append(seconds(calls[name]))
-    return {name: statistics.median(values) for name, values in times.items()}
+    """Median seconds of each call; the calls take turns, in series of twenty that keep the caches their own."""
+    timers = {name: Timer('call()', globals={'call': call}) for name, call in calls.items()}
+    rounds = [{name: timer.timeit(20).mean for name, timer in timers.items()} for _ in range(runs // 20)]
+    return {name: statistics.median(times[name] for times in rounds) for name in calls}
 
 
 def compare(shape: tuple[int, int, int, int], memory_format: torch.memory_format, runs: int) -> dict[str, float]:
@@ -69,13 +57,12 @@ def compare(shape: tuple[int, int, int, int], memory_format: torch.memory_format
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--runs', type=int, default=200, help='rounds per shape')
+    parser.add_argument('--runs', type=int, default=400, help='calls per shape and system')
     parser.add_argument('--fresh-pages', action='store_true', help="leave the allocator's own habits alone")
     arguments = parser.parse_args()
     runs = arguments.runs
     if not arguments.fresh_pages:
         keep_freed_memory()
-    torch.set_num_threads(1)
     for name, memory_format in (('contiguous', torch.contiguous_format), ('channels_last', torch.channels_last)):
         for shape, goal in GOALS.items():
             result = compare(shape, memory_format, runs)

@@ -80,7 +80,7 @@ class SqueezeExcitation(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Map (B, C) to logits (B, C)."""
-        return self.fc2(F.relu(self.fc1(pooled)))
+        return self.fc2(self.fc1(pooled).relu_())
 
 
 class EfficientChannel(nn.Module):

@@ -150,18 +150,19 @@ class ChannelGate(nn.Module):
         Returns:
             ``x * gate`` or ``x * gate + shortcut``; the first has shape and type of the input.
         """
-        gate = self.gate(x)
+        gate = self._gate_pooled(self.pool(x))
         if gate.dtype != x.dtype:
             # Under autocast, a float32 parameter makes the gate of a half-precision input float32.
             gate = gate.to(x.dtype)
         ones = (1,) * (x.ndim - 2)
         gate = gate.view(-1, self.channels, *ones) if self.channel_dim == 1 else gate.view(-1, *ones, self.channels)
+        if shortcut is not None and shortcut.dtype == x.dtype and shortcut.stride() == x.stride():
+            # One pass over memory instead of two, and the gain with it.
+            return torch.addcmul(shortcut, x, gate, value=self.gain)
+        scaled = x * (gate if self.gain == 1.0 else gate * self.gain)
         if shortcut is None:
-            return x * gate
-        if shortcut.dtype == x.dtype and shortcut.stride() == x.stride():
-            # One pass over memory instead of two.
-            return torch.addcmul(shortcut, x, gate)
-        return shortcut + x * gate if shortcut_first else x * gate + shortcut
+            return scaled
+        return shortcut + scaled if shortcut_first else scaled + shortcut
 
     def _gate_pooled(self, pooled: Tensor) -> Tensor:
         """The product of the operators' sigmoids for pooled features (B, C), before the gain."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TypeAlias
 
 import torch
@@ -71,7 +72,7 @@ def build_operators(
         while key in built:
             count += 1
             key = f'{name}_{count}'
-        options = {'reduction': reduction} if 'reduction' in inspect.signature(cls).parameters else {}
+        options = {'reduction': reduction} if _takes_reduction(cls) else {}
         built[key] = cls(channels, device=device, dtype=dtype, **options)
     return built
 
@@ -111,6 +112,11 @@ def _resolve(entry: str | ExcitationClass) -> tuple[str, ExcitationClass]:
     if not name.isidentifier() or hasattr(nn.ModuleDict, name):
         raise OptionError(f'operator {name!r} cannot be a state_dict key; register_excitation gives it a better name.')
     return name, entry
+
+
+@cache
+def _takes_reduction(cls: ExcitationClass) -> bool:
+    return 'reduction' in inspect.signature(cls).parameters
 
 
 def _check_constructor(cls: ExcitationClass) -> None:

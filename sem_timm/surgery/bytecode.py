@@ -30,22 +30,20 @@ def may_add(cls: type) -> bool:
 
 
 @_cached
-def names_read(cls: type) -> frozenset[str]:
-    """Names of all attributes that the methods of a module class, or the functions they call by name, mention."""
-    constants = (constant for code in _codes(cls) for constant in code.co_consts)
-    return frozenset((*(n for code in _codes(cls) for n in code.co_names), *(c for c in constants if type(c) is str)))
-
-
-@_cached
 def names_called(cls: type) -> frozenset[str]:
-    """Names that the forward of a module class mentions, and the methods and functions that it calls."""
+    """Names and texts that the forward of a module class mentions, and the methods and functions that it calls.
+
+    What is not among them cannot steer the forward.
+    """
     waiting, seen = ['forward'], {'forward'}
     while waiting:
-        function = getattr(cls, waiting.pop(), None)
+        value = getattr(cls, waiting.pop(), None)
+        function = value.fget if isinstance(value, property) else value
         if isinstance(function, FunctionType) and function is not getattr(nn.Module, function.__name__, None):
-            names = {name for code in _reachable(function, {}) for name in code.co_names}
-            waiting += names - seen
-            seen |= names
+            for code in _reachable(function, {}):
+                names = {*code.co_names, *(constant for constant in code.co_consts if type(constant) is str)}
+                waiting += names - seen
+                seen |= names
     return frozenset(seen)
 
 

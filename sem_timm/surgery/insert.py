@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from sem_timm.errors import TraceError
+from sem_timm.errors import OptionError, TraceError
 from sem_timm.surgery.bytecode import iterates_children
 from sem_timm.surgery.layout import Layout, LayoutMode, layout_of, set_layout
 from sem_timm.surgery.plan import Insertion, Site
@@ -40,8 +41,10 @@ class Inserter:
     def __init__(self, reader: Reader, operation: Insertion) -> None:
         self.reader = reader
         self.operation = operation
-        self._edits: dict[Any, Edit] = {}
-        self._parameters: dict[tuple[Any, ...], int] = {}
+        try:
+            hash(operation)
+        except TypeError as error:
+            raise OptionError(f'{operation}: {error}; options of an operation are hashable, such as tuples.') from error
 
     def place(self, name: str) -> Placement:
         """Finds the sites of one module.
@@ -108,7 +111,7 @@ class Inserter:
         """Makes the class of an edit now, so that what cannot be written as code is refused and not met later."""
         try:
             patched_class(edit)
-        except Exception as error:  # odd names, a class that forbids subclasses, unhashable options
+        except Exception as error:  # odd names, a class that forbids subclasses
             raise Refused(f'no class can be made for it: {type(error).__name__}: {error}') from error
         return edit
 
@@ -124,16 +127,16 @@ class Inserter:
             tensor = reading.values[False][add.branch]
             layout = site_layout(add, reading.values[False])
             sites.append(self._site(name, 'residual', attribute, tensor, layout))
-        key = (id(reading.trace.graphs[True]), id(graph), reading.trace.guards, tuple(numbers), attributes)
-        if key not in self._edits:
+        edits, key = reading.trace.edits, (self.operation, tuple(numbers), attributes)
+        if key not in edits:
             graphs = self._edited(reading, numbers, attributes)
             try:
                 source, bindings = residual_source(type(module), reading.trace, graphs)
             except SyntaxError as error:  # a child named by a keyword, say
                 raise Refused(f'its forward cannot be written as code: {error}') from error
             edit = Edit(type(module), source, bindings, attributes, 'residual', self.operation)
-            self._edits[key] = self._compiled(edit)
-        return Placement(tuple(sites), self._edits[key], reading)
+            edits[key] = self._compiled(edit)
+        return Placement(tuple(sites), edits[key], reading)
 
     def _attributes(self, module: nn.Module, count: int) -> tuple[str, ...]:
         base = self.operation.attribute
@@ -175,28 +178,25 @@ class Inserter:
         site = Site(
             name, class_name, position, attribute, shape, tensor.dtype, shape[layout.channel], channel_dim, prefix
         )
-        return replace(site, num_parameters=self._rehearse(site))
+        anywhere = replace(site, name='', class_name='', attribute='')
+        operation: Any = self.operation
+        return replace(site, num_parameters=_rehearse(operation, anywhere))
 
-    def _rehearse(self, site: Site) -> int:
-        """Builds and runs the new module once on meta tensors; returns its number of parameters."""
-        dtype = site.dtype
-        key = (site.shape, site.channel_dim, site.num_prefix_tokens, dtype, site.position)
-        if key not in self._parameters:
-            try:
-                new = self.operation.build(site, torch.device('meta'), dtype).eval()
-                x = set_layout(torch.empty(site.shape, dtype=dtype, device='meta'), Layout())
-                with torch.no_grad(), LayoutMode():
-                    fused = self.operation.fuses_shortcut and site.position == 'residual'
-                    out = new(x, x) if fused else new(x)
-            except Exception as error:  # the module is anybody's; that it does not fit here is a reason, not a crash
-                raise Refused(
-                    f'{self.operation} does not work on {_text(site.shape)}: {type(error).__name__}: {error}'
-                ) from error
-            if not isinstance(out, Tensor) or out.shape != x.shape:
-                got = _text(tuple(out.shape)) if isinstance(out, Tensor) else type(out).__name__
-                raise Refused(f'{self.operation} turns {_text(site.shape)} into {got}')
-            self._parameters[key] = sum(parameter.numel() for parameter in new.parameters())
-        return self._parameters[key]
+
+@lru_cache(maxsize=4096)
+def _rehearse(operation: Any, site: Site) -> int:
+    """Builds and runs the new module once on meta tensors; returns its number of parameters."""
+    try:
+        new = operation.build(site, torch.device('meta'), site.dtype).eval()
+        x = set_layout(torch.empty(site.shape, dtype=site.dtype, device='meta'), Layout())
+        with torch.no_grad(), LayoutMode():
+            out = new(x, x) if operation.fuses_shortcut and site.position == 'residual' else new(x)
+    except Exception as error:  # the module is anybody's; that it does not fit here is a reason, not a crash
+        raise Refused(f'{operation} does not work on {_text(site.shape)}: {type(error).__name__}: {error}') from error
+    if not isinstance(out, Tensor) or out.shape != x.shape:
+        got = _text(tuple(out.shape)) if isinstance(out, Tensor) else type(out).__name__
+        raise Refused(f'{operation} turns {_text(site.shape)} into {got}')
+    return sum(parameter.numel() for parameter in new.parameters())
 
 
 def insert_modules(graph: fx.Graph, adds: list[ResidualAdd], attributes: tuple[str, ...], fuse: bool) -> fx.Graph:

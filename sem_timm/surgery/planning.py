@@ -128,13 +128,19 @@ class _Work:
             if size < smallest.get(placement.edit, (size + 1, ''))[0]:
                 smallest[placement.edit] = (size, name)
         for edit, (_, name) in smallest.items():
+            reading = self.placements[name].reading
+            if reading is not None and edit in reading.trace.verified:
+                continue
             try:
                 with _on_cpu():
-                    verify(self.placements[name].reading, reader.modules[name], reader.probe.calls[name], edit)
+                    verify(reading, reader.modules[name], reader.probe.calls[name], edit)
             except TraceError as error:
                 for other in [n for n, placement in self.placements.items() if placement.edit == edit]:
                     del self.placements[other]
                     self.refusals[other] = str(error)
+            else:
+                if reading is not None:
+                    reading.trace.verified.add(edit)
 
     def check(self) -> None:
         """Raises RefusedError if all that an entry of the target selects is refused."""

@@ -61,7 +61,7 @@ class Reader:
             values = bind(forward_signature(type(module)), call)
         except TypeError as error:
             raise TraceError(f'{type(module).__name__}.forward: {error}') from error
-        key = (self.structures.describe(module), call_key(values, shapes=True), _shapes(call.output))
+        key = (self.structures.describe(module)[0], call_key(values, shapes=True), _shapes(call.output))
         reading = self._readings.get(key)
         if reading is None:
             try:
@@ -127,20 +127,30 @@ class Reader:
         }
 
     def _trace(self, module: nn.Module, call: Call, values: dict[str, Any], inline_methods: bool) -> Trace:
-        structure = self.structures.describe(module)
+        structure, is_local = self.structures.describe(module)
         shapeless = (structure, call_key(values, shapes=False), inline_methods)
         exact = (structure, call_key(values, shapes=True), inline_methods)
-        found = self._traces.get(shapeless) or self._traces.get(exact)
+        found = _TRACES.get(shapeless) or self._traces.get(shapeless) or self._traces.get(exact)
         if found is None:
             try:
                 found = trace(module, call, inline_methods=inline_methods)
             except TraceError as error:
                 found = error
-            # A value-guided trace holds for the shapes it was made with, and so does a failure of one.
-            self._traces[shapeless if isinstance(found, Trace) and not is_guided(found) else exact] = found
+            if isinstance(found, TraceError) or is_guided(found):
+                # A value-guided trace holds for the shapes it was made with, and so does a failure of one.
+                self._traces[exact] = found
+            elif is_local or any(not isinstance(value, _FREE) for value in values.values()):
+                self._traces[shapeless] = found
+            else:
+                _TRACES[shapeless] = replace(found, values={})
         if isinstance(found, TraceError):
             raise found
         return found
+
+
+# Traces that hold for every model of the process: most models share their blocks with others, or are made again.
+_TRACES: dict[Hashable, Trace] = {}
+_FREE = (Tensor, bool, int, float, str, type(None))
 
 
 def _evaluated(found: Trace, module: nn.Module, call: Call, known: dict[str, Any]) -> Reading:

@@ -25,6 +25,10 @@ def _activation(input: Tensor, inplace: bool | str = False, **kwargs: Any) -> Te
     return input if inplace is True else input.detach()
 
 
+def _itself(input: Tensor) -> Tensor:
+    return input
+
+
 def _in_place(input: Tensor, other: Any, **kwargs: Any) -> Any:
     fits = not isinstance(other, Tensor) or _fits(other.shape, input.shape)
     return input if fits else NotImplemented
@@ -52,6 +56,15 @@ def _mean(input: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) 
     gone = {axis % input.ndim for axis in ((dim,) if isinstance(dim, int) else dim)}
     kept = [1 if axis in gone else size for axis, size in enumerate(input.shape) if keepdim or axis not in gone]
     return torch.empty(kept, dtype=input.dtype, device='meta')
+
+
+def _stack(tensors: Any, dim: int = 0) -> Any:
+    first = tensors[0]
+    if any(tensor.shape != first.shape or tensor.dtype != first.dtype for tensor in tensors):
+        return NotImplemented
+    shape = list(first.shape)
+    shape.insert(dim % (first.ndim + 1), len(tensors))
+    return torch.empty(shape, dtype=first.dtype, device='meta')
 
 
 def _layer_norm(input: Tensor, normalized_shape: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -110,10 +123,12 @@ SHAPES: dict[str, Callable[..., Any]] = {
     'conv2d': _conv2d,
     'scaled_dot_product_attention': _attention,
     'layer_norm': _layer_norm,
-    'mean': _mean,
+    'stack': _stack,
+    **dict.fromkeys(('mean', 'prod'), _mean),
     **dict.fromkeys(('group_norm', 'sigmoid', 'tanh', 'softmax'), _same),
     **dict.fromkeys(('relu', 'gelu', 'silu', 'hardswish', 'hardsigmoid', 'relu6'), _activation),
     **dict.fromkeys(('add', 'mul', 'sub', '__add__', '__mul__', '__sub__', '__radd__', '__rmul__'), _elementwise),
     'addcmul': _elementwise,
+    **dict.fromkeys(('relu_', 'sigmoid_'), _itself),
     **dict.fromkeys(('add_', 'mul_', '__iadd__', '__imul__'), _in_place),
 }

@@ -3,49 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from sem_timm.surgery.bytecode import names_read
+from sem_timm.surgery.bytecode import names_called
 from sem_timm.surgery.layout import layout_of
 
 _INFRASTRUCTURE = frozenset(nn.Module().__dict__)
 _PLAIN = (bool, int, float, str, type(None))
+_SHARED = (FunctionType, BuiltinFunctionType, type, torch.dtype, torch.device)
+
+
+class _Local(int):
+    """Identity of an object of one model, which says nothing about those of other models."""
 
 
 class Structures:
-    """Describes the structures met so far; modules with equal descriptions trace to equal graphs.
+    """Describes modules of one model; modules with equal descriptions trace to equal graphs.
 
     Integers of descendants are left out unless the module's own code mentions their names, or no two blocks of
     different width would be equal.
     """
 
+    # Equal for the whole process, so that equal modules of two models have equal descriptions.
+    _numbers: ClassVar[dict[Hashable, int]] = {}
+
     def __init__(self) -> None:
-        self._numbers: dict[Hashable, int] = {}
+        self._local_numbers: dict[Hashable, int] = {}
         self._known: dict[int, int] = {}
 
-    def describe(self, module: nn.Module) -> Hashable:
-        """What of a module, of its children and of their attributes can steer its forward."""
-        mentioned = names_read(type(module))
+    def describe(self, module: nn.Module) -> tuple[Hashable, bool]:
+        """What of a module, of its children and of their attributes can steer its forward.
+
+        Returns:
+            The description, and whether it holds for this model only.
+        """
+        mentioned = names_called(type(module))
         looked_into = tuple(
             (name, key, _exact(child.__dict__[key]))
             for name, child in module.named_modules()
             if child is not module
             for key in sorted((mentioned & child.__dict__.keys()) - _INFRASTRUCTURE)
         )
-        return self._described(module, _exact), looked_into
+        description = self._described(module, _exact)
+        return (type(module).forward, *description, looked_into), _is_local((*description, looked_into))
 
     def _number(self, module: nn.Module) -> int:
         key = id(module)
         if key not in self._known:
-            self._known[key] = self._numbers.setdefault(self._described(module, _without_integers), len(self._numbers))
+            description = self._described(module, _without_integers)
+            if _is_local(description):
+                self._known[key] = self._local_numbers.setdefault(description, _Local(len(self._local_numbers)))
+            else:
+                self._known[key] = self._numbers.setdefault(description, len(self._numbers))
         return self._known[key]
 
-    def _described(self, module: nn.Module, plain: Callable[[Any], Hashable]) -> Hashable:
+    def _described(self, module: nn.Module, plain: Callable[[Any], Hashable]) -> tuple[Any, ...]:
         state = module.__dict__
-        # What no code of the class mentions cannot steer its forward.
-        mentioned = names_read(type(module))
+        mentioned = names_called(type(module))
         read = (
             state.keys() if mentioned & {'getattr', 'vars', '__dict__'} else mentioned & state.keys()
         ) - _INFRASTRUCTURE
@@ -55,16 +73,21 @@ class Structures:
         return type(module), attributes, tensors, children
 
 
+def _is_local(description: Hashable) -> bool:
+    if isinstance(description, tuple):
+        return any(map(_is_local, description))
+    return type(description) is _Local
+
+
 def _exact(value: Any) -> Hashable:
     """An attribute as something that is equal for equal behaviour: plain values as they are, others by identity."""
-    if isinstance(value, _PLAIN):
+    if isinstance(value, (*_PLAIN, *_SHARED)):
         return value
     if isinstance(value, (tuple, list)):
         return tuple(_exact(entry) for entry in value)
     if isinstance(value, dict):
         return tuple((str(key), _exact(entry)) for key, entry in value.items())
-    kind: Hashable = str(type(value))
-    return kind if isinstance(value, (Tensor, nn.Module)) else id(value)
+    return str(type(value)) if isinstance(value, (Tensor, nn.Module)) else _Local(id(value))
 
 
 def _without_integers(value: Any) -> Hashable:
@@ -85,4 +108,4 @@ def _argument(value: Any, shapes: bool) -> Hashable:
         return type(value), tuple(_argument(entry, shapes) for entry in value)
     if type(value) is int and not shapes:
         return 'int'
-    return value if isinstance(value, _PLAIN) else (type(value), id(value))
+    return value if isinstance(value, _PLAIN) else (type(value), _Local(id(value)))

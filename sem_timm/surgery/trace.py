@@ -15,9 +15,9 @@ constant is kept symbolic if that gives the same graph, and otherwise guarded.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -55,6 +55,8 @@ class Trace:
         graphs: The graph in training and in eval mode; the same object twice where they agree.
         guards: What the call must satisfy for the graphs to hold.
         methods: Names of the module's own methods that the graphs call like children.
+        edits: What was made of the graphs so far, by what was asked for.
+        verified: Edits that were compared with the forward in numbers.
     """
 
     signature: inspect.Signature
@@ -62,6 +64,8 @@ class Trace:
     graphs: dict[bool, fx.Graph]
     guards: tuple[Guard, ...]
     methods: frozenset[str]
+    edits: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    verified: set[Any] = field(default_factory=set, repr=False, compare=False)
 
 
 def trace(module: nn.Module, call: Call, *, inline_methods: bool = False) -> Trace:
