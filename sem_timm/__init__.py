@@ -11,11 +11,30 @@ from sem_timm.errors import (
     PlanError,
     RefusedError,
     SemTimmError,
+    SwapWarning,
     TraceError,
 )
-from sem_timm.layers import SEM, ChannelsFirst, Excitation, excitation_names, register_excitation
+from sem_timm.layers import (
+    SEM,
+    AttentionCore,
+    CausalAttention,
+    ChannelsFirst,
+    CrossSampleAttention,
+    EfficientAttention,
+    Excitation,
+    ExternalAttention,
+    ExternalAttention2d,
+    HaloAttention,
+    LinearAttention,
+    MultiHeadExternalAttention,
+    excitation_names,
+    invariance_penalty,
+    register_excitation,
+)
 from sem_timm.operations import (
+    AttentionConfig,
     ExcitationConfig,
+    ExternalAttention2dConfig,
     InsertConfig,
     SEMConfig,
     TimmAttentionConfig,
@@ -24,18 +43,40 @@ from sem_timm.operations import (
     plan_model,
 )
 from sem_timm.registry import register_variants
-from sem_timm.surgery import PatchedModule, Plan, Refusal, Site, patched, unpatch_model
+from sem_timm.surgery import (
+    AttentionSite,
+    PatchedModule,
+    Plan,
+    Refusal,
+    Site,
+    compact_model,
+    patched,
+    trainable_parameters,
+    unpatch_model,
+)
 
 __version__ = '0.1.0'
 
 __all__ = [
     'SEM',
+    'AttentionConfig',
+    'AttentionCore',
+    'AttentionSite',
+    'CausalAttention',
     'ChannelsFirst',
+    'CrossSampleAttention',
+    'EfficientAttention',
     'Excitation',
     'ExcitationConfig',
+    'ExternalAttention',
+    'ExternalAttention2d',
+    'ExternalAttention2dConfig',
     'GuardError',
+    'HaloAttention',
     'InsertConfig',
+    'LinearAttention',
     'ModelError',
+    'MultiHeadExternalAttention',
     'NoMatchError',
     'OptionError',
     'PatchedModule',
@@ -46,15 +87,19 @@ __all__ = [
     'SEMConfig',
     'SemTimmError',
     'Site',
+    'SwapWarning',
     'TimmAttentionConfig',
     'TraceError',
+    'compact_model',
     'excitation_names',
+    'invariance_penalty',
     'operation_names',
     'patch_model',
     'patched',
     'plan_model',
     'register_excitation',
     'register_variants',
+    'trainable_parameters',
     'unpatch_model',
 ]
 

@@ -38,6 +38,10 @@ class GuardError(SemTimmError, RuntimeError):
     """A rewritten forward was called in a way that differs from the call it was traced with."""
 
 
+class SwapWarning(UserWarning):
+    """A model's attention was replaced: its outputs are others than before, and it needs training."""
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """The part of a message that lists what exists, the names most like ``name`` first."""
     known = [str(entry) for entry in known]

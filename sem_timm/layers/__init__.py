@@ -1,5 +1,10 @@
 """Layers: pure modules with timm's constructor conventions, usable without any surgery."""
 
+from sem_timm.layers.attention_core import AttentionCore
+from sem_timm.layers.attention_cores import attention_core_class, attention_core_names
+from sem_timm.layers.causal import CausalAttention, invariance_penalty
+from sem_timm.layers.cross_sample import CrossSampleAttention
+from sem_timm.layers.efficient import EfficientAttention, LinearAttention
 from sem_timm.layers.excitation import (
     CircularEfficientChannel,
     EffectiveSqueezeExcitation,
@@ -9,7 +14,11 @@ from sem_timm.layers.excitation import (
     SqueezeExcitation,
     ZeroableExcitation,
 )
+from sem_timm.layers.external import ExternalAttention
+from sem_timm.layers.external2d import ExternalAttention2d
 from sem_timm.layers.gate import GATE_INITS, ChannelGate
+from sem_timm.layers.halo import HaloAttention
+from sem_timm.layers.multi_head_external import MultiHeadExternalAttention
 from sem_timm.layers.operators import excitation_names, register_excitation
 from sem_timm.layers.sem import SEM, Excitation
 from sem_timm.layers.timm_attention import ChannelsFirst, timm_attention, timm_attention_names
@@ -17,17 +26,29 @@ from sem_timm.layers.timm_attention import ChannelsFirst, timm_attention, timm_a
 __all__ = [
     'GATE_INITS',
     'SEM',
+    'AttentionCore',
+    'CausalAttention',
     'ChannelGate',
     'ChannelsFirst',
     'CircularEfficientChannel',
+    'CrossSampleAttention',
     'EffectiveSqueezeExcitation',
+    'EfficientAttention',
     'EfficientChannel',
     'Excitation',
+    'ExternalAttention',
+    'ExternalAttention2d',
+    'HaloAttention',
     'InstanceEnhancement',
+    'LinearAttention',
     'LinearContextTransform',
+    'MultiHeadExternalAttention',
     'SqueezeExcitation',
     'ZeroableExcitation',
+    'attention_core_class',
+    'attention_core_names',
     'excitation_names',
+    'invariance_penalty',
     'register_excitation',
     'timm_attention',
     'timm_attention_names',

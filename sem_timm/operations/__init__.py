@@ -1,8 +1,10 @@
 """Operations: what can be done to a model, and the calls that do it."""
 
+from sem_timm.operations.attention import AttentionConfig, attention_kinds
 from sem_timm.operations.calls import operation_names, patch_model, plan_model, resolve_operation
 from sem_timm.operations.configs import (
     ExcitationConfig,
+    ExternalAttention2dConfig,
     InsertConfig,
     InsertionConfig,
     SEMConfig,
@@ -10,11 +12,14 @@ from sem_timm.operations.configs import (
 )
 
 __all__ = [
+    'AttentionConfig',
     'ExcitationConfig',
+    'ExternalAttention2dConfig',
     'InsertConfig',
     'InsertionConfig',
     'SEMConfig',
     'TimmAttentionConfig',
+    'attention_kinds',
     'operation_names',
     'patch_model',
     'plan_model',

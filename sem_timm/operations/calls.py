@@ -9,17 +9,19 @@ from typing import Any
 from torch import nn
 
 from sem_timm.errors import OptionError, closest
-from sem_timm.layers import excitation_names, timm_attention_names
+from sem_timm.layers import AttentionCore, excitation_names, timm_attention_names
+from sem_timm.operations.attention import AttentionConfig, attention_kinds
 from sem_timm.operations.configs import (
     ExcitationConfig,
+    ExternalAttention2dConfig,
     InsertConfig,
     InsertionConfig,
     SEMConfig,
     TimmAttentionConfig,
 )
-from sem_timm.surgery import Plan, Target, apply_plan, plan_insertion
+from sem_timm.surgery import Plan, Target, apply_plan, plan_insertion, plan_swap
 
-Operation = str | InsertionConfig | Callable[..., nn.Module]
+Operation = str | InsertionConfig | AttentionConfig | Callable[..., nn.Module]
 
 # Excitation operators that are also systems of their own; other names are timm's.
 _SINGLE_SYSTEMS = ('se', 'eca', 'ie')
@@ -27,23 +29,28 @@ _SINGLE_SYSTEMS = ('se', 'eca', 'ie')
 
 def operation_names() -> tuple[str, ...]:
     """The short names that `plan_model` and `patch_model` understand."""
-    own = ('sem', *_SINGLE_SYSTEMS, *excitation_names(), *timm_attention_names())
-    return tuple(dict.fromkeys(own))
+    own = ('sem', *_SINGLE_SYSTEMS, *attention_kinds(), 'external2d')
+    return tuple(dict.fromkeys((*own, *excitation_names(), *timm_attention_names())))
 
 
-def resolve_operation(operation: Operation, **options: Any) -> InsertionConfig:
+def resolve_operation(operation: Operation, **options: Any) -> InsertionConfig | AttentionConfig:
     """Makes a configuration of an operation's short name, class or configuration, and options.
 
     Raises:
         OptionError: If the operation or an option is unknown, or an option is out of range.
     """
-    if isinstance(operation, InsertionConfig):
+    if isinstance(operation, (InsertionConfig, AttentionConfig)):
         if options:
             raise OptionError(
                 f'options {", ".join(options)} were given beside a configuration; put them into it: '
                 f'{type(operation).__name__}({next(iter(options))}=...).'
             )
         return operation
+    if operation in attention_kinds() or (isinstance(operation, type) and issubclass(operation, AttentionCore)):
+        kind: Any = operation
+        return AttentionConfig(kind, **options)
+    if operation is AttentionConfig:
+        return AttentionConfig(**options)
     fixed: dict[str, Any] = {}
     if isinstance(operation, type) and issubclass(operation, InsertionConfig):
         cls: type[InsertionConfig] = operation
@@ -68,6 +75,8 @@ def resolve_operation(operation: Operation, **options: Any) -> InsertionConfig:
 def _by_name(name: str) -> tuple[type[InsertionConfig], dict[str, Any]]:
     if name == 'sem':
         return SEMConfig, {}
+    if name == 'external2d':
+        return ExternalAttention2dConfig, {}
     if name in _SINGLE_SYSTEMS or (name in excitation_names() and name not in timm_attention_names()):
         return ExcitationConfig, {'operator': name}
     if name in timm_attention_names():
@@ -87,12 +96,14 @@ def plan_model(
     """Plans an operation on a model without touching it: no weight is read, no random number drawn.
 
     Args:
-        model: Any model with blocks; timm's know their input size.
-        operation: 'sem', 'se', 'eca', 'ie', a name of timm's ``create_attn`` such as 'cbam', a configuration, or a
-            module class ``(channels) -> nn.Module``.
-        target: Which blocks: a regular expression that matches whole names, a list of names or dotted suffixes, a
-            module class, or a callable ``(name, module) -> bool``. By default all.
-        exclude: Which blocks not, by the same rules.
+        model: Any model with blocks or self-attention; timm's know their input size.
+        operation: What is inserted into blocks: 'sem', 'se', 'eca', 'ie', 'external2d', a name of timm's
+            ``create_attn`` such as 'cbam', or a module class ``(channels) -> nn.Module``. Or what takes the place of
+            self-attention: 'external', 'eamlp', 'efficient', 'linear', 'halo', 'catt', 'caam', or a subclass of
+            ``AttentionCore``. Or a configuration of either.
+        target: Which blocks or attention modules: a regular expression that matches whole names, a list of names or
+            dotted suffixes, a module class, or a callable ``(name, module) -> bool``. By default all.
+        exclude: Which not, by the same rules.
         input_size: Shape (C, H, W) of one input image, where the model does not say.
         **options: Fields of the operation's configuration, such as ``reduction`` or ``position``.
 
@@ -103,7 +114,8 @@ def plan_model(
         SemTimmError: NoMatchError, RefusedError, OptionError or ModelError, each saying what to do.
     """
     config = resolve_operation(operation, **options)
-    return plan_insertion(model, config, target=target, exclude=exclude, input_size=input_size)
+    plan: Callable[..., Plan] = plan_swap if isinstance(config, AttentionConfig) else plan_insertion
+    return plan(model, config, target=target, exclude=exclude, input_size=input_size)
 
 
 def patch_model(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sem_timm.errors import OptionError, closest
-from sem_timm.layers import SEM, ChannelsFirst, Excitation, timm_attention, timm_attention_names
+from sem_timm.layers import SEM, ChannelsFirst, Excitation, ExternalAttention2d, timm_attention, timm_attention_names
 from sem_timm.surgery import BRANCHES, POSITIONS, Site, check_choice
 
 
@@ -166,6 +166,39 @@ class TimmAttentionConfig(InsertionConfig):
 
     def build(self, site: Site, device: torch.device, dtype: torch.dtype) -> nn.Module:
         return timm_attention(self.name, site.channels, device=device, dtype=dtype, **_layout(site))
+
+
+@dataclass(frozen=True)
+class ExternalAttention2dConfig(InsertionConfig):
+    """Inserts External Attention over the positions of feature maps, https://arxiv.org/abs/2105.02358.
+
+    Attributes:
+        memory: Number of memory slots.
+        init: 'identity' for a module that returns its input bit for bit until trained, 'paper' for the published one.
+
+    Raises:
+        OptionError: If an option is unknown or out of range.
+    """
+
+    memory: int = 64
+    init: str = 'identity'
+    position: str = field(default='output', kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ExternalAttention2d(16, self.memory, _init(self.init), device='meta')  # its own checks speak first
+
+    @property
+    def attribute(self) -> str:
+        return 'external2d'
+
+    @property
+    def is_identity(self) -> bool:
+        return self.init == 'identity'
+
+    def build(self, site: Site, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        module = ExternalAttention2d(site.channels, self.memory, _init(self.init), device=device, dtype=dtype)
+        return module if site.channel_dim == 1 else ChannelsFirst(module, site.num_prefix_tokens)
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,28 @@
 """Finds places in models and edits them; knows nothing of what is put there."""
 
+from sem_timm.surgery.freeze import compact_model, trainable_parameters
 from sem_timm.surgery.patch import PatchedModule, apply_plan, patched, unpatch_model
-from sem_timm.surgery.plan import BRANCHES, POSITIONS, Insertion, Plan, Refusal, Site, check_choice
-from sem_timm.surgery.planning import plan_insertion
+from sem_timm.surgery.plan import BRANCHES, POSITIONS, AttentionSite, Insertion, Plan, Refusal, Site, Swap, check_choice
+from sem_timm.surgery.planning import plan_insertion, plan_swap
 from sem_timm.surgery.select import Target
 
 __all__ = [
     'BRANCHES',
     'POSITIONS',
+    'AttentionSite',
     'Insertion',
     'PatchedModule',
     'Plan',
     'Refusal',
     'Site',
+    'Swap',
     'Target',
     'apply_plan',
     'check_choice',
+    'compact_model',
     'patched',
     'plan_insertion',
+    'plan_swap',
+    'trainable_parameters',
     'unpatch_model',
 ]

@@ -35,7 +35,13 @@ def names_called(cls: type) -> frozenset[str]:
 
     What is not among them cannot steer the forward.
     """
-    waiting, seen = ['forward'], {'forward'}
+    return names_called_by(cls, 'forward')
+
+
+@_cached
+def names_called_by(cls: type, method: str) -> frozenset[str]:
+    """As `names_called`, for another of the class's methods."""
+    waiting, seen = [method], {method}
     while waiting:
         value = getattr(cls, waiting.pop(), None)
         function = value.fget if isinstance(value, property) else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -46,3 +46,28 @@ def evaluate(
     with torch.no_grad(), LayoutMode():
         recorder.run(*(trace.values[name] for name in names), enable_io_processing=False)
     return dict(recorder.env)
+
+
+def values_of(
+    graph: fx.Graph, module: nn.Module, arguments: Mapping[str, Any], nodes: list[fx.Node]
+) -> dict[fx.Node, Any]:
+    """Runs as much of a graph as some of its nodes need, without gradients, and returns their values."""
+    needed = ancestors(nodes)
+    runner = _Recorder(module, graph, {})
+    with torch.no_grad():
+        for node in graph.nodes:
+            if node in needed:
+                runner.env[node] = arguments[str(node.target)] if node.op == 'placeholder' else runner.run_node(node)
+    return {node: runner.env[node] for node in nodes}
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Nodes and all that they are computed from."""
+    found: set[fx.Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found

@@ -14,11 +14,11 @@ from torch import Tensor, fx, nn
 from sem_timm.errors import OptionError, TraceError
 from sem_timm.surgery.bytecode import iterates_children
 from sem_timm.surgery.layout import Layout, LayoutMode, layout_of, set_layout
-from sem_timm.surgery.plan import Insertion, Site
+from sem_timm.surgery.plan import AttentionSite, Insertion, Site
 from sem_timm.surgery.reading import Reader, Reading
 from sem_timm.surgery.residual import ResidualAdd, last_of_each_output, site_layout
 from sem_timm.surgery.rewrite import Edit, edit_of, patched_class
-from sem_timm.surgery.source import output_source, residual_source
+from sem_timm.surgery.source import graph_source, output_source
 from sem_timm.surgery.trace import forward_signature
 
 
@@ -28,11 +28,12 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Placement:
-    """One module's sites and the edit that makes them; ``reading`` is what a residual edit was made from."""
+    """One module's sites and the edit that makes them; ``reading`` is what an edit of a graph was made from."""
 
-    sites: tuple[Site, ...]
+    sites: tuple[Site, ...] | tuple[AttentionSite, ...]
     edit: Edit
     reading: Reading | None
+    swapping: Any = None
 
 
 class Inserter:
@@ -131,7 +132,7 @@ class Inserter:
         if key not in edits:
             graphs = self._edited(reading, numbers, attributes)
             try:
-                source, bindings = residual_source(type(module), reading.trace, graphs)
+                source, bindings = graph_source(type(module), reading.trace, graphs)
             except SyntaxError as error:  # a child named by a keyword, say
                 raise Refused(f'its forward cannot be written as code: {error}') from error
             edit = Edit(type(module), source, bindings, attributes, 'residual', self.operation)

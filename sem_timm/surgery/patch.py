@@ -6,6 +6,7 @@ and the operation. So a copy, an unpickled model and a wrapper around patched bl
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sem_timm.errors import ModelError, PlanError
+from sem_timm.errors import ModelError, PlanError, SwapWarning
+from sem_timm.surgery.freeze import check_not_compact, freeze, unfreeze
+from sem_timm.surgery.match import match_scales
 from sem_timm.surgery.plan import Plan, Site
 from sem_timm.surgery.planning import check_model, structure_of
 from sem_timm.surgery.rewrite import edit_of, patched_class
@@ -56,6 +59,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     try:
         classes = {name: patched_class(edit) for name, edit in plan.edits.items()}
         built = [(modules[site.name], site.attribute, _built(plan, site, modules[site.name], model)) for site in plan]
+        match_scales(plan, modules, built)
         for block, attribute, new in built:
             block.add_module(attribute, new)
             done.append((block, attribute))
@@ -68,7 +72,17 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
             delattr(block, attribute)
         _set_rng_states(rng)
         raise
+    freeze(model, plan.unread)
+    if plan.swaps_attention:
+        warnings.warn(_needs_training(plan), SwapWarning, stacklevel=3)
     return model
+
+
+def _needs_training(plan: Plan) -> str:
+    return (
+        f'{plan.model_name}: {plan.operation} took the place of self-attention, which is not an identity. The model '
+        'gives other outputs than before and needs training; unpatch_model(model) gives the old one back.'
+    )
 
 
 def _rng_states() -> list[torch.Tensor]:
@@ -124,12 +138,13 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        ModelError: If nothing in the model is patched, or something wraps it.
+        ModelError: If nothing in the model is patched, something wraps it, or it was made compact.
     """
     check_model(model)
     if not any(edit_of(module, inherited=True) for module in model.modules()):
         raise ModelError(f'{type(model).__name__} is not patched; there is nothing to undo.')
     _check_undoable(model)
+    unfreeze(model)
     for module in list(model.modules()):
         edit = edit_of(module)
         while edit is not None:
@@ -141,6 +156,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
 
 
 def _check_undoable(model: nn.Module) -> None:
+    check_not_compact(model)
     for name, module in model.named_modules():
         edit = edit_of(module, inherited=True)
         if edit is not None and edit is not edit_of(module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +16,15 @@ from torch import nn
 from sem_timm.errors import ModelError, RefusedError, TraceError
 from sem_timm.surgery.blocks import find_blocks
 from sem_timm.surgery.insert import Inserter, Placement, Refused
-from sem_timm.surgery.plan import Insertion, Plan, Refusal
+from sem_timm.surgery.plan import Insertion, Plan, Refusal, Swap
 from sem_timm.surgery.reading import Reader
 from sem_timm.surgery.rewrite import Edit
 from sem_timm.surgery.select import Target, select
 from sem_timm.surgery.skeleton import dtype_of, probe
+from sem_timm.surgery.swap import NoCore, Swapper, attention_modules
+from sem_timm.surgery.swap_rehearsal import Aftermath, rehearse_swap
 from sem_timm.surgery.verify import verify
+from sem_timm.surgery.verify_swap import verify_swap
 
 
 def plan_insertion(
@@ -47,34 +50,73 @@ def plan_insertion(
         ModelError: If the model is wrapped, or its input size is not known.
         OptionError: If ``input_size`` does not fit the model.
     """
+    return _planned(model, operation, Inserter, find_blocks, 'blocks', target, exclude, input_size)
+
+
+def plan_swap(
+    model: nn.Module,
+    operation: Swap,
+    *,
+    target: Target | None = None,
+    exclude: Target | None = None,
+    input_size: tuple[int, ...] | None = None,
+) -> Plan:
+    """Plans another attention in place of the self-attention of ``model``, which is not touched.
+
+    Args:
+        model: Any module with self-attention; timm's need no ``input_size``.
+        operation: What takes the place of the attention cores, or modules.
+        target: Restricts the plan; by default all attention modules.
+        exclude: Modules to leave out, by the same rules.
+        input_size: Shape (C, H, W) of one input.
+
+    Raises:
+        SemTimmError: As `plan_insertion`.
+    """
+    return _planned(model, operation, Swapper, attention_modules, 'attention', target, exclude, input_size)
+
+
+def _planned(
+    model: nn.Module,
+    operation: Any,
+    placer: Callable[[Reader, Any], Any],
+    find: Callable[[Reader], list[str]],
+    noun: str,
+    target: Target | None,
+    exclude: Target | None,
+    input_size: tuple[int, ...] | None,
+) -> Plan:
     check_model(model)
     wanted = None if target is None else select(model, target)
     unwanted = _excluded(model, exclude)
     with _kept_random_states():
         reader = Reader(probe(model, input_size))
-        blocks = [name for name in find_blocks(reader) if name not in unwanted]
-        work = _Work(Inserter(reader, operation))
-        for entry, names in wanted or [('', blocks)]:
+        found = [name for name in find(reader) if name not in unwanted]
+        work = _Work(placer(reader, operation))
+        for entry, names in wanted or [('', found)]:
             kept = [name for name in names if name not in unwanted]
-            work.place([name for name in blocks if name in set(kept)] or kept, entry)
+            work.place([name for name in found if name in set(kept)] or kept, entry)
         work.verify(reader)
         work.check()
-        if wanted is None:
-            work.refusals.update(_unread(reader, blocks, unwanted))
+        if wanted is None and noun == 'blocks':
+            work.refusals.update(_unread(reader, found, unwanted))
         if not work.placements:
-            raise RefusedError(_nothing(model, operation, work.refusals, bool(unwanted)))
-    order = [name for name in reader.modules if name in work.placements]
-    sites = tuple(site for name in order for site in work.placements[name].sites)
+            raise RefusedError(_nothing(model, operation, noun, work.refusals, bool(unwanted)))
+        order = {name: work.placements[name] for name in reader.modules if name in work.placements}
+        after = Aftermath() if noun == 'blocks' else rehearse_swap(reader, order, operation)
     return Plan(
         operation=operation,
         model_name=type(model).__name__,
         input_size=reader.probe.input_size,
         dtype=dtype_of(model),
-        sites=sites,
+        sites=tuple(site for placement in order.values() for site in placement.sites),
         refusals=tuple(Refusal(n, type(reader.modules[n]).__name__, why) for n, why in work.refusals.items()),
-        edits={name: work.placements[name].edit for name in order},
+        edits={name: placement.edit for name, placement in order.items()},
         model=weakref.ref(model),
         structure=structure_of(model),
+        unread=after.unread,
+        sliced=after.sliced,
+        originals=after.originals,
     )
 
 
@@ -101,7 +143,7 @@ def _excluded(model: nn.Module, exclude: Target | None) -> set[str]:
 class _Work:
     """Placements and refusals gathered for one plan, and what each entry of the target came to."""
 
-    inserter: Inserter
+    placer: Any
     placements: dict[str, Placement] = field(default_factory=dict)
     refusals: dict[str, str] = field(default_factory=dict)
     entries: dict[str, list[str]] = field(default_factory=dict)
@@ -111,7 +153,11 @@ class _Work:
         found = self.entries.setdefault(entry, [])
         for name in names:
             try:
-                placement = self.inserter.place(name)
+                placement = self.placer.place(name)
+            except NoCore as refusal:
+                if entry:  # asked for by name
+                    self.refusals[name] = str(refusal)
+                    found.append(name)
             except Refused as refusal:
                 self.refusals[name] = str(refusal)
                 found.append(name)
@@ -133,7 +179,7 @@ class _Work:
                 continue
             try:
                 with _on_cpu():
-                    verify(reading, reader.modules[name], reader.probe.calls[name], edit)
+                    self._verify_one(reader, name)
             except TraceError as error:
                 for other in [n for n, placement in self.placements.items() if placement.edit == edit]:
                     del self.placements[other]
@@ -142,9 +188,16 @@ class _Work:
                 if reading is not None:
                     reading.trace.verified.add(edit)
 
+    def _verify_one(self, reader: Reader, name: str) -> None:
+        placement, module = self.placements[name], reader.modules[name]
+        if placement.swapping is None:
+            verify(placement.reading, module, reader.probe.calls[name], placement.edit)
+        elif placement.reading is not None:
+            verify_swap(placement, module, self.placer.operation.reads_keys)
+
     def check(self) -> None:
         """Raises RefusedError if all that an entry of the target selects is refused."""
-        operation = self.inserter.operation
+        operation = self.placer.operation
         for entry, names in self.entries.items():
             if not entry or any(name in self.placements for name in names):
                 continue
@@ -187,10 +240,11 @@ def _on_cpu() -> AbstractContextManager[object]:
     return nullcontext() if torch.get_default_device().type == 'cpu' else torch.device('cpu')
 
 
-def _nothing(model: nn.Module, operation: Insertion, refusals: dict[str, str], excluded: bool) -> str:
+def _nothing(model: nn.Module, operation: Any, noun: str, refusals: dict[str, str], excluded: bool) -> str:
     reasons = [f'\n  {name}: {reason}' for name, reason in list(refusals.items())[:5]]
-    found = 'exclude leaves no block; exclude less.' if excluded else 'it has no blocks, as far as can be seen.'
-    found = f'{len(refusals)} blocks were found and refused:' if refusals else found
+    found = f'exclude leaves no {noun}; exclude less.' if excluded else f'it has no {noun}, as far as can be seen.'
+    found = f'{len(refusals)} {noun} were found and refused:' if refusals and noun == 'blocks' else found
+    found = f'{len(refusals)} modules were found and refused:' if refusals and noun != 'blocks' else found
     return f'nothing in {type(model).__name__} can take {operation}; {found}{"".join(reasons)}'
 
 

@@ -57,10 +57,7 @@ class Reader:
 
     def _find(self, name: str) -> Reading:
         module, call = self.modules[name], self.probe.calls[name]
-        try:
-            values = bind(forward_signature(type(module)), call)
-        except TypeError as error:
-            raise TraceError(f'{type(module).__name__}.forward: {error}') from error
+        values = bound_arguments(module, call)
         key = (self.structures.describe(module)[0], call_key(values, shapes=True), _shapes(call.output))
         reading = self._readings.get(key)
         if reading is None:
@@ -72,6 +69,26 @@ class Reader:
         if isinstance(reading, TraceError):
             raise reading
         return reading
+
+    def read_with(self, name: str, *, inline_methods: bool) -> Reading:
+        """As `read`, with the module's own methods followed or kept as single nodes, whatever sums they hold.
+
+        Raises:
+            TraceError: If its forward cannot be traced or evaluated.
+        """
+        module, call = self.modules[name], self.probe.calls[name]
+        values = bound_arguments(module, call)
+        key = (self.structures.describe(module)[0], call_key(values, shapes=True), _shapes(call.output), inline_methods)
+        reading = self._readings.get(key)
+        if reading is None:
+            try:
+                reading = self._reading(name, values, inline_methods=inline_methods)
+            except TraceError as error:
+                reading = error
+            self._readings[key] = reading
+        if isinstance(reading, TraceError):
+            raise reading
+        return replace(reading, trace=replace(reading.trace, values=values))
 
     def holds_residual(self, name: str) -> bool:
         """Whether a module's own forward has a residual add; False where the forward cannot be read."""
@@ -151,6 +168,18 @@ class Reader:
 # Traces that hold for every model of the process: most models share their blocks with others, or are made again.
 _TRACES: dict[Hashable, Trace] = {}
 _FREE = (Tensor, bool, int, float, str, type(None))
+
+
+def bound_arguments(module: nn.Module, call: Call) -> dict[str, Any]:
+    """The value of every argument of a recorded call, by parameter name, defaults included.
+
+    Raises:
+        TraceError: If the call does not fit the forward of the module's class.
+    """
+    try:
+        return bind(forward_signature(type(module)), call)
+    except TypeError as error:
+        raise TraceError(f'{type(module).__name__}.forward: {error}') from error
 
 
 def _evaluated(found: Trace, module: nn.Module, call: Call, known: dict[str, Any]) -> Reading:

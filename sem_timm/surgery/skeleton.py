@@ -7,7 +7,7 @@ tracing or a probe does to it, caches it fills included, never reaches the live 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -57,69 +57,103 @@ class Probe:
 
 def weightless(model: nn.Module) -> nn.Module:
     """Copies the structure of ``model`` to the meta device, in eval mode and without hooks; reads no weights."""
-    twins: dict[int, Any] = {}
-    modules = list(model.modules())
-    for module in modules:
-        twin = object.__new__(type(module))
-        # A fresh module's own attributes: empty hook dictionaries, and nothing shared with the live module.
-        twin.__dict__.update(nn.Module().__dict__)
-        twins[id(module)] = twin
-    for module in modules:
-        twin = twins[id(module)]
-        for name, value in module.__dict__.items():
-            if name in ('_parameters', '_buffers'):
-                twin.__dict__[name] = {key: _on_meta(tensor, twins) for key, tensor in value.items()}
-            elif name == '_modules':
-                twin._modules = {key: twins.get(id(child)) for key, child in value.items()}
-            elif name not in _FRESH:
-                twin.__dict__[name] = _copied(value, twins)
-        if 'forward' in twin.__dict__ and getattr(twin.forward, '__self__', None) is not twin:
-            # A forward from elsewhere may hold on to the live module; the mark stays that there was one.
-            twin.__dict__['forward'] = MethodType(type(twin).forward, twin)
-        twin.__dict__['training'] = False
-    skeleton: nn.Module = twins[id(model)]
-    return skeleton
+    return _Copier(_on_meta).copy(model)
+
+
+def shadow(model: nn.Module) -> nn.Module:
+    """Copies the structure of ``model`` around its own weights, in eval mode and without hooks.
+
+    What a forward of the copy fills in or counts does not reach the model, its weights are the model's.
+    """
+    return _Copier(torch.Tensor.detach).copy(model)
+
+
+def filled(skeleton: nn.Module, generator: torch.Generator) -> nn.Module:
+    """Copies a part of a weightless copy with random numbers for its weights; integers, mostly indices, are zero."""
+
+    def numbers(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return torch.zeros(tensor.shape, dtype=tensor.dtype)
+        scale = max(1, tensor[0].numel()) ** -0.5 if tensor.ndim > 1 else 1.0
+        # Positive, so that variances among the buffers are.
+        return torch.rand(tensor.shape, generator=generator).mul_(scale).to(tensor.dtype)
+
+    return _Copier(numbers).copy(skeleton)
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device='meta')
 
 
 _FRESH = frozenset(nn.Module().__dict__)
 
 
-def _on_meta(tensor: torch.Tensor | None, twins: dict[int, Any]) -> torch.Tensor | None:
-    if tensor is None:
-        return None
-    if id(tensor) not in twins:
-        twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device='meta')
-        twins[id(tensor)] = nn.Parameter(twin, requires_grad=False) if isinstance(tensor, nn.Parameter) else twin
-    twin = twins[id(tensor)]
-    assert isinstance(twin, torch.Tensor)
-    return twin
+class _Copier:
+    """Copies modules with other tensors; what the original shares, the copy shares."""
 
+    def __init__(self, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.convert = convert
+        self.twins: dict[int, Any] = {}
 
-def _copied(value: Any, twins: dict[int, Any]) -> Any:
-    """A plain attribute for the skeleton: modules and tensors become their twins, containers are copied."""
-    if isinstance(value, _SHARED):
-        return value
-    if isinstance(value, torch.Tensor):
-        return _on_meta(value, twins)
-    if isinstance(value, nn.Module):
-        return twins[id(value)] if id(value) in twins else weightless(value)  # one that is hidden in a list
-    if type(value) in (list, tuple, set):
-        return type(value)(_copied(entry, twins) for entry in value)
-    if type(value) is dict:
-        return {key: _copied(entry, twins) for key, entry in value.items()}
-    if isinstance(value, partial):
-        arguments = [_copied(entry, twins) for entry in value.args]
-        return partial(_copied(value.func, twins), *arguments, **_copied(value.keywords, twins))
-    if isinstance(value, tuple) and hasattr(value, '_fields'):
-        return type(value)(*(_copied(entry, twins) for entry in value))
-    if isinstance(value, dict):
-        copied = copy.copy(value)
-        copied.update({key: _copied(entry, twins) for key, entry in value.items()})
+    def copy(self, model: nn.Module) -> nn.Module:
+        modules = list(model.modules())
+        for module in modules:
+            twin = object.__new__(type(module))
+            # A fresh module's own attributes: empty hook dictionaries, and nothing shared with the live module.
+            twin.__dict__.update(nn.Module().__dict__)
+            self.twins[id(module)] = twin
+        for module in modules:
+            self._fill(self.twins[id(module)], module)
+        copied: nn.Module = self.twins[id(model)]
         return copied
-    try:
-        return copy.deepcopy(value, dict(twins))
-    except Exception:  # such as a lock or an open file
-        return value
+
+    def _fill(self, twin: Any, module: nn.Module) -> None:
+        for name, value in module.__dict__.items():
+            if name in ('_parameters', '_buffers'):
+                twin.__dict__[name] = {key: None if t is None else self._tensor(t) for key, t in value.items()}
+            elif name == '_modules':
+                twin._modules = {key: self.twins.get(id(child)) for key, child in value.items()}
+            elif name not in _FRESH:
+                twin.__dict__[name] = self._value(value)
+        if 'forward' in twin.__dict__ and getattr(twin.forward, '__self__', None) is not twin:
+            # A forward from elsewhere may hold on to the live module; the mark stays that there was one.
+            twin.__dict__['forward'] = MethodType(type(twin).forward, twin)
+        twin.__dict__['training'] = False
+
+    def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in self.twins:
+            twin = self.convert(tensor)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            self.twins[id(tensor)] = nn.Parameter(twin, requires_grad=False) if is_parameter else twin
+        converted = self.twins[id(tensor)]
+        assert isinstance(converted, torch.Tensor)
+        return converted
+
+    def _value(self, value: Any) -> Any:
+        """A plain attribute for the copy: modules and tensors become their twins, containers are copied."""
+        if isinstance(value, _SHARED):
+            return value
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value)
+        if isinstance(value, nn.Module):  # one that is hidden in a list
+            return self.twins[id(value)] if id(value) in self.twins else _Copier(self.convert).copy(value)
+        if type(value) in (list, tuple, set):
+            return type(value)(self._value(entry) for entry in value)
+        if type(value) is dict:
+            return {key: self._value(entry) for key, entry in value.items()}
+        if isinstance(value, partial):
+            arguments = [self._value(entry) for entry in value.args]
+            return partial(self._value(value.func), *arguments, **self._value(value.keywords))
+        if isinstance(value, tuple) and hasattr(value, '_fields'):
+            return type(value)(*(self._value(entry) for entry in value))
+        if isinstance(value, dict):
+            copied = copy.copy(value)
+            copied.update({key: self._value(entry) for key, entry in value.items()})
+            return copied
+        try:
+            return copy.deepcopy(value, dict(self.twins))
+        except Exception:  # such as a lock or an open file
+            return value
 
 
 def probe(model: nn.Module, input_size: tuple[int, ...] | None = None, batch_size: int = 2) -> Probe:

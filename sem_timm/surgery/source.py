@@ -19,7 +19,7 @@ from sem_timm.errors import GuardError
 from sem_timm.surgery.trace import Guard, Trace
 
 
-def residual_source(base: type, trace: Trace, graphs: dict[bool, fx.Graph]) -> tuple[str, tuple[tuple[str, Any], ...]]:
+def graph_source(base: type, trace: Trace, graphs: dict[bool, fx.Graph]) -> tuple[str, tuple[tuple[str, Any], ...]]:
     """Source and bindings of a forward made from edited graphs, one for each mode where they differ."""
     evaluation = _body(graphs[False])
     training = evaluation if graphs[True] is graphs[False] else _body(graphs[True])
@@ -133,6 +133,21 @@ class _Rename(ast.NodeTransformer):
     def visit_Name(self, node: ast.Name) -> ast.Name:
         node.id = self.names.get(node.id, node.id)
         return node
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        """Writes ``x[slice(None, 64, None)]`` as ``x[:64]``."""
+        self.generic_visit(node)
+        if isinstance(node.slice, ast.Tuple):
+            node.slice.elts = [_as_slice(entry) for entry in node.slice.elts]
+        else:
+            node.slice = _as_slice(node.slice)
+        return node
+
+
+def _as_slice(index: ast.expr) -> ast.expr:
+    if not (isinstance(index, ast.Call) and isinstance(index.func, ast.Name) and index.func.id == 'slice'):
+        return index
+    return ast.Slice(*(None if isinstance(part, ast.Constant) and part.value is None else part for part in index.args))
 
 
 def _clears(node: ast.stmt) -> bool:

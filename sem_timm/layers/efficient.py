@@ -1,0 +1,128 @@
+"""Attentions whose queries meet a summary of keys and values instead of every key: linear in tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sem_timm.layers.attention_core import AttentionCore, statistics_dtype
+
+
+class EfficientAttention(AttentionCore):
+    """Efficient attention as a core, https://arxiv.org/abs/1812.01243.
+
+    Each query, normalised by a softmax over its channels, mixes d context vectors; each of these is an average of the
+    values, weighted by a softmax over the tokens of one channel of the keys. Queries and keys are not scaled. Covered
+    is the attention with softmax normalisation. Not covered are the variant that scales instead, and the reference
+    module's own projections and residual connection, which the attention module around a core brings along.
+
+    A core has no parameters here: ``num_heads``, ``head_axis``, ``device`` and ``dtype`` change nothing but what inputs
+    are checked for.
+
+    Args:
+        head_dim: Width d of queries and keys.
+        value_dim: Width of values and output; by default ``head_dim``.
+        num_heads: Number of heads of the inputs, or 1 for any.
+        head_axis: Which axis of q counts the heads, from the end.
+        device: Accepted for uniformity.
+        dtype: Accepted for uniformity.
+
+    Shape:
+        - q: (..., N, d), k: (..., M, d), v: (..., M, value_dim).
+        - Output: (..., N, value_dim).
+
+    Raises:
+        OptionError: From the constructor if an argument is out of range, from ``forward`` if an input does not fit or
+            a mask is not the same for every query.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        value_dim: int | None = None,
+        num_heads: int = 1,
+        head_axis: int = -3,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(head_dim, value_dim, num_heads, head_axis)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Map queries (..., N, d) to outputs (..., N, value_dim)."""
+        self.check_inputs(q, k, v)
+        dtype = statistics_dtype(k.dtype)
+        if attn_mask is not None:
+            k = k + self.key_padding(attn_mask, q, k.shape[-2], dtype).mT
+        context = k.softmax(-2, dtype=dtype).to(v.dtype).mT @ v
+        return q.softmax(-1, dtype=dtype).to(q.dtype) @ context
+
+
+class LinearAttention(AttentionCore):
+    """Linear attention as a core, https://arxiv.org/abs/2007.14902.
+
+    The first-order approximation of the exponential in softmax attention: the weight of key j for query i is
+    ``1 + q_i . k_j``, both normalised to length one, so that sums over the keys are taken once for all queries. For
+    images the tokens may come from a grid of any height and width. Covered is the attention mechanism. Not covered are
+    the reference module's projections to an eighth of the channels and its residual connection with a learned scale.
+
+    A core has no parameters here: ``num_heads``, ``head_axis``, ``device`` and ``dtype`` change nothing but what inputs
+    are checked for.
+
+    Args:
+        head_dim: Width d of queries and keys.
+        value_dim: Width of values and output; by default ``head_dim``.
+        num_heads: Number of heads of the inputs, or 1 for any.
+        head_axis: Which axis of q counts the heads, from the end.
+        device: Accepted for uniformity.
+        dtype: Accepted for uniformity.
+
+    Shape:
+        - q: (..., N, d), k: (..., M, d), v: (..., M, value_dim).
+        - Output: (..., N, value_dim).
+
+    Raises:
+        OptionError: From the constructor if an argument is out of range, from ``forward`` if an input does not fit or
+            a mask is not the same for every query.
+    """
+
+    eps = 1e-6
+
+    def __init__(
+        self,
+        head_dim: int,
+        value_dim: int | None = None,
+        num_heads: int = 1,
+        head_axis: int = -3,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(head_dim, value_dim, num_heads, head_axis)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Map queries (..., N, d) to outputs (..., N, value_dim)."""
+        self.check_inputs(q, k, v)
+        dtype = statistics_dtype(k.dtype)
+        root: Tensor | float = k.shape[-2] ** -0.5
+        scale = root / _length(k, dtype)
+        if attn_mask is None:
+            mean = v.mean(-2, keepdim=True, dtype=dtype)
+        else:
+            # What is added to a logit multiplies a weight.
+            weight = self.key_padding(attn_mask, q, k.shape[-2], dtype).exp().mT.expand(*k.shape[:-1], 1)
+            total = weight.sum(-2, keepdim=True).clamp(min=self.eps)
+            mean, root = (v * weight).sum(-2, keepdim=True) / total, total.rsqrt()
+            scale = root * weight / _length(k, dtype)
+        # Averages over the keys, in two steps of a root: a sum over many keys overflows in float16.
+        context = (k.mT @ (v * scale).to(k.dtype)) * root
+        key = (k.mT @ scale.to(k.dtype)) * root + self.eps * root**2
+        # Numerator and denominator are multiplied by the length of the query, which spares the division of all q.
+        length = _length(q, dtype)
+        numerator, denominator = q @ context.to(q.dtype), q @ key.to(q.dtype)
+        return (torch.addcmul(numerator.to(dtype), mean, length) / (length + denominator)).to(numerator.dtype)
+
+
+def _length(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The lengths of vectors along the last axis, (..., 1), all above zero."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).clamp(min=1e-12)

@@ -1,0 +1,151 @@
+"""External attention: a few learned memory slots, the same for every sample, in place of keys and values."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from sem_timm.errors import OptionError, closest
+from sem_timm.layers.attention_core import AttentionCore, statistics_dtype
+from sem_timm.layers.double_norm import normalize_twice
+from sem_timm.layers.excitation import check_at_least_one
+
+ExternalNorm: TypeAlias = Literal['double', 'softmax']
+
+EXTERNAL_NORMS: tuple[ExternalNorm, ...] = ('double', 'softmax')
+
+# How much attention is computed at once where it is done by parts: what stays in the cache of a processor.
+PART_BYTES = 1 << 22
+
+
+def _may_write_in_place(q: Tensor) -> bool:
+    """Whether results may be written into memory at hand: eager inference on a CPU, in the type of the input."""
+    return q.is_cpu and not (
+        torch.is_grad_enabled() or torch.is_autocast_enabled('cpu') or torch.compiler.is_compiling()
+    )
+
+
+class ExternalAttention(AttentionCore):
+    """External attention as a core, https://arxiv.org/abs/2105.02358.
+
+    The logits of N queries and S learned slots are normalised twice, by a softmax over the tokens and by the L1 norm
+    over the slots; the attention then mixes S learned values. Time and memory are linear in N. Keys and values are not
+    read. Masked tokens are kept out of the softmax over tokens; their own outputs mean nothing.
+
+    Args:
+        head_dim: Width d of the queries.
+        value_dim: Width of the output; by default ``head_dim``.
+        num_heads: Number of heads with memories of their own; with 1 all heads share one memory.
+        head_axis: Which axis of q counts the heads, from the end.
+        memory: Number of slots S.
+        norm: 'double' as published, or 'softmax' for a softmax over the slots alone, where tokens do not see each other
+            and a mask changes nothing.
+        device: Where the parameters are created.
+        dtype: Type of the parameters.
+
+    Attributes:
+        mk: Memory of keys, (d, S), or (heads, d, S).
+        mv: Memory of values, (S, value_dim), or (heads, S, value_dim).
+
+    Shape:
+        - q: (..., N, d).
+        - Output: (..., N, value_dim).
+
+    Raises:
+        OptionError: From the constructor if an argument is out of range, from ``forward`` if an input does not fit.
+    """
+
+    reads_keys: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        head_dim: int,
+        value_dim: int | None = None,
+        num_heads: int = 1,
+        head_axis: int = -3,
+        *,
+        memory: int = 64,
+        norm: ExternalNorm = 'double',
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(head_dim, value_dim, num_heads, head_axis)
+        check_at_least_one('memory', memory)
+        if norm not in EXTERNAL_NORMS:
+            raise OptionError(f'norm={norm!r} is unknown. {closest(str(norm), EXTERNAL_NORMS)}')
+        self.memory = memory
+        self.norm = norm
+        self.mk = nn.Parameter(torch.empty(self.parameter_shape(head_dim, memory), device=device, dtype=dtype))
+        self.mv = nn.Parameter(torch.empty(self.parameter_shape(memory, self.value_dim), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw both memories so that queries of unit variance give logits and outputs of about unit variance."""
+        nn.init.normal_(self.mk, std=self.head_dim**-0.5)
+        # The squares of the attention of a token sum to about e / (S + e - 1) for logits of unit variance.
+        nn.init.normal_(self.mv, std=math.sqrt((self.memory + math.e - 1) / math.e))
+
+    @torch.no_grad()
+    def match_output_scale(self, q: Tensor, reference: Tensor) -> None:
+        """Rescale ``mv`` in place so that the output for these queries has the root mean square of another tensor.
+
+        Does nothing where that has no meaning: on meta tensors, or if either is empty, zero or not finite.
+        """
+        if self.mv.is_meta or q.is_meta or reference.is_meta or not q.numel() or not reference.numel():
+            return
+        present, wanted = (float(x.double().square().mean().sqrt()) for x in (self(q), reference))
+        factor = wanted / present if present > 0 else 0.0
+        if math.isfinite(factor) and factor > 0:
+            self.mv.mul_(factor)
+
+    def forward(self, q: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Map queries (..., N, d) to outputs (..., N, value_dim)."""
+        self.check_query(q)
+        per_head = self.num_heads > 1
+        # With the heads in front, the batch and the tokens of (B, N, heads, d) are one axis without a copy.
+        tokens = q.movedim(self.head_axis, 0) if per_head else q.unsqueeze(0)
+        mk, mv = (self.mk, self.mv) if per_head else (self.mk.unsqueeze(0), self.mv.unsqueeze(0))
+        mask = None if attn_mask is None else self._token_mask(q, attn_mask)
+        if _may_write_in_place(q):
+            out = self._attend_by_parts(tokens, mk, mv, mask)
+        else:
+            out = torch.bmm(self._attention(tokens, mk, mask), mv)
+        out = out.unflatten(1, tokens.shape[1:-1])
+        return out.movedim(0, self.head_axis) if per_head else out.squeeze(0)
+
+    def _attend_by_parts(self, tokens: Tensor, mk: Tensor, mv: Tensor, mask: Tensor | None) -> Tensor:
+        """Outputs (heads, R, value_dim) for queries (heads, ..., N, d), R being the product of the axes between.
+
+        A few heads are done at a time, and the result has the heads of a token next to each other, as the layer after
+        attention wants them.
+        """
+        heads, rows = tokens.shape[0], tokens.shape[1:-1].numel()
+        out = tokens.new_empty(rows, heads, self.value_dim).transpose(0, 1)
+        at_once = max(1, PART_BYTES // max(1, rows * self.memory * tokens.element_size()))
+        if at_once >= heads:
+            return torch.bmm(self._attention(tokens, mk, mask), mv, out=out)
+        masks = [None] * heads if mask is None else mask.expand(heads, *mask.shape[1:]).split(at_once)
+        for part, key, value, part_mask, part_out in zip(
+            *(x.split(at_once) for x in (tokens, mk, mv)), masks, out.split(at_once)
+        ):
+            torch.bmm(self._attention(part, key, part_mask), value, out=part_out)
+        return out
+
+    def _attention(self, tokens: Tensor, mk: Tensor, mask: Tensor | None) -> Tensor:
+        """The attention (heads, R, S) to the slots."""
+        logits = torch.bmm(tokens.flatten(1, -2), mk).unflatten(1, tokens.shape[1:-1])
+        dtype = logits.dtype
+        if self.norm == 'softmax':
+            return logits.softmax(-1, dtype=statistics_dtype(dtype)).to(dtype).flatten(1, -2)
+        return normalize_twice(logits, -2, -1, mask).to(dtype).flatten(1, -2)
+
+    def _token_mask(self, q: Tensor, attn_mask: Tensor) -> Tensor:
+        """A mask (..., 1, N) as numbers (heads, ..., N, 1) to be added to logits."""
+        mask = self.key_padding(attn_mask, q, q.shape[-2], statistics_dtype(q.dtype)).mT
+        return mask.movedim(self.head_axis, 0) if self.num_heads > 1 else mask.unsqueeze(0)
+
+    def extra_repr(self) -> str:
+        return f'{super().extra_repr()}, memory={self.memory}, norm={self.norm!r}'

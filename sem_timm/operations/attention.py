@@ -1,0 +1,123 @@
+"""Other attentions in place of self-attention, as a typed configuration."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sem_timm.errors import OptionError, closest
+from sem_timm.layers import AttentionCore, MultiHeadExternalAttention, attention_core_class, attention_core_names
+from sem_timm.surgery import AttentionSite
+
+_WHOLE = 'eamlp'
+
+# What a site says, beside the options of a kind.
+_FROM_SITE = ('self', 'head_dim', 'value_dim', 'num_heads', 'head_axis', 'grid_size', 'num_prefix_tokens')
+_FROM_SITE += ('dim', 'qkv_bias', 'qk_norm', 'scale_norm', 'norm_layer', 'device', 'dtype')
+
+
+def attention_kinds() -> tuple[str, ...]:
+    """The names of the attentions that can take the place of self-attention."""
+    return (*attention_core_names(), _WHOLE)
+
+
+@dataclass(frozen=True, init=False)
+class AttentionConfig:
+    """Puts another attention in place of self-attention; not an identity, so the model needs training afterwards.
+
+    Attributes:
+        kind: One of `attention_kinds`, or an own subclass of ``AttentionCore``. 'eamlp' replaces whole attention
+            modules, the others their cores, and keep the projections around them.
+        options: The options of the kind, such as ``memory``, as pairs.
+
+    Raises:
+        OptionError: If the kind or an option is unknown, or an option is out of range.
+    """
+
+    kind: str | type[AttentionCore]
+    options: tuple[tuple[str, Any], ...]
+
+    def __init__(self, kind: str | type[AttentionCore] = 'external', **options: Any) -> None:
+        object.__setattr__(self, 'kind', kind)
+        object.__setattr__(self, 'options', tuple(sorted(options.items())))
+        cls = self._class()
+        known = [name for name in inspect.signature(cls.__init__).parameters if name not in _FROM_SITE]
+        for name in options:
+            if name not in known:
+                raise OptionError(f'option {name!r} of attention {str(self)!r} is unknown. {closest(name, known)}')
+        cls(32, num_heads=1, device=torch.device('meta'), **options)  # its own checks speak before a model is looked at
+
+    def _class(self) -> Any:
+        if isinstance(self.kind, type) and issubclass(self.kind, AttentionCore):
+            return self.kind
+        if not isinstance(self.kind, str):
+            raise OptionError(f'kind={self.kind!r} is neither a name nor a subclass of AttentionCore.')
+        if self.kind == _WHOLE:
+            return MultiHeadExternalAttention
+        if self.kind not in attention_core_names():
+            raise OptionError(f'attention {self.kind!r} is unknown. {closest(self.kind, attention_kinds())}')
+        return attention_core_class(self.kind)
+
+    @property
+    def attribute(self) -> str:
+        """Name of the new child in its attention module."""
+        return 'core'
+
+    @property
+    def reads_keys(self) -> bool:
+        """Whether the new core takes ``(q, k, v)``; otherwise ``(q)``."""
+        return not self.replaces_module and bool(self._class().reads_keys)
+
+    @property
+    def takes_pairwise_mask(self) -> bool:
+        """Whether it honours a mask for pairs of tokens."""
+        return not self.replaces_module and bool(self._class().takes_pairwise_mask)
+
+    @property
+    def replaces_module(self) -> bool:
+        """Whether it replaces whole attention modules."""
+        return self.kind == _WHOLE
+
+    @property
+    def is_identity(self) -> bool:
+        """False: the outputs change."""
+        return False
+
+    def build(self, site: AttentionSite, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """Builds the core, or module, for a site."""
+        options: dict[str, Any] = dict(self.options)
+        cls = self._class()
+        if self.replaces_module:
+            options.setdefault('num_heads', site.num_heads)
+            module: nn.Module = cls(site.shape[-1], device=device, dtype=dtype, **options)
+            return module
+        accepted = inspect.signature(cls.__init__).parameters
+        if 'grid_size' in accepted:
+            options.update(grid_size=site.grid_size, num_prefix_tokens=site.num_prefix_tokens)
+        core: nn.Module = cls(
+            site.shape[-1],
+            value_dim=site.value_shape[-1],
+            num_heads=site.num_heads,
+            head_axis=site.head_axis,
+            device=device,
+            dtype=dtype,
+            **options,
+        )
+        return core
+
+    def match(self, new: nn.Module, inputs: Tensor, reference: Tensor) -> None:
+        """Scales a new core so that its output has the size of the old one's."""
+        match = getattr(new, 'match_output_scale', None)
+        if match is not None:
+            match(inputs, reference)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as data that `json.dumps` takes."""
+        return {'name': str(self), **dict(self.options)}
+
+    def __str__(self) -> str:
+        return self.kind if isinstance(self.kind, str) else self.kind.__name__

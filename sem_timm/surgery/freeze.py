@@ -1,0 +1,73 @@
+"""Parameters that a patch has made useless: kept, but not trained; on request dropped for good."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from sem_timm.errors import ModelError
+from sem_timm.surgery.rewrite import edit_of
+
+# Kept on the module that owns the parameters, so that copies and parts of a model know it too.
+_FROZEN = '_surgery_frozen'
+_COMPACT = '_surgery_compact'
+
+
+def freeze(model: nn.Module, names: Iterable[str]) -> None:
+    """Stops parameters from requiring gradients, and remembers which of them did."""
+    for name in names:
+        owner, key = _owner(model, name)
+        parameter = owner._parameters[key]
+        if parameter is not None and parameter.requires_grad:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+            owner.__dict__[_FROZEN] = (*owner.__dict__.get(_FROZEN, ()), key)
+
+
+def unfreeze(model: nn.Module) -> None:
+    """Lets all parameters that were frozen require gradients again."""
+    for module in model.modules():
+        for key in module.__dict__.pop(_FROZEN, ()):
+            parameter = module._parameters[key]
+            if parameter is not None:
+                parameter.requires_grad_(True)
+
+
+def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters to give to an optimizer: those that require gradients and still reach the output."""
+    useless = {id(module._parameters[key]) for module in model.modules() for key in module.__dict__.get(_FROZEN, ())}
+    return (p for p in model.parameters() if p.requires_grad and id(p) not in useless)
+
+
+def compact_model(model: nn.Module) -> nn.Module:
+    """Drops the parameters that a swap of attention has made useless, for deployment; there is no undo after it.
+
+    Works in place. Keys of the dropped parameters leave the state_dict. Packed projections keep the rows in front of
+    those that are read, and lose those behind.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: If nothing in the model was swapped.
+    """
+    if not any(edit_of(module) for module in model.modules()):
+        raise ModelError(f'{type(model).__name__} is not patched; there is nothing to drop.')
+    for module in model.modules():
+        for key in module.__dict__.pop(_FROZEN, ()):
+            module._parameters[key] = None
+            module.__dict__[_COMPACT] = True
+    return model
+
+
+def check_not_compact(model: nn.Module) -> None:
+    """Raises ModelError if parameters of the model were dropped, so that a patch cannot be undone."""
+    for name, module in model.named_modules():
+        if module.__dict__.get(_COMPACT):
+            raise ModelError(f'{name} lost its old parameters to compact_model; undo is for models that kept them.')
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, key = name.rpartition('.')
+    return model.get_submodule(path), key

@@ -1,0 +1,257 @@
+"""Packed projections, such as one linear layer for queries, keys and values: only the rows that are read are computed.
+
+The layer keeps its weight, name and shape; the forward takes a part of it. Which rows are read is seen by counting the
+channels; they may be one range, or the same range of every head.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from sem_timm.surgery.axes import run_on_indices
+from sem_timm.surgery.layout import layout_of
+from sem_timm.surgery.residual import Values
+
+_RESHAPES = {'view', 'reshape', 'unflatten'}
+_MOVES = {*_RESHAPES, 'permute', 'transpose', 'contiguous'}
+_DIVIDERS = {'chunk', 'split', 'split_with_sizes'}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a weight: of every ``period`` rows those from ``first`` to before ``last``.
+
+    Attributes:
+        first: The first row read.
+        last: The row behind the last one read.
+        period: How many rows make one repetition; all of them where there is one range.
+        total: The number of rows of the weight.
+    """
+
+    first: int
+    last: int
+    period: int
+    total: int
+
+    def taken_from(self, graph: fx.Graph, tensor: fx.Node) -> fx.Node:
+        """Nodes that take the rows from a weight or bias."""
+        if self.period == self.total:
+            part = slice(self.first or None, None if self.last == self.total else self.last)
+            return graph.call_function(operator.getitem, (tensor, part))
+        groups = graph.call_method('unflatten', (tensor, 0, (self.total // self.period, self.period)))
+        part = graph.call_function(operator.getitem, (groups, (slice(None), slice(self.first, self.last))))
+        return graph.call_method('flatten', (part, 0, 1))
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A projection, the nodes that move its output, the one that divides it, and the pieces that are read."""
+
+    projection: fx.Node
+    moves: tuple[fx.Node, ...]
+    divider: fx.Node
+    axis: int
+    count: int
+    pieces: tuple[fx.Node, ...]
+
+
+def slice_packed(graph: fx.Graph, module: nn.Module, values: Values) -> dict[str, Rows]:
+    """Lets every packed projection of a pruned graph compute the rows that are read and no others.
+
+    Args:
+        graph: The graph, edited in place.
+        module: The module it belongs to.
+        values: The value of every node.
+
+    Returns:
+        The rows that are read, by name of the weight.
+    """
+    sliced = {}
+    for node in list(graph.nodes):
+        packed = _packed(node, module, values)
+        rows = None if packed is None else _rows(packed, module, values)
+        edits = None if packed is None or rows is None else _divided(packed, rows, values)
+        if packed is None or rows is None or edits is None:
+            continue
+        new, name = _sliced_projection(graph, node, rows, module)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        for edited, args in edits:
+            edited.args = tuple(new if arg is node else arg for arg in args)
+        sliced[name] = rows
+    return sliced
+
+
+def _packed(node: fx.Node, module: nn.Module, values: Values) -> _Packed | None:
+    if not _is_projection(node, module):
+        return None
+    moves: list[fx.Node] = []
+    current = node
+    while True:
+        users = [user for user in current.users if not _only_looks_at(user, current)]
+        if users and all(_piece_index(user) is not None for user in users):  # the axis of the parts is in front
+            return _Packed(node, tuple(moves), current, 0, int(values[current].shape[0]), tuple(users))
+        if len(users) != 1 or not isinstance(values[current], Tensor):
+            return None
+        name, user = _name(users[0]), users[0]
+        if name in _DIVIDERS or name == 'unbind':
+            axis = _argument(user, 2 if name in _DIVIDERS else 1, 'dim', 0)
+            pieces = tuple(user.users)
+            if not isinstance(axis, int) or any(_piece_index(piece) is None for piece in pieces):
+                return None
+            return _Packed(node, tuple(moves), user, axis % values[current].ndim, len(values[user]), pieces)
+        if name not in _MOVES:
+            return None
+        moves.append(user)
+        current = user
+
+
+def _piece_index(node: fx.Node) -> int | None:
+    index = node.args[1] if node.target is operator.getitem else None
+    return index if type(index) is int and index >= 0 else None
+
+
+def _only_looks_at(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a node asks another for its shape or type and not for its values."""
+    if user.op == 'call_method' and user.target == 'type_as':
+        return user.args[1] is node and user.args[0] is not node
+    return user.target is getattr or (user.op == 'call_method' and user.target in ('size', 'dim'))
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target) if node.op == 'call_method' else getattr(node.target, '__name__', '')
+
+
+def _argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+
+
+def _is_projection(node: fx.Node, module: nn.Module) -> bool:
+    """Whether a node is a plain linear layer or convolution, whose output channels do not depend on each other."""
+    if node.op != 'call_module':
+        return node.target is F.linear and isinstance(_argument(node, 1, 'weight'), fx.Node)
+    try:
+        called = operator.attrgetter(str(node.target))(module)
+    except AttributeError:  # one of the module's own methods
+        return False
+    if len(node.args) != 1 or node.kwargs:
+        return False
+    is_conv = type(called) is nn.Conv2d and called.groups == 1 and called.padding_mode == 'zeros'
+    return type(called) is nn.Linear or is_conv
+
+
+def _rows(packed: _Packed, module: nn.Module, values: Values) -> Rows | None:
+    """The rows that the pieces hold, or None if they are all, or in no order."""
+    try:
+        found = run_on_indices(packed.pieces, module, values, 'channel')
+    except Exception:  # how the channels are moved is not known
+        return None
+    read = torch.unique(torch.cat([piece.reshape(-1) for piece in found.values()])).long() - 1
+    layout = layout_of(values[packed.projection])
+    if layout is None or layout.channel is None or not len(read):
+        return None
+    total = int(values[packed.projection].shape[layout.channel])
+    gaps = (read.diff() > 1).nonzero().reshape(-1)
+    if len(read) == total:
+        return None
+    if not len(gaps):
+        return Rows(int(read[0]), int(read[-1]) + 1, total, total)
+    groups = len(gaps) + 1
+    first, last, period = int(read[0]), int(read[gaps[0]]) + 1, total // groups
+    rows = (torch.arange(groups)[:, None] * period + torch.arange(first, last)).reshape(-1)
+    return Rows(first, last, period, total) if rows.equal(read) else None
+
+
+_Edit = tuple[fx.Node, tuple[Any, ...]]
+
+
+def _divided(packed: _Packed, rows: Rows, values: Values) -> list[_Edit] | None:
+    """New arguments for the nodes between a projection and its pieces, or None if they cannot be told."""
+    indices = sorted({index for piece in packed.pieces if (index := _piece_index(piece)) is not None})
+    first, kept = indices[0], len(indices)
+    if indices != list(range(first, first + kept)):
+        return None
+    edits: list[_Edit] = [(piece, (piece.args[0], (_piece_index(piece) or 0) - first)) for piece in packed.pieces]
+    divider = packed.divider
+    source = divider if not _divides(divider) else divider.args[0]
+    assert isinstance(source, fx.Node)
+    size = int(values[source].shape[packed.axis])
+    if _name(divider) == 'chunk':
+        edits.append((divider, (divider.args[0], kept, *divider.args[2:])))
+    elif _name(divider) in _DIVIDERS and isinstance(divider.args[1], (tuple, list)):
+        sizes = list(divider.args[1])[first : first + kept]
+        edits.append((divider, (divider.args[0], sizes, *divider.args[2:])))
+    new_size = (
+        kept
+        if not _divides(divider) or _name(divider) == 'unbind'
+        else size * (rows.last - rows.first) // (rows.period)
+    )
+    moved = _resized(packed, packed.axis, new_size, values)
+    return None if moved is None else edits + moved
+
+
+def _divides(node: fx.Node) -> bool:
+    return _name(node) in _DIVIDERS or _name(node) == 'unbind'
+
+
+def _resized(packed: _Packed, axis: int, size: int, values: Values) -> list[_Edit] | None:
+    """New arguments for the moves, in which one axis of their result gets another size."""
+    edits: list[_Edit] = []
+    for node in reversed(packed.moves):
+        name, ndim = _name(node), values[node].ndim
+        if name == 'permute':
+            order = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+            if not all(isinstance(entry, int) for entry in order):  # type: ignore[union-attr]
+                return None
+            axis = int(order[axis]) % ndim  # type: ignore[index, arg-type]
+        elif name == 'transpose':
+            one, other = (int(entry) % ndim for entry in node.args[1:3])  # type: ignore[arg-type]
+            axis = {one: other, other: one}.get(axis, axis)
+        elif name in _RESHAPES:
+            arguments = _with_size(node, axis, size, values)
+            if arguments is None:
+                return None
+            if arguments != node.args:
+                edits.append((node, arguments))
+            before = values[node.args[0]]
+            if name == 'reshape' and node is not packed.moves[0] and before.shape[:1] != values[node].shape[:1]:
+                return None
+    return edits
+
+
+def _with_size(node: fx.Node, axis: int, size: int, values: Values) -> tuple[Any, ...] | None:
+    if _name(node) == 'unflatten':
+        sizes, offset = node.args[2], int(node.args[1]) % values[node.args[0]].ndim  # type: ignore
+        if not isinstance(sizes, (tuple, list)) or not 0 <= axis - offset < len(sizes):
+            return None
+        changed = [size if place == axis - offset and entry != -1 else entry for place, entry in enumerate(sizes)]
+        return (*node.args[:2], tuple(changed))
+    nested = isinstance(node.args[1], (tuple, list))
+    flat: list[Any] = list(node.args[1]) if nested else list(node.args[1:])  # type: ignore[arg-type]
+    if isinstance(flat[axis], fx.Node):
+        return None
+    if flat[axis] != -1:
+        flat[axis] = size
+    return (node.args[0], tuple(flat)) if nested else (node.args[0], *flat)
+
+
+def _sliced_projection(graph: fx.Graph, node: fx.Node, rows: Rows, module: nn.Module) -> tuple[fx.Node, str]:
+    with graph.inserting_before(node):
+        if node.op == 'call_function':
+            weight, bias = _argument(node, 1, 'weight'), _argument(node, 2, 'bias')
+            taken = [None if each is None else rows.taken_from(graph, each) for each in (weight, bias)]
+            return graph.call_function(F.linear, (_argument(node, 0, 'input'), *taken)), str(weight.target)
+        layer: Any = operator.attrgetter(str(node.target))(module)
+        names = [f'{node.target}.weight'] + ([f'{node.target}.bias'] if layer.bias is not None else [])
+        taken = [rows.taken_from(graph, graph.get_attr(name)) for name in names]
+        if type(layer) is nn.Linear:
+            return graph.call_function(F.linear, (node.args[0], *taken)), names[0]
+        taken += [None] * (2 - len(taken))
+        options = (layer.stride, layer.padding, layer.dilation)
+        return graph.call_function(F.conv2d, (node.args[0], *taken, *options)), names[0]

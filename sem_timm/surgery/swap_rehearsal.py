@@ -1,0 +1,82 @@
+"""One run of the weightless copy with all swaps applied, and what it shows: shapes that fit, parameters unread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from sem_timm.errors import TraceError
+from sem_timm.surgery.attention import Core
+from sem_timm.surgery.insert import Placement
+from sem_timm.surgery.layout import LayoutMode
+from sem_timm.surgery.packed import Rows
+from sem_timm.surgery.plan import Swap
+from sem_timm.surgery.reading import Reader
+from sem_timm.surgery.rewrite import patched_class
+from sem_timm.surgery.unread import reached_parameters, unread_parameters, upstream_arguments
+
+
+@dataclass(frozen=True)
+class Original:
+    """How the old attention of a module is computed: its graph, its cores by new child, and a call on meta tensors."""
+
+    graph: fx.Graph
+    cores: dict[str, Core]
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Aftermath:
+    """What applying placements changes around them.
+
+    Attributes:
+        unread: Names of parameters that no longer reach the output.
+        sliced: Names of packed weights, with the first row read, the one behind the last, and the number of rows.
+        originals: How the old attention is computed, by name of the module.
+    """
+
+    unread: tuple[str, ...] = ()
+    sliced: dict[str, Rows] = field(default_factory=dict)
+    originals: dict[str, Original] = field(default_factory=dict)
+
+
+def rehearse_swap(reader: Reader, placements: dict[str, Placement], operation: Swap) -> Aftermath:
+    """Applies placements to the weightless copy, which is used up by it, and runs it once.
+
+    Raises:
+        TraceError: If the model no longer runs, or returns other shapes.
+    """
+    skeleton, call = reader.probe.skeleton, reader.probe.calls['']
+    images: Tensor = call.args[0]
+    unread = unread_parameters(reader, placements)
+    upstream = upstream_arguments(reader, placements)
+    before = reached_parameters(skeleton, images) if upstream else set()
+    sliced, originals = {}, {}
+    for name, placement in placements.items():
+        module = reader.modules[name]
+        for site in placement.sites:
+            module.add_module(site.attribute, operation.build(site, torch.device('meta'), site.dtype).eval())
+        module.__class__ = patched_class(placement.edit)
+        sliced.update({f'{name}.{weight}': rows for weight, rows in placement.swapping.sliced.items()})
+        if placement.reading is not None:
+            trace = placement.reading.trace
+            originals[name] = Original(trace.graphs[False], placement.swapping.cores[False], trace.values)
+    try:
+        with torch.no_grad(), LayoutMode():
+            output = skeleton(images)
+    except Exception as error:
+        raise TraceError(f'the model does not run with {operation}: {type(error).__name__}: {error}') from error
+    if _shapes(output) != _shapes(call.output):
+        raise TraceError(f'the model returns {_shapes(output)} with {operation}, and {_shapes(call.output)} before')
+    if upstream:
+        lost = before - reached_parameters(skeleton, images)
+        unread = tuple(name for name, _ in skeleton.named_parameters() if name in lost or name in unread)
+    return Aftermath(unread, sliced, originals)
+
+
+def _shapes(value: Any) -> list[tuple[int, ...]]:
+    return [tuple(leaf.shape) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -1,0 +1,113 @@
+"""Parameters that no longer reach a model's output once its attention is swapped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from sem_timm.surgery.bytecode import names_called_by
+from sem_timm.surgery.insert import Placement
+from sem_timm.surgery.layout import layout_of
+from sem_timm.surgery.reading import Reader
+
+
+def unread_parameters(reader: Reader, placements: dict[str, Placement]) -> tuple[str, ...]:
+    """Names of the parameters that were read before the placements are applied and are not afterwards.
+
+    Args:
+        reader: The reader of the probed model, whose skeleton is not patched.
+        placements: The placements, by name of the module.
+    """
+    found: dict[str, None] = {}
+    for name, placement in placements.items():
+        module = reader.modules[name]
+        before, after = _graphs_before(placement), placement.swapping.graphs
+        names = [parameter for parameter, _ in module.named_parameters(remove_duplicate=False)]
+        read = _read(module, names, after.values())
+        dead = [parameter for parameter in names if parameter not in read]
+        if before is not None:
+            were_read = _read(module, names, before.values())
+            dead = [parameter for parameter in dead if parameter in were_read]
+        found.update(dict.fromkeys(f'{name}.{parameter}' for parameter in dead))
+    shared = _names_of_shared(reader.probe.skeleton)
+    return tuple(name for name in found if name not in shared)
+
+
+def upstream_arguments(reader: Reader, placements: dict[str, Placement]) -> bool:
+    """Whether a module no longer reads an argument that may be computed from parameters alone."""
+    for placement in placements.values():
+        before = _graphs_before(placement)
+        values = {} if placement.reading is None else placement.reading.trace.values
+        if before is None:
+            call = reader.probe.calls[placement.sites[0].name]
+            values = {str(i): value for i, value in enumerate((*call.args, *call.kwargs.values()))}
+        read = {
+            str(node.target)
+            for graph in placement.swapping.graphs.values()
+            for node in graph.nodes
+            if node.op == 'placeholder' and node.users
+        }
+        for name, value in values.items():
+            tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+            if name not in read and any(t.is_floating_point() and layout_of(t) is None for t in tensors):
+                return True
+    return False
+
+
+def reached_parameters(model: nn.Module, inputs: Tensor) -> set[str]:
+    """Names of the parameters of a weightless model that get a gradient from its output."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    with torch.enable_grad():
+        output = model(inputs)
+    waiting = [leaf.grad_fn for leaf in _tensors(output) if leaf.grad_fn is not None]
+    seen: set[Any] = set()
+    variables: set[int] = set()
+    while waiting:
+        function: Any = waiting.pop()
+        if function in seen:
+            continue
+        seen.add(function)
+        if hasattr(function, 'variable'):
+            variables.add(id(function.variable))
+        waiting += [following for following, _ in function.next_functions if following is not None]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return {name for name, parameter in model.named_parameters() if id(parameter) in variables}
+
+
+def _graphs_before(placement: Placement) -> dict[bool, fx.Graph] | None:
+    return None if placement.reading is None else placement.reading.trace.graphs
+
+
+def _read(module: nn.Module, names: list[str], graphs: Any) -> set[str]:
+    """Which of a module's parameters its graphs read, those of the children and methods they call included."""
+    called = {str(node.target) for graph in graphs for node in graph.nodes if node.op in ('call_module', 'get_attr')}
+    in_methods = {name for target in called for name in _mentioned(module, target)}
+    return {
+        name
+        for name in names
+        if name.split('.')[0] in in_methods or any(name == t or name.startswith(f'{t}.') for t in called)
+    }
+
+
+def _mentioned(module: nn.Module, target: str) -> Iterator[str]:
+    """Names that one of the module's own methods mentions, if the target is one."""
+    if '.' not in target and target not in module._modules and callable(getattr(type(module), target, None)):
+        yield from names_called_by(type(module), target)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _names_of_shared(model: nn.Module) -> set[str]:
+    """Names of parameters that are found under several names: another place may read them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name for several in names.values() if len(several) > 1 for name in several}
