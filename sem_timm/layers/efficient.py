@@ -116,11 +116,15 @@ class LinearAttention(AttentionCore):
             scale = root * weight / _length(k, dtype)
         # Averages over the keys, in two steps of a root: a sum over many keys overflows in float16.
         context = (k.mT @ (v * scale).to(k.dtype)) * root
-        key = (k.mT @ scale.to(k.dtype)) * root + self.eps * root**2
+        key = (scale.mT.to(k.dtype) @ k) * root + self.eps * root**2
         # Numerator and denominator are multiplied by the length of the query, which spares the division of all q.
         length = _length(q, dtype)
-        numerator, denominator = q @ context.to(q.dtype), q @ key.to(q.dtype)
-        return (torch.addcmul(numerator.to(dtype), mean, length) / (length + denominator)).to(numerator.dtype)
+        product = q @ context.to(q.dtype)
+        # A matrix of one row, not of one column: products with the latter are slow on a CPU.
+        denominator = length + (key.to(q.dtype) @ q.mT).mT
+        numerator = product.to(dtype).addcmul_(mean, length)
+        out = numerator / denominator if numerator.requires_grad else numerator.div_(denominator)
+        return out.to(product.dtype)
 
 
 def _length(x: Tensor, dtype: torch.dtype) -> Tensor:

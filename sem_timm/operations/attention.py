@@ -16,8 +16,7 @@ from sem_timm.surgery import AttentionSite
 _WHOLE = 'eamlp'
 
 # What a site says, beside the options of a kind.
-_FROM_SITE = ('self', 'head_dim', 'value_dim', 'num_heads', 'head_axis', 'grid_size', 'num_prefix_tokens')
-_FROM_SITE += ('dim', 'qkv_bias', 'qk_norm', 'scale_norm', 'norm_layer', 'device', 'dtype')
+_FROM_SITE = {'self', 'head_dim', 'value_dim', 'head_axis', 'grid_size', 'num_prefix_tokens', 'dim', 'device', 'dtype'}
 
 
 def attention_kinds() -> tuple[str, ...]:
@@ -49,7 +48,10 @@ class AttentionConfig:
         for name in options:
             if name not in known:
                 raise OptionError(f'option {name!r} of attention {str(self)!r} is unknown. {closest(name, known)}')
-        cls(32, num_heads=1, device=torch.device('meta'), **options)  # its own checks speak before a model is looked at
+        # Its own checks speak before a model is looked at.
+        heads = options.get('num_heads', 1)
+        width = 32 * heads if isinstance(heads, int) and heads > 0 else 32
+        cls(width, **{'num_heads': 1, 'device': torch.device('meta'), **options})
 
     def _class(self) -> Any:
         if isinstance(self.kind, type) and issubclass(self.kind, AttentionCore):
@@ -98,14 +100,10 @@ class AttentionConfig:
         accepted = inspect.signature(cls.__init__).parameters
         if 'grid_size' in accepted:
             options.update(grid_size=site.grid_size, num_prefix_tokens=site.num_prefix_tokens)
+        options.setdefault('num_heads', site.num_heads)
+        value_dim, axis = site.value_shape[-1], site.head_axis
         core: nn.Module = cls(
-            site.shape[-1],
-            value_dim=site.value_shape[-1],
-            num_heads=site.num_heads,
-            head_axis=site.head_axis,
-            device=device,
-            dtype=dtype,
-            **options,
+            site.shape[-1], value_dim=value_dim, head_axis=axis, device=device, dtype=dtype, **options
         )
         return core
 

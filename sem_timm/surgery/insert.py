@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from sem_timm.errors import OptionError, TraceError
+from sem_timm.errors import TraceError
 from sem_timm.surgery.bytecode import iterates_children
 from sem_timm.surgery.layout import Layout, LayoutMode, layout_of, set_layout
-from sem_timm.surgery.plan import AttentionSite, Insertion, Site
+from sem_timm.surgery.placement import Placement, Refused, check_editable, check_hashable, compiled, free_names
+from sem_timm.surgery.plan import Insertion, Site
 from sem_timm.surgery.reading import Reader, Reading
 from sem_timm.surgery.residual import ResidualAdd, last_of_each_output, site_layout
-from sem_timm.surgery.rewrite import Edit, edit_of, patched_class
+from sem_timm.surgery.rewrite import Edit
 from sem_timm.surgery.source import graph_source, output_source
 from sem_timm.surgery.trace import forward_signature
-
-
-class Refused(Exception):
-    """A module cannot take the operation; the message is the reason, to be listed or raised by the caller."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """One module's sites and the edit that makes them; ``reading`` is what an edit of a graph was made from."""
-
-    sites: tuple[Site, ...] | tuple[AttentionSite, ...]
-    edit: Edit
-    reading: Reading | None
-    swapping: Any = None
 
 
 class Inserter:
@@ -42,10 +27,7 @@ class Inserter:
     def __init__(self, reader: Reader, operation: Insertion) -> None:
         self.reader = reader
         self.operation = operation
-        try:
-            hash(operation)
-        except TypeError as error:
-            raise OptionError(f'{operation}: {error}; options of an operation are hashable, such as tuples.') from error
+        check_hashable(operation)
 
     def place(self, name: str) -> Placement:
         """Finds the sites of one module.
@@ -53,28 +35,14 @@ class Inserter:
         Raises:
             Refused: If it cannot take the operation.
         """
-        self._check(name)
+        check_editable(self.reader, name)
         reading = self._residual_reading(name)
         if reading is not None:
             return self._at_residual(name, reading)
         # A new child of a sequence would become one of its steps; its last step returns the same.
         last = self.reader.last_step(name)
-        self._check(last)
+        check_editable(self.reader, last)
         return self._at_output(last)
-
-    def _check(self, name: str) -> None:
-        module, count = self.reader.modules[name], self.reader.probe.counts.get(name, 0)
-        edit = edit_of(module)
-        if edit is not None:
-            raise Refused(f'it is already patched ({edit.operation}); unpatch_model(model) first')
-        if count == 0:
-            raise Refused("the model's forward does not call it")
-        if count > 1:
-            raise Refused(f"the model's forward calls it {count} times; one inserted module cannot serve several calls")
-        if not isinstance(inspect.getattr_static(type(module), 'forward'), FunctionType):
-            raise Refused('its forward is not a plain function')
-        if 'forward' in module.__dict__:
-            raise Refused('its forward was replaced on the instance, which hides that of its class')
 
     def _residual_reading(self, name: str) -> Reading | None:
         """The reading to edit, or None if the module is to be treated as a whole."""
@@ -102,26 +70,18 @@ class Inserter:
         tensor = output[0] if kind is not Tensor and output else output
         if not isinstance(tensor, Tensor):
             raise Refused(f'it returns a {type(output).__name__}, not a tensor')
-        attribute = self._free_name(module, self.operation.attribute)
+        (attribute,) = free_names(module, self.operation.attribute)
         site = self._site(name, 'output', attribute, tensor, layout_of(tensor))
         source, bindings = output_source(type(module), forward_signature(type(module)), attribute, kind)
-        edit = self._compiled(Edit(type(module), source, bindings, (attribute,), 'output', self.operation))
+        edit = compiled(Edit(type(module), source, bindings, (attribute,), 'output', self.operation))
         return Placement((site,), edit, None)
-
-    def _compiled(self, edit: Edit) -> Edit:
-        """Makes the class of an edit now, so that what cannot be written as code is refused and not met later."""
-        try:
-            patched_class(edit)
-        except Exception as error:  # odd names, a class that forbids subclasses
-            raise Refused(f'no class can be made for it: {type(error).__name__}: {error}') from error
-        return edit
 
     def _at_residual(self, name: str, reading: Reading) -> Placement:
         module, graph = self.reader.modules[name], reading.trace.graphs[False]
         adds = reading.adds[False]
         chosen = last_of_each_output(graph, adds) if self.operation.branches == 'last' else adds
         numbers = [adds.index(add) for add in chosen]
-        attributes = self._attributes(module, len(numbers))
+        attributes = free_names(module, self.operation.attribute, len(numbers))
         sites = []
         for number, attribute in zip(numbers, attributes):
             add = adds[number]
@@ -136,18 +96,8 @@ class Inserter:
             except SyntaxError as error:  # a child named by a keyword, say
                 raise Refused(f'its forward cannot be written as code: {error}') from error
             edit = Edit(type(module), source, bindings, attributes, 'residual', self.operation)
-            edits[key] = self._compiled(edit)
+            edits[key] = compiled(edit)
         return Placement(tuple(sites), edits[key], reading)
-
-    def _attributes(self, module: nn.Module, count: int) -> tuple[str, ...]:
-        base = self.operation.attribute
-        names = [base] if count == 1 else [f'{base}{number}' for number in range(1, count + 1)]
-        return tuple(self._free_name(module, name) for name in names)
-
-    def _free_name(self, module: nn.Module, name: str) -> str:
-        while hasattr(module, name):
-            name += '_'
-        return name
 
     def _edited(self, reading: Reading, numbers: list[int], attributes: tuple[str, ...]) -> dict[bool, fx.Graph]:
         graphs = reading.trace.graphs

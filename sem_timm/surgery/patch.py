@@ -16,11 +16,11 @@ from torch import nn
 
 from sem_timm.errors import ModelError, PlanError, SwapWarning
 from sem_timm.surgery.freeze import check_not_compact, freeze, unfreeze
-from sem_timm.surgery.match import match_scales
 from sem_timm.surgery.plan import Plan, Site
 from sem_timm.surgery.planning import check_model, structure_of
 from sem_timm.surgery.rewrite import edit_of, patched_class
 from sem_timm.surgery.skeleton import dtype_of
+from sem_timm.surgery.swap import match_scales
 
 
 @dataclass(frozen=True)

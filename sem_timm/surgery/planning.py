@@ -15,16 +15,15 @@ from torch import nn
 
 from sem_timm.errors import ModelError, RefusedError, TraceError
 from sem_timm.surgery.blocks import find_blocks
-from sem_timm.surgery.insert import Inserter, Placement, Refused
+from sem_timm.surgery.insert import Inserter
+from sem_timm.surgery.placement import Placement, Refused
 from sem_timm.surgery.plan import Insertion, Plan, Refusal, Swap
 from sem_timm.surgery.reading import Reader
 from sem_timm.surgery.rewrite import Edit
 from sem_timm.surgery.select import Target, select
 from sem_timm.surgery.skeleton import dtype_of, probe
-from sem_timm.surgery.swap import NoCore, Swapper, attention_modules
-from sem_timm.surgery.swap_rehearsal import Aftermath, rehearse_swap
+from sem_timm.surgery.swap import Aftermath, NoCore, Swapper, attention_modules, rehearse_swap, verify_swap
 from sem_timm.surgery.verify import verify
-from sem_timm.surgery.verify_swap import verify_swap
 
 
 def plan_insertion(

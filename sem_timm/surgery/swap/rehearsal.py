@@ -10,14 +10,14 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from sem_timm.errors import TraceError
-from sem_timm.surgery.attention import Core
-from sem_timm.surgery.insert import Placement
 from sem_timm.surgery.layout import LayoutMode
-from sem_timm.surgery.packed import Rows
+from sem_timm.surgery.placement import Placement
 from sem_timm.surgery.plan import Swap
 from sem_timm.surgery.reading import Reader
 from sem_timm.surgery.rewrite import patched_class
-from sem_timm.surgery.unread import reached_parameters, unread_parameters, upstream_arguments
+from sem_timm.surgery.swap.cores import Core
+from sem_timm.surgery.swap.packed import Rows
+from sem_timm.surgery.swap.unread import reached_parameters, unread_parameters, upstream_arguments
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def rehearse_swap(reader: Reader, placements: dict[str, Placement], operation: S
     sliced, originals = {}, {}
     for name, placement in placements.items():
         module = reader.modules[name]
-        for site in placement.sites:
+        sites: Any = placement.sites
+        for site in sites:
             module.add_module(site.attribute, operation.build(site, torch.device('meta'), site.dtype).eval())
         module.__class__ = patched_class(placement.edit)
         sliced.update({f'{name}.{weight}': rows for weight, rows in placement.swapping.sliced.items()})

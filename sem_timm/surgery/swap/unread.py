@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from sem_timm.surgery.bytecode import names_called_by
-from sem_timm.surgery.insert import Placement
 from sem_timm.surgery.layout import layout_of
+from sem_timm.surgery.placement import Placement
 from sem_timm.surgery.reading import Reader
 
 

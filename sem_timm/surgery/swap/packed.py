@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from sem_timm.surgery.axes import run_on_indices
 from sem_timm.surgery.layout import layout_of
 from sem_timm.surgery.residual import Values
+from sem_timm.surgery.swap.axes import run_on_indices
 
 _RESHAPES = {'view', 'reshape', 'unflatten'}
 _MOVES = {*_RESHAPES, 'permute', 'transpose', 'contiguous'}
@@ -45,8 +45,8 @@ class Rows:
             part = slice(self.first or None, None if self.last == self.total else self.last)
             return graph.call_function(operator.getitem, (tensor, part))
         groups = graph.call_method('unflatten', (tensor, 0, (self.total // self.period, self.period)))
-        part = graph.call_function(operator.getitem, (groups, (slice(None), slice(self.first, self.last))))
-        return graph.call_method('flatten', (part, 0, 1))
+        of_each = graph.call_function(operator.getitem, (groups, (slice(None), slice(self.first, self.last))))
+        return graph.call_method('flatten', (of_each, 0, 1))
 
 
 @dataclass(frozen=True)
@@ -205,35 +205,34 @@ def _resized(packed: _Packed, axis: int, size: int, values: Values) -> list[_Edi
     edits: list[_Edit] = []
     for node in reversed(packed.moves):
         name, ndim = _name(node), values[node].ndim
+        arguments: Any = node.args
         if name == 'permute':
-            order = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
-            if not all(isinstance(entry, int) for entry in order):  # type: ignore[union-attr]
+            order = arguments[1] if isinstance(arguments[1], (tuple, list)) else arguments[1:]
+            if not all(isinstance(entry, int) for entry in order):
                 return None
-            axis = int(order[axis]) % ndim  # type: ignore[index, arg-type]
+            axis = order[axis] % ndim
         elif name == 'transpose':
-            one, other = (int(entry) % ndim for entry in node.args[1:3])  # type: ignore[arg-type]
+            one, other = (entry % ndim for entry in arguments[1:3])
             axis = {one: other, other: one}.get(axis, axis)
         elif name in _RESHAPES:
-            arguments = _with_size(node, axis, size, values)
-            if arguments is None:
+            resized = _with_size(node, axis, size, values)
+            if resized is None:
                 return None
-            if arguments != node.args:
-                edits.append((node, arguments))
-            before = values[node.args[0]]
-            if name == 'reshape' and node is not packed.moves[0] and before.shape[:1] != values[node].shape[:1]:
-                return None
+            if resized != arguments:
+                edits.append((node, resized))
     return edits
 
 
 def _with_size(node: fx.Node, axis: int, size: int, values: Values) -> tuple[Any, ...] | None:
+    arguments: Any = node.args
     if _name(node) == 'unflatten':
-        sizes, offset = node.args[2], int(node.args[1]) % values[node.args[0]].ndim  # type: ignore
+        sizes, offset = arguments[2], arguments[1] % values[arguments[0]].ndim
         if not isinstance(sizes, (tuple, list)) or not 0 <= axis - offset < len(sizes):
             return None
         changed = [size if place == axis - offset and entry != -1 else entry for place, entry in enumerate(sizes)]
-        return (*node.args[:2], tuple(changed))
-    nested = isinstance(node.args[1], (tuple, list))
-    flat: list[Any] = list(node.args[1]) if nested else list(node.args[1:])  # type: ignore[arg-type]
+        return (*arguments[:2], tuple(changed))
+    nested = isinstance(arguments[1], (tuple, list))
+    flat: list[Any] = list(arguments[1] if nested else arguments[1:])
     if isinstance(flat[axis], fx.Node):
         return None
     if flat[axis] != -1:

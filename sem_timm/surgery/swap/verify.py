@@ -14,11 +14,11 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sem_timm.errors import TraceError
-from sem_timm.surgery.attention import Core
 from sem_timm.surgery.evaluate import values_of
-from sem_timm.surgery.insert import Placement
+from sem_timm.surgery.placement import Placement
 from sem_timm.surgery.rewrite import patched_class
 from sem_timm.surgery.skeleton import filled
+from sem_timm.surgery.swap.cores import Core
 
 
 def verify_swap(placement: Placement, module: nn.Module, reads_keys: bool) -> None:

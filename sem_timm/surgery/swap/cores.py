@@ -76,8 +76,8 @@ def _called(node: fx.Node) -> Core:
 
 
 def _spelled_out(softmax: fx.Node, module: nn.Module, values: Values) -> Core:
-    product, extras = _product_behind(softmax, module, values)
-    query, key = _factors(product)
+    logits, extras = _product_behind(softmax, module, values)
+    query, key = _factors(logits)
     current, transposed = softmax, False
     while True:
         users = list(current.users)
@@ -89,7 +89,7 @@ def _spelled_out(softmax: fx.Node, module: nn.Module, values: Values) -> Core:
             following = next((user for user in users if _is_matrix_transpose(user, values)), None)
             transposed ^= following is not None
         if following is None:
-            raise NotACore(_mixed('its attention weights are', users, module))
+            raise NotACore(_mixed('its attention weights are', users))
         current = following
     left, right = _factors(product)
     if left is current and not transposed:
@@ -103,13 +103,13 @@ def _product_behind(softmax: fx.Node, module: nn.Module, values: Values) -> tupl
     """The product of queries and keys that a softmax is fed by, and what was added to it."""
     current: Any = softmax.args[0] if softmax.args else softmax.kwargs.get('input')
     extras: list[fx.Node] = []
-    moved = []
+    moved: list[fx.Node] = []
     for _ in range(64):
         if not isinstance(current, fx.Node) or not isinstance(values[current], Tensor):
             break
         if _is_product(current):
             if moved:
-                raise NotACore(_mixed('its logits are', moved, module))
+                raise NotACore(_mixed('its logits are', moved))
             return current, tuple(extras)
         operands = [o for o in current.all_input_nodes if isinstance(values[o], Tensor)]
         if _is_elementwise(current) and operands:
@@ -150,12 +150,12 @@ def _product_behind_node(node: fx.Node, module: nn.Module, values: Values) -> No
         raise NotACore('no product')
 
 
-def _mixed(what: str, nodes: list[fx.Node], module: nn.Module) -> str:
-    names = [_name(node, module) for node in nodes]
+def _mixed(what: str, nodes: list[fx.Node]) -> str:
+    names = [_name(node) for node in nodes]
     return f'{what} mixed before they are used ({", ".join(names) or "they are not multiplied with values"})'
 
 
-def _name(node: fx.Node, module: nn.Module) -> str:
+def _name(node: fx.Node) -> str:
     return str(node.target) if isinstance(node.target, str) else getattr(node.target, '__name__', str(node.target))
 
 
@@ -187,7 +187,7 @@ def _only_adds(node: fx.Node, module: nn.Module, values: Values) -> bool:
         with torch.no_grad():
             plain = copy(torch.zeros(shape))
             inputs = torch.rand(shape, generator=generator)
-            return torch.allclose(copy(inputs), inputs + plain, atol=1e-4)
+            return bool(torch.allclose(copy(inputs), inputs + plain, atol=1e-4))
     except Exception:  # it does not take a batch of one
         return False
 
@@ -257,7 +257,7 @@ def _passes(node: fx.Node, module: nn.Module) -> bool:
 
 def _is_matrix_transpose(node: fx.Node, values: Values) -> bool:
     if node.op == 'call_function' and node.target is getattr:
-        return node.args[1] == 'mT'
+        return bool(node.args[1] == 'mT')
     if node.op not in ('call_method', 'call_function') or not isinstance(values[node], Tensor):
         return False
     name = node.target if node.op == 'call_method' else getattr(node.target, '__name__', '')
@@ -265,7 +265,7 @@ def _is_matrix_transpose(node: fx.Node, values: Values) -> bool:
     if name != 'transpose' or not all(isinstance(axis, int) for axis in node.args[1:3]):
         return False
     axes: Any = node.args[1:3]
-    return {axis % ndim for axis in axes} == {ndim - 1, ndim - 2}
+    return bool({axis % ndim for axis in axes} == {ndim - 1, ndim - 2})
 
 
 def _called_module(node: fx.Node, module: nn.Module) -> Any:

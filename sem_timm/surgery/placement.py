@@ -1,0 +1,79 @@
+"""What all operations ask of a module before they edit it, and what comes of it."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+from sem_timm.errors import OptionError
+from sem_timm.surgery.plan import AttentionSite, Site
+from sem_timm.surgery.reading import Reader, Reading
+from sem_timm.surgery.rewrite import Edit, edit_of, patched_class
+
+
+class Refused(Exception):
+    """A module cannot take the operation; the message is the reason, to be listed or raised by the caller."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One module's sites and the edit that makes them.
+
+    Attributes:
+        sites: The sites.
+        edit: The edit.
+        reading: What an edit of a graph was made from; None for an edit around the whole forward.
+        swapping: How attention was edited; None for an insertion.
+    """
+
+    sites: tuple[Site, ...] | tuple[AttentionSite, ...]
+    edit: Edit
+    reading: Reading | None
+    swapping: Any = None
+
+
+def check_hashable(operation: Any) -> None:
+    """Raises OptionError unless the operation can be looked up by value."""
+    try:
+        hash(operation)
+    except TypeError as error:
+        raise OptionError(f'{operation}: {error}; options of an operation are hashable, such as tuples.') from error
+
+
+def check_editable(reader: Reader, name: str) -> None:
+    """Raises Refused unless the forward of a module can be edited at all."""
+    module, count = reader.modules[name], reader.probe.counts.get(name, 0)
+    edit = edit_of(module)
+    if edit is not None:
+        raise Refused(f'it is already patched ({edit.operation}); unpatch_model(model) first')
+    if count == 0:
+        raise Refused("the model's forward does not call it")
+    if count > 1:
+        raise Refused(f"the model's forward calls it {count} times; one new module cannot serve several calls")
+    if not isinstance(inspect.getattr_static(type(module), 'forward'), FunctionType):
+        raise Refused('its forward is not a plain function')
+    if 'forward' in module.__dict__:
+        raise Refused('its forward was replaced on the instance, which hides that of its class')
+
+
+def free_names(module: nn.Module, base: str, count: int = 1) -> tuple[str, ...]:
+    """Names for new children that the module does not have yet."""
+    names = [base] if count == 1 else [f'{base}{number}' for number in range(1, count + 1)]
+    for index, name in enumerate(names):
+        while hasattr(module, name):
+            name += '_'
+        names[index] = name
+    return tuple(names)
+
+
+def compiled(edit: Edit) -> Edit:
+    """Makes the class of an edit now, so that what cannot be written as code is refused and not met later."""
+    try:
+        patched_class(edit)
+    except Exception as error:  # odd names, a class that forbids subclasses
+        raise Refused(f'no class can be made for it: {type(error).__name__}: {error}') from error
+    return edit

@@ -1,0 +1,103 @@
+"""The edit of a graph that puts other cores in the place of its own, and drops what only fed the old ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from sem_timm.surgery.reading import Reading
+from sem_timm.surgery.swap.cores import Core
+from sem_timm.surgery.swap.packed import Rows, slice_packed
+from sem_timm.surgery.swap.prune import prune
+from sem_timm.surgery.trace import Guard
+
+
+@dataclass(frozen=True)
+class Swapping:
+    """How one reading was edited: what the check in numbers and the search for unread parameters start from.
+
+    Attributes:
+        cores: The cores that were replaced, by the names of the new children, for either mode.
+        graphs: The edited graphs.
+        sliced: Names of packed weights with the first row read, the one behind the last, and the number of rows.
+    """
+
+    cores: dict[bool, dict[str, Core]]
+    graphs: dict[bool, fx.Graph]
+    sliced: dict[str, Rows]
+
+
+def swapped(
+    graph: fx.Graph, cores: dict[str, Core], masked: list[bool], reads_keys: bool, module: nn.Module, values: Any
+) -> tuple[fx.Graph, dict[str, Rows]]:
+    """A copy of a graph with new children in place of its cores, without what only fed the old ones."""
+    copies: dict[fx.Node, fx.Node] = {}
+    edited = fx.Graph()
+    edited.output(edited.graph_copy(graph, copies))
+    for (attribute, core), with_mask in zip(cores.items(), masked):
+        output = copies[core.output]
+        with edited.inserting_before(output):
+            arguments = list(_arguments(edited, core, copies, reads_keys))
+            if with_mask:
+                arguments.append(copies[core.extras[0]])
+            new = edited.call_module(attribute, tuple(arguments))
+            if core.transposed:  # and laid out as the product that it replaces, of which a view may be taken
+                new = edited.call_method('contiguous', (edited.call_method('transpose', (new, -2, -1)),))
+        output.replace_all_uses_with(new)
+        edited.erase_node(output)
+        copies = {old: new if copy is output else copy for old, copy in copies.items()}
+    _loosen_types(edited)
+    prune(edited)
+    known = {copies[node]: value for node, value in values.items() if node in copies}
+    return edited, slice_packed(edited, module, known)
+
+
+_MOVES = {'view', 'reshape', 'permute', 'transpose', 'contiguous', 'unbind', 'getitem', 'chunk', 'split', 'unflatten'}
+
+
+def _loosen_types(graph: fx.Graph) -> None:
+    """Lets a tensor that only lends its type be the one it was taken from, so that it need not be computed itself."""
+    for node in graph.nodes:
+        if node.op != 'call_method' or node.target != 'type_as':
+            continue
+        tensor, like = node.args
+        while isinstance(like, fx.Node) and like.args and isinstance(like.args[0], fx.Node):
+            name = like.target if like.op == 'call_method' else getattr(like.target, '__name__', '')
+            if like.op not in ('call_method', 'call_function') or name not in _MOVES:
+                break
+            like = like.args[0]
+        node.args = (tensor, like)
+
+
+def _arguments(graph: fx.Graph, core: Core, copies: dict[fx.Node, fx.Node], reads_keys: bool) -> Iterator[fx.Node]:
+    yield copies[core.query]
+    if reads_keys:
+        key, value = copies[core.key], copies[core.value]
+        yield graph.call_method('transpose', (key, -2, -1)) if core.key_transposed else key
+        yield graph.call_method('transpose', (value, -2, -1)) if core.transposed else value
+
+
+def guards_for_unread(reading: Reading, graphs: dict[bool, fx.Graph]) -> Iterator[Guard]:
+    """Guards for arguments that were None or a constant and that only the old core looked at."""
+    for name, value in reading.trace.values.items():
+        if isinstance(value, (type(None), bool, int, float, str)):
+            read = any(
+                node.users
+                for graph in graphs.values()
+                for node in graph.nodes
+                if node.target == name and node.op == 'placeholder'
+            )
+            if not read and type(value) is not int:
+                yield Guard(f'{name} is None' if value is None else f'{name} == {value!r}')
+
+
+def calling(attribute: str, arguments: list[str], masked: bool) -> fx.Graph:
+    """A graph that hands its first argument, and the mask, to a child."""
+    graph = fx.Graph()
+    nodes = {name: graph.placeholder(name) for name in arguments}
+    passed = (nodes[arguments[0]], *([nodes['attn_mask']] if masked else []))
+    graph.output(graph.call_module(attribute, passed))
+    return graph
