@@ -12,10 +12,16 @@ import torch
 from torch import Tensor, nn
 
 import sem_timm
-from sem_timm import InsertConfig, OptionError, SEMConfig
+from sem_timm import InsertConfig, OptionError, SEMConfig, TimmAttentionConfig
 from sem_timm.layers import timm_attention_names
+from sem_timm.operations import attention_kinds
 from tests.families import FAMILIES
 from tests.snapshot import assert_same, snapshot
+
+
+# What is inserted into blocks; 'halo' by itself is the attention of that name, so timm's is asked for as it is.
+INSERTIONS = [name for name in sem_timm.operation_names() if name not in attention_kinds()]
+INSERTIONS += [TimmAttentionConfig('halo')]
 
 
 def test_operation_names() -> None:
@@ -25,8 +31,8 @@ def test_operation_names() -> None:
     assert set(timm_attention_names()) <= set(names) and set(sem_timm.excitation_names()) <= set(names)
 
 
-@pytest.mark.parametrize('name', sem_timm.operation_names())
-def test_every_operation_by_its_name(name: str) -> None:
+@pytest.mark.parametrize('name', INSERTIONS, ids=str)
+def test_every_operation_by_its_name(name: Any) -> None:
     """A network of maps of 8 x 8, one of tokens with prefix tokens, one with channels last."""
     places = {'resnet': r'layer2\.0', 'vit_registers': r'blocks\.1', 'swin': r'layers\.0\.blocks\.1'}
     for family_name, target in places.items():
@@ -35,7 +41,9 @@ def test_every_operation_by_its_name(name: str) -> None:
         before = snapshot(model)
         with torch.no_grad():
             expected = model(family.images())
-        if name == 'halo' and family_name == 'vit_registers':  # its blocks are of 8 x 8, and there are 4 x 4 tokens
+        if (
+            str(name) == 'halo' and family_name == 'vit_registers'
+        ):  # its blocks are of 8 x 8, and there are 4 x 4 tokens
             with pytest.raises(sem_timm.RefusedError, match=r'blocks\.1: halo does not work on \(B, 21, 64\): \w+'):
                 sem_timm.plan_model(model, name, target=target, input_size=family.input_size)
             continue
@@ -55,8 +63,8 @@ def test_every_operation_by_its_name(name: str) -> None:
         assert_same(before, snapshot(model))
 
 
-@pytest.mark.parametrize('name', sem_timm.operation_names())
-def test_every_operation_on_a_whole_network_learns(name: str) -> None:
+@pytest.mark.parametrize('name', INSERTIONS, ids=str)
+def test_every_operation_on_a_whole_network_learns(name: Any) -> None:
     model = FAMILIES['resnet'].create()
     sem_timm.patch_model(model, name, input_size=(3, 256, 256))
     model(FAMILIES['resnet'].images(2, 256)).square().mean().backward()
@@ -67,9 +75,9 @@ def test_every_operation_on_a_whole_network_learns(name: str) -> None:
 
 def test_identities_are_the_operations_of_this_package() -> None:
     model = FAMILIES['resnet'].create()
-    plans = {name: sem_timm.plan_model(model, name, input_size=(3, 256, 256)) for name in sem_timm.operation_names()}
+    plans = {str(name): sem_timm.plan_model(model, name, input_size=(3, 256, 256)) for name in INSERTIONS}
     identities = {name for name, plan in plans.items() if plan.to_dict()['identity']}
-    assert identities == {'sem', 'se', 'eca', 'ie', 'lct'}
+    assert identities == {'sem', 'se', 'eca', 'ie', 'lct', 'external2d'}
     assert not sem_timm.plan_model(model, init='paper').operation.is_identity
 
 
@@ -204,6 +212,6 @@ def test_positions() -> None:
 def test_timm_attentions_that_do_not_fit_are_refused_with_their_reason() -> None:
     model = timm.create_model('test_resnet', num_classes=10)
     with pytest.raises(sem_timm.RefusedError, match=r'halo does not work on \(B, 32, 12, 12\): \w+'):
-        sem_timm.plan_model(model, 'halo', input_size=(3, 48, 48))
+        sem_timm.plan_model(model, TimmAttentionConfig('halo'), input_size=(3, 48, 48))
     with pytest.raises(OptionError, match="'bat'"):
         sem_timm.plan_model(model, 'bat')
