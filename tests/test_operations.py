@@ -18,7 +18,6 @@ from sem_timm.operations import attention_kinds
 from tests.families import FAMILIES
 from tests.snapshot import assert_same, snapshot
 
-
 # What is inserted into blocks; 'halo' by itself is the attention of that name, so timm's is asked for as it is.
 INSERTIONS = [name for name in sem_timm.operation_names() if name not in attention_kinds()]
 INSERTIONS += [TimmAttentionConfig('halo')]
