@@ -22,7 +22,15 @@ from sem_timm.surgery.reading import Reader
 from sem_timm.surgery.rewrite import Edit
 from sem_timm.surgery.select import Target, select
 from sem_timm.surgery.skeleton import dtype_of, probe
-from sem_timm.surgery.swap import Aftermath, NoCore, Swapper, attention_modules, rehearse_swap, verify_swap
+from sem_timm.surgery.swap import (
+    Aftermath,
+    NoCore,
+    Swapper,
+    attention_modules,
+    may_attend,
+    rehearse_swap,
+    verify_swap,
+)
 from sem_timm.surgery.verify import verify
 
 
@@ -72,6 +80,9 @@ def plan_swap(
     Raises:
         SemTimmError: As `plan_insertion`.
     """
+    check_model(model)
+    if target is None and not any(map(may_attend, model.modules())):  # most convolutional networks, without a probe
+        raise RefusedError(_nothing(model, operation, 'attention', {}, False))
     return _planned(model, operation, Swapper, attention_modules, 'attention', target, exclude, input_size)
 
 

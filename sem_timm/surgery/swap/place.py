@@ -37,20 +37,21 @@ class NoCore(Refused):
 
 def attention_modules(reader: Reader) -> list[str]:
     """Names of the modules that may hold an attention core in their own forward, in the order of ``named_modules``."""
-    return [name for name in reader.modules if name and name in reader.probe.calls and _may_attend(reader, name)]
+    return [
+        name for name, module in reader.modules.items() if name in reader.probe.calls and name and may_attend(module)
+    ]
 
 
 _ATTENTION_NAMES = {'softmax', 'scaled_dot_product_attention'}
 
 
-def _may_attend(reader: Reader, name: str) -> bool:
-    module = reader.modules[name]
+def may_attend(module: nn.Module) -> bool:
+    """Whether a module's own forward may compute attention, or did before it was patched."""
     if type(module).__module__.startswith('torch.nn.'):
         return False
-    softmaxes = any(isinstance(child, nn.Softmax) for child in module.children())
-    return (
-        edit_of(module, inherited=True) is not None or softmaxes or bool(names_called(type(module)) & _ATTENTION_NAMES)
-    )
+    if edit_of(module, inherited=True) is not None or any(isinstance(child, nn.Softmax) for child in module.children()):
+        return True
+    return bool(names_called(type(module)) & _ATTENTION_NAMES)
 
 
 class Swapper:
