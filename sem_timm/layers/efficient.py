@@ -110,7 +110,8 @@ class LinearAttention(AttentionCore):
             mean = v.mean(-2, keepdim=True, dtype=dtype)
         else:
             # What is added to a logit multiplies a weight.
-            weight = self.key_padding(attn_mask, q, k.shape[-2], dtype).exp().mT.expand(*k.shape[:-1], 1)
+            weight = self.key_padding(attn_mask, q, k.shape[-2], dtype).exp().mT
+            weight = weight.expand(*weight.shape[:-2], k.shape[-2], 1)
             total = weight.sum(-2, keepdim=True).clamp(min=self.eps)
             mean, root = (v * weight).sum(-2, keepdim=True) / total, total.rsqrt()
             scale = root * weight / _length(k, dtype)
