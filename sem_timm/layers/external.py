@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sem_timm.errors import OptionError, closest
-from sem_timm.layers.attention_core import AttentionCore, statistics_dtype
+from sem_timm.layers.attention_core import AttentionCore, scale_ratio, statistics_dtype
 from sem_timm.layers.double_norm import normalize_twice
 from sem_timm.layers.excitation import check_at_least_one
 
@@ -94,11 +94,8 @@ class ExternalAttention(AttentionCore):
 
         Does nothing where that has no meaning: on meta tensors, or if either is empty, zero or not finite.
         """
-        if self.mv.is_meta or q.is_meta or reference.is_meta or not q.numel() or not reference.numel():
-            return
-        present, wanted = (float(x.double().square().mean().sqrt()) for x in (self(q), reference))
-        factor = wanted / present if present > 0 else 0.0
-        if math.isfinite(factor) and factor > 0:
+        factor = scale_ratio(self(q), reference)
+        if factor is not None:
             self.mv.mul_(factor)
 
     def forward(self, q: Tensor, attn_mask: Tensor | None = None) -> Tensor:
