@@ -80,18 +80,18 @@ def _arguments(graph: fx.Graph, core: Core, copies: dict[fx.Node, fx.Node], read
         yield graph.call_method('transpose', (value, -2, -1)) if core.transposed else value
 
 
+def unread_arguments(reading: Reading, graphs: dict[bool, fx.Graph]) -> set[str]:
+    """Names of the arguments that edited graphs no longer look at."""
+    placeholders = [node for graph in graphs.values() for node in graph.nodes if node.op == 'placeholder']
+    return set(reading.trace.values) - {str(node.target) for node in placeholders if node.users}
+
+
 def guards_for_unread(reading: Reading, graphs: dict[bool, fx.Graph]) -> Iterator[Guard]:
     """Guards for arguments that were None or a constant and that only the old core looked at."""
+    unread = unread_arguments(reading, graphs)
     for name, value in reading.trace.values.items():
-        if isinstance(value, (type(None), bool, int, float, str)):
-            read = any(
-                node.users
-                for graph in graphs.values()
-                for node in graph.nodes
-                if node.target == name and node.op == 'placeholder'
-            )
-            if not read and type(value) is not int:
-                yield Guard(f'{name} is None' if value is None else f'{name} == {value!r}')
+        if name in unread and isinstance(value, (type(None), bool, float, str)):
+            yield Guard(f'{name} is None' if value is None else f'{name} == {value!r}')
 
 
 def calling(attribute: str, arguments: list[str], masked: bool) -> fx.Graph:

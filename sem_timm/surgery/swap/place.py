@@ -25,7 +25,7 @@ from sem_timm.surgery.reading import Reader, Reading, bound_arguments
 from sem_timm.surgery.rewrite import Edit, edit_of
 from sem_timm.surgery.source import graph_source
 from sem_timm.surgery.swap.cores import Core, find_cores
-from sem_timm.surgery.swap.edit import Swapping, calling, guards_for_unread, swapped
+from sem_timm.surgery.swap.edit import Swapping, calling, guards_for_unread, swapped, unread_arguments
 from sem_timm.surgery.swap.packed import Rows
 from sem_timm.surgery.swap.queries import check_sources, grid_of, heads_of, passes_mask
 from sem_timm.surgery.trace import Trace, forward_signature
@@ -61,6 +61,7 @@ class Swapper:
         self.reader = reader
         self.operation = operation
         check_hashable(operation)
+        self._tables_of: dict[type, frozenset[str]] = {}
 
     def place(self, name: str) -> Placement:
         """Finds the cores of one module.
@@ -107,7 +108,7 @@ class Swapper:
         sites = tuple(self._site(name, attribute, core, values, reading) for core, attribute in zip(cores, attributes))
         # Which rows of a packed weight are read depends on its shape, which the trace does not.
         shapes = tuple(parameter.shape for parameter in module.parameters())
-        key = (self.operation, attributes, tuple(site.masked for site in sites), shapes)
+        key = (self.operation, attributes, tuple(site.masked for site in sites), shapes, self._tables(type(module)))
         edits = reading.trace.edits
         if key not in edits:
             edits[key] = self._edited(name, reading, attributes, [site.masked for site in sites])
@@ -169,13 +170,30 @@ class Swapper:
             graphs[mode], sliced = swapped(
                 trace.graphs[mode], found[mode], masked, self.operation.reads_keys, module, reading.values[mode]
             )
-        guards = (*trace.guards, *guards_for_unread(reading, graphs))
+        guards = [*trace.guards, *guards_for_unread(reading, graphs)]
+        unread = unread_arguments(reading, graphs) & self._tables(type(module))
+        guards = [guard for guard in guards if guard.condition.split(' is ')[0] not in unread]
         try:
             source, bindings = graph_source(type(module), replace(trace, guards=tuple(dict.fromkeys(guards))), graphs)
         except SyntaxError as error:
             raise Refused(f'its forward cannot be written as code: {error}') from error
         edit = Edit(type(module), source, bindings, attributes, 'core', self.operation)
         return compiled(edit), Swapping(found, graphs, sliced)
+
+    def _tables(self, cls: type) -> frozenset[str]:
+        """Arguments in which some module of a class gets a table, such as the mask of shifted windows.
+
+        Where the new core reads none, it does not matter which modules of the class get one and which get None, so
+        that resizing the model may change it.
+        """
+        if cls not in self._tables_of:
+            found = set()
+            for name, call in self.reader.probe.calls.items():
+                if type(self.reader.modules[name]) is cls:
+                    values = bound_arguments(self.reader.modules[name], call)
+                    found |= {n for n, v in values.items() if isinstance(v, Tensor) and layout_of(v) is None}
+            self._tables_of[cls] = frozenset(found)
+        return self._tables_of[cls]
 
     def _whole(self, name: str) -> Placement:
         """Replaces all that an attention module computes by one new child."""
