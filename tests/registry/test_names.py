@@ -29,7 +29,7 @@ def user_architecture() -> Iterator[str]:
     user_resnet.__module__ = __name__
     register_model(user_resnet)
     yield 'user_resnet'
-    for name in ('user_resnet', 'user_resnet_sem'):
+    for name in ('user_resnet', *(f'user_resnet_{suffix}' for suffix in ('sem', 'ea', 'eamlp'))):
         timm_registry._model_entrypoints.pop(name, None)
         timm_registry._clear_model_entries(name)
 

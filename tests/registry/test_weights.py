@@ -104,7 +104,7 @@ def test_hub_model_of_a_variant_loads(tmp_path: Path, monkeypatch: pytest.Monkey
         asked.append((*args, kwargs))
         return model.state_dict()
 
-    monkeypatch.setattr('sem_timm.registry.load_state_dict_from_hf', load)
+    monkeypatch.setattr('sem_timm.registry.weights.load_state_dict_from_hf', load)
     loaded = model_entrypoint('test_resnet_sem')(
         pretrained=True,
         pretrained_cfg=dict(source='hf-hub', hf_hub_id='user/model', num_classes=5),
