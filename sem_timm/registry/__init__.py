@@ -1,7 +1,8 @@
 """timm variants: every architecture of timm also as ``{arch}_sem``, and with another attention where it has one.
 
-They are registered through timm's public `register_model`. A variant is its base, built by the base's own entry point with weights and all, and then patched. timm's scripts and
-listings see it as any other model; its options have the prefix ``sem_``, ``ea_`` or ``eamlp_``.
+They are registered through timm's public `register_model`. A variant is its base, built by the base's own entry point
+with weights and all, and then patched. timm's scripts and listings see it as any other model; its options have the
+prefix ``sem_``, ``ea_``, ``eamlp_`` and so on.
 """
 
 from __future__ import annotations

@@ -1,0 +1,190 @@
+"""One attention layer: time and memory against the number of tokens, swapped and as timm has it.
+
+    python benchmarks/attention.py                 # one thread of a CPU, eager, float32
+    python benchmarks/attention.py --device cuda   # compiled, bfloat16, against flash attention, up to 65,536 tokens
+
+A `timm.layers.Attention` of 384 channels and 6 heads at batch 1, in inference; the kinds take turns in one process.
+Ratios are medians over rounds, memory is counted by the allocator. `attention_plot.py` draws what is written here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from gate import keep_freed_memory
+from measuring import Line, Times, peak_mib, record, take_turns
+from rich.progress import track
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+import sem_timm
+from sem_timm.operations import attention_kinds
+
+CHANNELS, HEADS = 384, 6
+ORIGINAL = 'original'
+
+# All of them squares, since halo attention needs a grid.
+TOKENS = {
+    'cpu': (196, 576, 1024, 2304, 4096, 9216),
+    'cuda': (196, 576, 1024, 2304, 4096, 9216, 16384, 36864, 65536),
+}
+GOALS = {196: 0.55, 1024: 0.25, 4096: 0.11, 9216: 0.05}
+DOUBLING_GOAL = 2.1
+EAMLP_GOAL = 0.90
+FLAT_GOAL = 1.10
+
+
+class EquationsOfEAMLP(nn.Module):
+    """The multi-head external attention of EAMLP as its equations are printed, one operation after the other."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = 4 * num_heads
+        width = dim // num_heads
+        self.query = nn.Linear(dim, 4 * dim)
+        self.memory_of_keys = nn.Linear(width, 64)
+        self.memory_of_values = nn.Linear(64, width)
+        self.projection = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        heads = self.query(x).view(batch, tokens, self.num_heads, -1).transpose(1, 2)
+        attention = self.memory_of_keys(heads).softmax(dim=-2)
+        attention = attention / (1e-9 + attention.sum(dim=-1, keepdim=True))
+        out = self.memory_of_values(attention)
+        return self.projection(out.transpose(1, 2).reshape(batch, tokens, -1))
+
+
+def attention_layer(kind: str) -> nn.Module:
+    """The attention module of a vision transformer of one block, swapped unless it is to be the original."""
+    model = VisionTransformer(
+        img_size=14, patch_size=1, embed_dim=CHANNELS, depth=1, num_heads=HEADS, class_token=False, global_pool='avg'
+    ).eval()
+    if kind != ORIGINAL:
+        sem_timm.patch_model(model, kind)
+    layer: nn.Module = model.blocks[0].attn
+    return layer
+
+
+class Bench:
+    """The layers under test on one device.
+
+    Args:
+        kinds: Which attentions.
+        device: 'cpu' or 'cuda'.
+        compiled: Whether the layers go through `torch.compile`.
+        runs: Rounds per figure.
+    """
+
+    def __init__(self, kinds: list[str], device: str, compiled: bool, runs: int) -> None:
+        self.device = device
+        self.dtype = torch.bfloat16 if device == 'cuda' else torch.float32
+        self.compiled = compiled
+        self.runs = runs
+        self.layers = {kind: attention_layer(kind).to(device, self.dtype) for kind in kinds}
+
+    def call(self, layer: nn.Module, tokens: int, batch_size: int = 1) -> Callable[[], object]:
+        """One forward of a layer, ready to be timed."""
+        x = torch.randn(batch_size, tokens, CHANNELS, device=self.device, dtype=self.dtype)
+        forward = torch.compile(layer, dynamic=False) if self.compiled else layer
+        return lambda: forward(x)
+
+    def calls(self, tokens: int) -> dict[str, Callable[[], object]]:
+        """A forward of each layer that so many tokens fit."""
+        if self.compiled:
+            torch.compiler.reset()  # each size counts as a recompilation, of which a process has only a few
+        is_square = round(tokens**0.5) ** 2 == tokens
+        return {kind: self.call(layer, tokens) for kind, layer in self.layers.items() if kind != 'halo' or is_square}
+
+    def times(self, tokens: int) -> Times:
+        """Seconds of all kinds at one number of tokens."""
+        return take_turns(self.calls(tokens), self.runs, self.device)
+
+    def memory(self, tokens: int) -> dict[str, float]:
+        """Peak MiB of all kinds at one number of tokens."""
+        return {kind: peak_mib(call, self.device) for kind, call in self.calls(tokens).items()}
+
+    def doubling(self, low: int = 4096) -> list[Line]:
+        """What twice the tokens do to the peak memory of external attention."""
+        call = self.call(self.layers['external'], low), self.call(self.layers['external'], 2 * low)
+        sides = {f'{n:,}': peak_mib(c, self.device) for n, c in zip((low, 2 * low), call)}
+        small, large = sides.values()
+        return [Line(f'external, memory, {2 * low:,} / {low:,} tokens', large / small, DOUBLING_GOAL, sides, 'MiB')]
+
+    def flatness(self, kind: str, sizes: tuple[int, ...] = (1024, 2304, 4096, 9216)) -> Line:
+        """The dearest token of any size over the cheapest."""
+        times = take_turns({n: self.call(self.layers[kind], n) for n in sizes}, self.runs, self.device)
+        costs = {n: times.ratio(n, sizes[0]) * sizes[0] / n for n in sizes}
+        sides = {f'{n:,}': times.median(n) / n * 1e6 for n in sizes}
+        title = f'{kind}, cost per token, {sizes[0]:,} to {sizes[-1]:,}'
+        return Line(title, max(costs.values()) / min(costs.values()), FLAT_GOAL, sides, 'µs')
+
+    def eamlp(self, tokens: int, batch_size: int) -> Line:
+        """The whole module of EAMLP against its equations."""
+        layers = {
+            'module': sem_timm.MultiHeadExternalAttention(CHANNELS, HEADS),
+            'equations': EquationsOfEAMLP(CHANNELS, HEADS),
+        }
+        on_device = {name: layer.eval().to(self.device, self.dtype) for name, layer in layers.items()}
+        calls = {name: self.call(layer, tokens, batch_size) for name, layer in on_device.items()}
+        times = take_turns(calls, self.runs, self.device)
+        return times.line(f'eamlp / equations, {batch_size} x {tokens:,} tokens', *layers, goal=EAMLP_GOAL)
+
+
+def curves(bench: Bench, tokens: tuple[int, ...]) -> tuple[dict[str, dict[str, list[float]]], list[Line]]:
+    """Milliseconds and MiB of all kinds against the number of tokens, and the ratios of external attention."""
+    milliseconds: dict[str, list[float]] = {kind: [] for kind in bench.layers}
+    mib: dict[str, list[float]] = {kind: [] for kind in bench.layers}
+    lines = []
+    for count in track(tokens, description='tokens'):
+        times, memory = bench.times(count), bench.memory(count)
+        for kind in bench.layers:
+            milliseconds[kind].append(round(times.median(kind) * 1e3, 4))
+            mib[kind].append(round(memory[kind], 3))
+        goals = GOALS if bench.device == 'cpu' else {}
+        for kind in bench.layers:
+            if kind != ORIGINAL:
+                goal = goals.get(count) if kind == 'external' else None
+                lines.append(times.line(f'{kind} / {ORIGINAL}, {count:,} tokens', kind, ORIGINAL, goal))
+    return {'milliseconds': milliseconds, 'peak_mib': mib}, lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--runs', type=int, default=11, help='rounds per figure')
+    parser.add_argument('--device', choices=TOKENS, default='cpu')
+    parser.add_argument('--tokens', type=int, nargs='*', help='squares; by default what the device is good for')
+    parser.add_argument('--compile', action=argparse.BooleanOptionalAction, help='by default on a GPU only')
+    parser.add_argument('--out', type=Path, help='file of figures, such as docs/attention_cost.json; printed only')
+    parser.add_argument('--fresh-pages', action='store_true', help="leave the allocator's own habits alone")
+    args = parser.parse_args()
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('--device cuda: torch sees no GPU here.')
+    if not args.fresh_pages:
+        keep_freed_memory()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    warnings.simplefilter('ignore', sem_timm.SwapWarning)
+    # Of the kernels for plain softmax attention, the flash one is to be measured.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    compiled = args.device == 'cuda' if args.compile is None else args.compile
+    tokens = tuple(args.tokens or TOKENS[args.device])
+    bench = Bench([ORIGINAL, *attention_kinds()], args.device, compiled, args.runs)
+    with torch.inference_mode():
+        figures, lines = curves(bench, tokens)
+        lines += bench.doubling()
+        lines += [bench.eamlp(196, 8), bench.eamlp(1024, 1)]
+        lines += [bench.flatness(kind) for kind in ('efficient', 'linear')]
+    print(*lines, sep='\n')
+    kept = [line for line in lines if line.goal]
+    if args.out:
+        setting = {'channels': CHANNELS, 'heads': HEADS, 'batch': 1, 'dtype': str(bench.dtype), 'compiled': compiled}
+        record(args.out, args.device, 'layer', kept, setting=setting, tokens=tokens, **figures)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,89 @@
+"""A whole vision transformer, `vit_small_patch16_224`, with external attention and as timm has it.
+
+    python benchmarks/attention_models.py
+
+One thread, eager, float32; both sides take turns in one process, and ratios are medians over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from gate import keep_freed_memory
+from measuring import Line, peak_mib, record, take_turns
+from torch import nn
+
+import sem_timm
+
+NAME = 'vit_small_patch16_224'
+ORIGINAL = 'original'
+FORWARD_GOALS = {224: 0.90, 512: 0.75}
+TRAINING_GOAL = 0.95
+
+
+def both(kind: str, image_size: int) -> dict[str, nn.Module]:
+    """The swapped model and the original."""
+    swapped, original = (timm.create_model(NAME, img_size=image_size) for _ in range(2))
+    return {kind: sem_timm.patch_model(swapped, kind), ORIGINAL: original}
+
+
+@torch.inference_mode()
+def forward(model: nn.Module, images: torch.Tensor) -> None:
+    """One forward without gradients."""
+    model(images)
+
+
+def training_step(model: nn.Module, images: torch.Tensor) -> None:
+    """One forward and backward, and gradients freed again."""
+    model(images).logsumexp(-1).mean().backward()
+    model.zero_grad(set_to_none=True)
+
+
+def compare(kind: str, image_size: int, training: bool, args: argparse.Namespace) -> list[Line]:
+    """The ratio of both sides' times, and of their memory in training."""
+    images = torch.randn(args.batch_size, 3, image_size, image_size, device=args.device)
+    step: Callable[[nn.Module, torch.Tensor], None] = training_step if training else forward
+    models = {name: model.to(args.device).train(training) for name, model in both(kind, image_size).items()}
+    calls: dict[Any, Callable[[], object]] = {n: (lambda m=model: step(m, images)) for n, model in models.items()}
+    title = f'{kind} / {ORIGINAL}, {image_size} px, {"forward + backward" if training else "forward"}'
+    goal = TRAINING_GOAL if training else FORWARD_GOALS.get(image_size)
+    times = take_turns(calls, args.runs, args.device)
+    lines = [times.line(title, kind, ORIGINAL, goal if kind == 'external' else None)]
+    if training:
+        mib = {name: peak_mib(call, args.device) for name, call in calls.items()}
+        lines.append(Line(f'{title}, memory', mib[kind] / mib[ORIGINAL], None, mib, 'MiB'))
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--runs', type=int, default=11, help='rounds per figure')
+    parser.add_argument('--batch-size', type=int, default=8)
+    parser.add_argument('--kinds', nargs='*', default=['external'], help='goals are for external attention')
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+    parser.add_argument('--out', type=Path, help='file of figures, such as docs/attention_cost.json; printed only')
+    parser.add_argument('--fresh-pages', action='store_true', help="leave the allocator's own habits alone")
+    args = parser.parse_args()
+    if not args.fresh_pages:
+        keep_freed_memory()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    warnings.simplefilter('ignore', sem_timm.SwapWarning)
+    lines = []
+    for kind in args.kinds:
+        for image_size, training in ((224, False), (224, True), (512, False)):
+            lines += compare(kind, image_size, training, args)
+            print(*lines[-1 - training :], sep='\n', flush=True)
+    if args.out:
+        setting = {'model': NAME, 'batch': args.batch_size, 'dtype': 'torch.float32', 'compiled': False}
+        record(args.out, args.device, 'model', lines, setting=setting)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,119 @@
+"""How the benchmarks of attention measure, judge and keep their figures."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch.utils.benchmark import Timer
+
+# The profiler, which counts the memory, reports its start, its stop and every missing GPU otherwise.
+os.environ.setdefault('KINETO_LOG_LEVEL', '6')
+
+# As many calls in a row as last this long: caches are then a call's own, and the clock is fine enough.
+SERIES_SECONDS = 0.05
+
+
+@dataclass
+class Line:
+    """One figure and what it should be at most."""
+
+    name: str
+    value: float
+    goal: float | None = None
+    sides: dict[str, float] = field(default_factory=dict)
+    unit: str = ''
+
+    def __str__(self) -> str:
+        sides = '  '.join(f'{side} {value:.3f} {self.unit}' for side, value in self.sides.items())
+        goal = '' if self.goal is None else f' (goal {self.goal:.2f}{"" if self.value <= self.goal else ", missed"})'
+        return f'{self.name:44} {self.value:6.3f}{goal:22} {sides}'.rstrip()
+
+
+@dataclass
+class Times:
+    """Seconds of calls that took turns, one list per call, one entry per round."""
+
+    rounds: dict[Any, list[float]]
+
+    def median(self, name: Any) -> float:
+        """Median seconds of one call."""
+        return statistics.median(self.rounds[name])
+
+    def ratio(self, name: Any, other: Any) -> float:
+        """Median over the rounds of the ratio of two calls, so that a slow spell counts on both sides."""
+        return statistics.median(a / b for a, b in zip(self.rounds[name], self.rounds[other]))
+
+    def line(self, title: str, name: Any, other: Any, goal: float | None = None) -> Line:
+        """The ratio of two calls, with the milliseconds of both."""
+        sides = {str(side): self.median(side) * 1e3 for side in (name, other)}
+        return Line(title, self.ratio(name, other), goal, sides, 'ms')
+
+
+def take_turns(calls: dict[Any, Callable[[], object]], runs: int, device: str) -> Times:
+    """Times calls in series that take turns, in changing order.
+
+    On a CPU the clock is that of the process, which other work on the machine disturbs least; one thread is assumed.
+    """
+    clock: dict[str, Any] = {'timer': time.process_time} if device == 'cpu' else {}
+    timers = {name: Timer('call()', globals={'call': call}, **clock) for name, call in calls.items()}
+    for timer in timers.values():
+        timer.timeit(2)
+    lengths = {n: max(1, round(SERIES_SECONDS / max(timer.timeit(1).mean, 1e-6))) for n, timer in timers.items()}
+    rounds: dict[Any, list[float]] = {name: [] for name in calls}
+    for run in range(runs):
+        for name in list(calls) if run % 2 else reversed(list(calls)):
+            rounds[name].append(timers[name].timeit(lengths[name]).mean)
+    return Times(rounds)
+
+
+def peak_mib(call: Callable[[], object], device: str) -> float:
+    """Peak MiB that a call allocates beyond what lives before it, counted by the allocator."""
+    call()
+    if device == 'cuda':
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == '[memory]']
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events)) / 2**20
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The processor, the number of threads and the versions that figures belong to."""
+    processor = platform.processor() or platform.machine()
+    information = Path('/proc/cpuinfo')
+    if device == 'cuda':
+        processor = torch.cuda.get_device_name()
+    elif information.exists():
+        names = [line.split(':', 1)[1] for line in information.read_text().splitlines() if line[:10] == 'model name']
+        processor = names[0].strip() if names else processor
+    return {
+        'processor': processor,
+        'threads': torch.get_num_threads(),
+        'torch': torch.__version__,
+        'timm': timm.__version__,
+    }
+
+
+def record(path: Path, device: str, part: str, lines: list[Line], **figures: Any) -> None:
+    """Writes one part of the file of figures, and leaves the other parts as they are."""
+    results = json.loads(path.read_text()) if path.exists() else {}
+    figures['lines'] = {line.name: {'value': round(line.value, 4), 'goal': line.goal} for line in lines}
+    figures = {'date': datetime.date.today().isoformat(), 'machine': machine(device), **figures}
+    results.setdefault(device, {})[part] = figures
+    path.write_text(json.dumps(results, indent=1) + '\n')

@@ -1,0 +1,95 @@
+"""One variant: its base, built by the base's own entry point with weights and all, and then patched."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from functools import partial
+from typing import Any
+
+from timm.models import (
+    PretrainedCfg,
+    get_pretrained_cfg,
+    model_entrypoint,
+    register_notrace_module,
+    resolve_pretrained_cfg,
+)
+from torch import nn
+
+from sem_timm.errors import SwapWarning
+from sem_timm.operations import patch_model
+from sem_timm.registry.features import build_features
+from sem_timm.registry.kinds import Kind, Options
+from sem_timm.registry.weights import load_inserted, own_weights, restore_source, split
+from sem_timm.surgery import patched
+
+_SOURCES = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'custom_load')
+
+
+def create_variant(
+    architecture: str,
+    kind: Kind,
+    pretrained: bool,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Builds a base with its weights, patches it, and loads the weights of the new modules where there are any."""
+    name = architecture + kind.suffix
+    options = kind.pop_options(name, kwargs)
+    if not kind.swaps_attention:
+        options.setdefault('init', 'identity' if pretrained else 'paper')
+    overlay = dict(pretrained_cfg_overlay or {}, architecture=name)
+    cfg = resolve_pretrained_cfg(name, pretrained_cfg, overlay) if pretrained else PretrainedCfg()
+    inserted, rest = split(own_weights(cfg, kwargs.get('cache_dir')), kind)
+    if inserted:
+        # The base loads its part itself, since only its family knows how to fit it to other classes or image sizes.
+        overlay.update(state_dict=rest, source=None)
+    elif pretrained and kind.swaps_attention and isinstance(pretrained_cfg, (dict, PretrainedCfg)):
+        overlay.update(_sources(architecture, cfg))
+
+    def patch(model: nn.Module) -> nn.Module:
+        _patch(model, kind, options)
+        if inserted:
+            load_inserted(model, inserted, name, kind, strict=kwargs.get('pretrained_strict', True))
+            restore_source(model, cfg)
+        return model
+
+    base = model_entrypoint(architecture)
+    given = dict(pretrained=pretrained, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
+    build = partial(base, **given, **kwargs)
+    model: Any = build_features(build, patch) if kwargs.get('features_only') else patch(build())
+    # What create_model and save_for_hf keep as the arguments that rebuild the model; init must not be guessed again.
+    model._model_args = {**getattr(model, '_model_args', {}), **{kind.prefix + key: v for key, v in options.items()}}
+    if kind.swaps_attention and pretrained and not inserted:
+        _warn(f'{name} has the weights of {architecture} but for its new attention ({kind.operation})')
+    return model
+
+
+def _sources(architecture: str, cfg: PretrainedCfg) -> dict[str, Any]:
+    """Where the weights of a base are, for a cfg of its variant, which does not claim to have any."""
+    if cfg.has_weights or cfg.state_dict:
+        return {}
+    of_base = get_pretrained_cfg(f'{architecture}.{cfg.tag}' if cfg.tag else architecture) or PretrainedCfg()
+    return {source: getattr(of_base, source) for source in _SOURCES}
+
+
+def _patch(model: nn.Module, kind: Kind, options: Options) -> None:
+    if not kind.swaps_attention:
+        patch_model(model, kind.operation, **options)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', SwapWarning)  # said once the model is there, if it has weights to lose
+        patch_model(model, kind.operation, **options)
+    for part in patched(model):
+        # These modules look at their arguments before they go on, which feature_cls='fx' cannot follow.
+        register_notrace_module(type(model.get_submodule(part.name)))
+
+
+def _warn(what: str) -> None:
+    """Emits a SwapWarning at the line outside of timm and this package from where a model is created."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get('__name__', '').partition('.')[0] in ('timm', 'sem_timm'):
+        level, frame = level + 1, frame.f_back
+    message = f'{what}, so it gives other outputs and needs training; unpatch_model(model) gives the base back.'
+    warnings.warn(message, SwapWarning, stacklevel=level)

@@ -1,0 +1,80 @@
+"""Weights of variants: whose a file holds, and those that the base cannot load."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from timm.models import PretrainedCfg, load_state_dict, load_state_dict_from_hf
+from timm.models._hub import HF_WEIGHTS_NAME, load_state_dict_from_path
+from torch import Tensor, nn
+
+from sem_timm.errors import OptionError
+from sem_timm.registry.kinds import Kind
+
+Weights = dict[str, Tensor]
+
+
+def own_weights(cfg: PretrainedCfg, cache_dir: Any) -> Weights:
+    """The weights that a caller's file, folder, hub model or state_dict holds; nothing for those timm registered.
+
+    They may be those of the base or those of a variant, which only their keys tell.
+    """
+    weights: Weights = {}
+    if cfg.custom_load:  # a foreign format, which only the base's family reads
+        return weights
+    if cfg.source == 'local-dir' and cfg.file:
+        weights = load_state_dict_from_path(cfg.file)
+    elif cfg.source == 'hf-hub' and cfg.hf_hub_id:
+        filename = cfg.hf_hub_filename or HF_WEIGHTS_NAME
+        weights = load_state_dict_from_hf(cfg.hf_hub_id, filename, cache_dir=cache_dir)
+    elif cfg.state_dict:
+        weights = cfg.state_dict
+    elif cfg.file:
+        weights = load_state_dict(cfg.file)
+    return weights
+
+
+def split(weights: Weights, kind: Kind) -> tuple[Weights, Weights]:
+    """The entries of a state_dict that belong to inserted modules, and the others."""
+    inserted = {key: weights[key] for key in weights if _is_inserted(key, kind)}
+    return inserted, {key: weights[key] for key in weights if key not in inserted}
+
+
+def _is_inserted(key: str, kind: Kind) -> bool:
+    # Named sem, or sem1 and sem2 where one module has two, and sem_ where sem was taken.
+    return re.search(rf'(^|\.){kind.attribute}\d*_*\.', key) is not None
+
+
+def load_inserted(model: nn.Module, inserted: Weights, name: str, kind: Kind, *, strict: bool) -> None:
+    """Loads the weights of the inserted modules; with ``strict`` all of them and no others.
+
+    Raises:
+        OptionError: If they do not fit.
+    """
+    expected = {key: value for key, value in model.state_dict().items() if _is_inserted(key, kind)}
+    missing, unexpected = sorted(expected.keys() - inserted.keys()), sorted(inserted.keys() - expected.keys())
+    reshaped = [key for key in sorted(expected.keys() & inserted.keys()) if expected[key].shape != inserted[key].shape]
+    if reshaped or (strict and (missing or unexpected)):
+        raise OptionError(
+            f'The weights given for {name} were trained with other options: '
+            f'{len(missing)} of its tensors are not among them{_example(missing)}, '
+            f'{len(unexpected)} of theirs have no place in it{_example(unexpected)}, '
+            f'{len(reshaped)} have another shape{_example(reshaped)}.\n'
+            f'  Give the options of the training, such as {kind.prefix}target=..., to create_model.'
+        )
+    model.load_state_dict(inserted, strict=False)
+
+
+def _example(keys: Iterable[str]) -> str:
+    first = next(iter(keys), None)
+    return f' ({first})' if first else ''
+
+
+def restore_source(model: Any, cfg: PretrainedCfg) -> None:
+    """Lets the record of the weights tell where they came from, and not hold them."""
+    for record in (model.pretrained_cfg, model.default_cfg):
+        record.pop('state_dict', None)
+        if cfg.source:
+            record['source'] = cfg.source

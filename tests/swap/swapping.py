@@ -1,0 +1,59 @@
+"""Swapping the attention of models, and looking at what became of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import sem_timm
+from tests.families import Family
+from tests.twins import inserted
+
+
+def swap(model: nn.Module, operation: Any = 'external', **options: Any) -> Any:
+    """The model with its attention swapped, which warns that it needs training."""
+    with pytest.warns(sem_timm.SwapWarning, match='needs training'):
+        return sem_timm.patch_model(model, operation, **options)
+
+
+def swapped(
+    family: Family, operation: Any = 'external', *, create: dict[str, Any] | None = None, **options: Any
+) -> Any:
+    """A new model of a family with its attention swapped."""
+    return swap(family.create(**(create or {})), operation, input_size=family.input_size, **options)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def outputs(model: nn.Module, *inputs: Any) -> list[Tensor]:
+    with torch.no_grad():
+        return tensors(model(*inputs))
+
+
+def shapes(model: nn.Module, *inputs: Any) -> list[torch.Size]:
+    return [output.shape for output in outputs(model, *inputs)]
+
+
+def backward(model: nn.Module, *inputs: Any) -> None:
+    """Gradients of a loss that every output takes part in."""
+    losses = [output.float().square().mean() for output in tensors(model(*inputs))]
+    torch.stack(losses).sum().backward()
+
+
+def without_gradient(model: nn.Module) -> set[str]:
+    """Names of the parameters that require a gradient and have none."""
+    return {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+
+
+def assert_all_learn(model: nn.Module) -> None:
+    """Every parameter that requires a gradient has one, and that of every new one is not zero."""
+    assert without_gradient(model) == set()
+    new = inserted(model)
+    assert new and all(p.requires_grad for p in new.values())
+    assert [name for name, p in new.items() if p.grad is None or not p.grad.any() or not p.grad.isfinite().all()] == []

@@ -1,0 +1,114 @@
+"""Dropping what a swap made useless: the outputs stay, the parameters go, and there is no way back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import sem_timm
+from sem_timm import ModelError
+from tests.families import FAMILIES
+from tests.refusals import refused
+from tests.swap.classes import CLASSES, SHARED_TABLES
+from tests.swap.swapping import backward, outputs, swap, swapped, without_gradient
+from tests.twins import assert_equal
+
+SWIN = CLASSES['models.swin_transformer.WindowAttention']
+VIT = CLASSES['layers.attention.Attention']
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'layers.attention2d.MultiQueryAttention2d',
+        'layers.halo_attn.HaloAttn',
+        'models.efficientformer_v2.Attention2dDownsample',
+        'models.gemma4_vit.Gemma4Attention',
+        'models.levit.Attention',
+        'models.maxxvit.AttentionCl',
+        'models.mvitv2.MultiScaleAttention',
+        'models.pvt_v2.Attention',
+        'models.swin_transformer.WindowAttention',
+        'models.swin_transformer_v2.WindowAttention',
+        'models.tnt.Attention',
+        *SHARED_TABLES,
+    ],
+)
+def test_outputs_stay_and_parameters_go(name: str) -> None:
+    family = {**CLASSES, **SHARED_TABLES}[name]
+    model, images = family.create(), family.images()
+    plan = sem_timm.plan_model(model, 'external', input_size=family.input_size)
+    swap(model, plan)
+    expected, names = outputs(model, images), [n for n, _ in model.named_parameters()]
+    assert sem_timm.compact_model(model) is model
+    assert [n for n, _ in model.named_parameters()] == [n for n in names if n not in plan.unread]
+    assert not set(plan.unread) & model.state_dict().keys()
+    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_equal(expected, outputs(other, images))
+    backward(model.train(), images)
+    assert without_gradient(model) == set()
+
+
+@pytest.mark.parametrize('operation', ['efficient', 'eamlp'])
+def test_after_other_attentions(operation: str) -> None:
+    model, images = swapped(SWIN, operation), SWIN.images()
+    expected, before = outputs(model, images), sum(p.numel() for p in model.parameters())
+    sem_timm.compact_model(model)
+    assert_equal(expected, outputs(model, images))
+    assert sum(p.numel() for p in model.parameters()) < before
+
+
+def test_a_compact_model_has_the_keys_of_its_weights() -> None:
+    model, other = (sem_timm.compact_model(swapped(SWIN)) for _ in range(2))
+    nn.init.normal_(model.layers[0].blocks[0].attn.core.mk)
+    other.load_state_dict(model.state_dict())
+    assert_equal(outputs(model, SWIN.images()), outputs(other, SWIN.images()))
+
+
+def test_there_is_no_undo() -> None:
+    model = sem_timm.compact_model(swapped(SWIN))
+    for each in (model, copy.deepcopy(model)):
+        with refused(each, ModelError, 'compact_model', 'layers.0.blocks.0.attn', 'undo'):
+            sem_timm.unpatch_model(each)
+
+
+def test_there_is_no_undo_where_only_rows_are_useless() -> None:
+    model = sem_timm.compact_model(swapped(VIT))
+    with refused(model, ModelError, 'compact_model'):
+        sem_timm.unpatch_model(model)
+
+
+def test_rows_behind_those_that_are_read_are_dropped() -> None:
+    model, images = VIT.create(), VIT.images()
+    plan = sem_timm.plan_model(model, 'external')
+    swap(model, plan)
+    expected = outputs(model, images)
+    sem_timm.compact_model(model)
+    for name, rows in plan.sliced.items():
+        assert model.get_parameter(name).shape[0] == rows.last
+    assert_equal(expected, outputs(model, images))
+
+
+def test_parameters_that_were_frozen_before_the_swap_are_dropped_too() -> None:
+    model = SWIN.create().requires_grad_(False)
+    plan = sem_timm.plan_model(model, 'external', input_size=SWIN.input_size)
+    swap(model, plan)
+    sem_timm.compact_model(model)
+    assert plan.unread and not set(plan.unread) & {name for name, _ in model.named_parameters()}
+
+
+def test_models_of_which_no_attention_was_swapped() -> None:
+    for model in (SWIN.create(), FAMILIES['resnet'].create(), sem_timm.patch_model(FAMILIES['resnet'].create())):
+        with refused(model, ModelError, type(model).__name__, 'nothing to drop'):
+            sem_timm.compact_model(model)
+
+
+def test_a_compact_model_can_be_moved_and_cast() -> None:
+    model = sem_timm.compact_model(swapped(SWIN)).to(torch.bfloat16)
+    (found,) = outputs(model, SWIN.images().bfloat16())
+    assert found.dtype == torch.bfloat16 and found.isfinite().all()
+    assert sem_timm.patched(model)

@@ -1,0 +1,208 @@
+"""The other attentions, in modules that differ: with a class token, windows, fewer keys than queries, folded heads."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sem_timm
+from sem_timm import AttentionConfig, AttentionCore, OptionError, RefusedError
+from tests.families import Family
+from tests.refusals import refused
+from tests.snapshot import assert_same, snapshot
+from tests.swap.classes import CLASSES
+from tests.swap.swapping import backward, outputs, shapes, swap, swapped, without_gradient
+from tests.twins import assert_equal, inserted
+
+CORES = ('efficient', 'linear', 'halo', 'catt', 'caam')
+
+MODELS = {
+    'class token': CLASSES['layers.attention.Attention'],
+    'rotary': CLASSES['models.eva.EvaAttention'],
+    'windows': CLASSES['models.swin_transformer.WindowAttention'],
+    'channels first': CLASSES['models.maxxvit.Attention2d'],
+    'fewer keys': CLASSES['models.pvt_v2.Attention'],
+    'one key for all heads': CLASSES['layers.attention2d.MultiQueryAttention2d'],
+    'transposed': CLASSES['models.shvit.SHSA'],
+    'folded heads': CLASSES['layers.bottleneck_attn.BottleneckAttn'],
+    'windows behind heads': CLASSES['models.hiera.MaskUnitAttention'],
+    'several cores': CLASSES['models.efficientvit_msra.CascadedGroupAttention'],
+}
+
+
+def test_the_kinds() -> None:
+    from sem_timm.operations import attention_kinds
+
+    assert set(attention_kinds()) == {'external', 'eamlp', *CORES} <= set(sem_timm.operation_names())
+
+
+# Each attention in four models, and in each of the other models one.
+PAIRS = [(name, kind) for name in ('class token', 'windows', 'fewer keys', 'one key for all heads') for kind in CORES]
+PAIRS += [
+    ('rotary', 'halo'),
+    ('channels first', 'efficient'),
+    ('transposed', 'linear'),
+    ('folded heads', 'catt'),
+    ('windows behind heads', 'caam'),
+    ('several cores', 'halo'),
+]
+
+
+@pytest.mark.parametrize(('name', 'operation'), PAIRS)
+def test_shapes_gradients_copies_and_undo(name: str, operation: str) -> None:
+    family = MODELS[name]
+    base, model = family.create(), family.create()
+    before = snapshot(model)
+    plan = sem_timm.plan_model(model, operation, input_size=family.input_size)
+    swap(model, plan)
+    backward(model, family.images())
+    assert without_gradient(model) == set()
+    new = inserted(model)
+    assert len(new) == sum(len(list(model.get_submodule(f'{s.name}.{s.attribute}').parameters())) for s in plan)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in new.values())
+    for batch_size in (1, 3):
+        assert shapes(model, family.images(batch_size)) == shapes(base, family.images(batch_size))
+    expected = outputs(model, family.images())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_equal(expected, outputs(other, family.images()))
+    model.zero_grad()
+    sem_timm.unpatch_model(model)
+    before['rng'] = torch.get_rng_state()
+    assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize('operation', ['efficient', 'linear', 'catt', 'caam'])
+@pytest.mark.parametrize('name', ['class token', 'windows', 'fewer keys', 'one key for all heads', 'transposed'])
+def test_another_resolution(name: str, operation: str) -> None:
+    family = MODELS[name]
+    model = swapped(family, operation)
+    images = family.images(1, family.other_size)
+    assert shapes(model, images) == shapes(family.create(), images)
+
+
+@pytest.mark.parametrize('name', ['class token', 'fewer keys', 'windows'])
+def test_attention_to_the_sample_alone_is_softmax_attention(name: str) -> None:
+    """In front of training 'catt' attends to the sample alone: the old attention, but for its position bias."""
+    family = MODELS[name]
+    base, model = family.create(), swapped(family, 'catt')
+    for each in (base, model):
+        for parameter_name, parameter in each.named_parameters():
+            if 'relative_position_bias_table' in parameter_name:
+                nn.init.zeros_(parameter)
+        for module in each.modules():
+            if getattr(module, 'attn_mask', None) is not None:
+                module.attn_mask.zero_()
+            if hasattr(module, 'dynamic_mask'):
+                module.dynamic_mask, module.shift_size = False, (0, 0)
+    torch.testing.assert_close(outputs(base, family.images()), outputs(model, family.images()), rtol=1e-4, atol=1e-4)
+
+
+# Halo attention, which needs a grid
+
+
+def test_halo_knows_class_tokens_and_grids() -> None:
+    vit = sem_timm.plan_model(MODELS['class token'].create(), 'halo')
+    assert {(site.num_prefix_tokens, site.shape[-2]) for site in vit} == {(1, 17)}
+    family = MODELS['channels first']
+    coatnet = sem_timm.plan_model(family.create(), 'halo', input_size=family.input_size)
+    assert [site.grid_size for site in coatnet] == [(4, 4), (4, 4), (2, 2)]
+    family = Family('vit_tiny_patch16_dinov3_qkvb', options={'img_size': 64, 'depth': 1})
+    (site,) = sem_timm.plan_model(family.create(), 'halo', input_size=family.input_size)
+    assert (site.num_prefix_tokens, site.shape[-2]) == (5, 21)
+
+
+def test_halo_where_tokens_form_no_grid() -> None:
+    model = MODELS['class token'].create()
+    with torch.no_grad():
+        assert model.forward_features(torch.randn(2, 3, 64, 96)).shape[1] == 25
+    options = {'img_size': (64, 96), 'dynamic_img_size': False}
+    model = MODELS['class token'].create(**options)
+    with refused(model, RefusedError, 'halo', '25 tokens', '1 prefix', 'no square grid', 'grid_size'):
+        sem_timm.patch_model(model, 'halo', input_size=(3, 64, 96))
+
+
+def test_halo_that_meets_another_number_of_tokens() -> None:
+    model = swapped(MODELS['class token'], 'halo')
+    assert outputs(model, torch.randn(1, 3, 96, 96))[0].isfinite().all()
+    with pytest.raises(OptionError) as caught:
+        outputs(model, torch.randn(1, 3, 64, 96))
+    assert [
+        p for p in ('25 tokens', '1 prefix tokens', 'no square grid', 'grid_size') if p not in str(caught.value)
+    ] == []
+
+
+def test_halo_where_queries_and_keys_are_not_on_one_grid() -> None:
+    family = MODELS['fewer keys']
+    model = family.create()
+    name = 'stages.0.blocks.0.attn'
+    with refused(model, RefusedError, f'{name}: ', '256 queries and 4 keys', 'one grid for both'):
+        sem_timm.patch_model(model, 'halo', target=name, input_size=family.input_size)
+    plan = sem_timm.plan_model(model, 'halo', input_size=family.input_size)
+    assert [site.name for site in plan] == ['stages.3.blocks.0.attn'] and len(plan.refusals) == 3
+
+
+# Options and classes of one's own
+
+
+def test_options_reach_the_new_cores() -> None:
+    family = MODELS['class token']
+    for operation, options in (
+        ('external', {'memory': 8, 'norm': 'softmax'}),
+        ('halo', {'block_size': 2, 'halo_size': 1}),
+        ('catt', {'dictionary': 16, 'init': 'paper'}),
+    ):
+        core = swapped(family, operation, **options).blocks[0].attn.core
+        assert all(getattr(core, name) == value for name, value in options.items())
+        assert type(core).__name__ in repr(core) and core.num_heads == 2
+        configured = swap(family.create(), AttentionConfig(operation, **options)).blocks[0].attn.core
+        assert {k: v.shape for k, v in core.state_dict().items()} == {
+            k: v.shape for k, v in configured.state_dict().items()
+        }
+
+
+class Uniform(AttentionCore):
+    """Every query gets the mean of the values, as much of it as a gate on the query says."""
+
+    def __init__(
+        self,
+        head_dim: int,
+        value_dim: int | None = None,
+        num_heads: int = 1,
+        head_axis: int = -3,
+        *,
+        scale: float = 1.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(head_dim, value_dim, num_heads, head_axis)
+        self.scale = nn.Parameter(torch.full((1,), scale, device=device, dtype=dtype))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (self.scale * q.mean(-1, keepdim=True)).sigmoid() * v.mean(-2, keepdim=True)
+
+
+@pytest.mark.parametrize('name', ['windows', 'fewer keys', 'transposed', 'channels first'])
+def test_a_core_of_ones_own(name: str) -> None:
+    family = MODELS[name]
+    model = swapped(family, Uniform, scale=0.5)
+    site = sem_timm.patched(model)[0]
+    core = model.get_submodule(f'{site.name}.core')
+    assert type(core) is Uniform and site.operation == AttentionConfig(Uniform, scale=0.5)
+    backward(model, family.images())
+    assert without_gradient(model) == set()
+    assert shapes(model, family.images(1)) == shapes(family.create(), family.images(1))
+
+
+def test_configurations_are_values() -> None:
+    config = AttentionConfig('external', norm='softmax', memory=32)
+    assert config == AttentionConfig('external', memory=32, norm='softmax') != AttentionConfig('external', memory=64)
+    assert hash(config) == hash(AttentionConfig('external', memory=32, norm='softmax'))
+    assert pickle.loads(pickle.dumps(config)) == config == copy.deepcopy(config)
+    assert config.to_dict() == {'name': 'external', 'memory': 32, 'norm': 'softmax'}
+    with pytest.raises((AttributeError, TypeError)):
+        config.kind = 'efficient'  # type: ignore[misc]

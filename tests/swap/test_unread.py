@@ -1,0 +1,171 @@
+"""Parameters that a swap cuts off from the output: the plan names them, and they stop being trained."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import sem_timm
+from tests.families import Family
+from tests.snapshot import assert_same, snapshot
+from tests.swap.classes import CLASSES, SHARED_TABLES
+from tests.swap.swapping import assert_all_learn, backward, outputs, swap, swapped, tensors, without_gradient
+
+FAMILIES = {
+    **SHARED_TABLES,
+    **{
+        name: CLASSES[name]
+        for name in (
+            'layers.attention2d.MultiQueryAttention2d',
+            'models.beit.Attention',
+            'models.efficientformer_v2.Attention2dDownsample',
+            'models.gemma4_vit.Gemma4Attention',
+            'models.levit.Attention',
+            'models.maxxvit.AttentionCl',
+            'models.mvitv2.MultiScaleAttention',
+            'models.nextvit.EfficientAttention',
+            'models.pvt_v2.Attention',
+            'models.swin_transformer_v2.WindowAttention',
+            'models.tnt.Attention',
+            'models.vision_transformer_sam.Attention',
+        )
+    },
+}
+
+
+def unreached(model: nn.Module, family: Family) -> set[str]:
+    """Names of the parameters that autograd finds no way to."""
+    model.requires_grad_(True)
+    backward(model, family.images())
+    return without_gradient(model)
+
+
+def assert_the_plan_agrees_with_autograd(family: Family, operation: str, **options: Any) -> tuple[str, ...]:
+    model, other = family.create(), family.create()
+    plan = sem_timm.plan_model(other, operation, input_size=family.input_size, **options)
+    swap(other, plan)
+    frozen = {name for name, parameter in other.named_parameters() if not parameter.requires_grad}
+    assert frozen == set(plan.unread)
+    assert unreached(other, family) - unreached(model, family) == set(plan.unread)
+    return plan.unread
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_the_plan_names_the_parameters_that_autograd_no_longer_reaches(name: str) -> None:
+    unread = assert_the_plan_agrees_with_autograd(FAMILIES[name], 'external')
+    assert unread
+
+
+@pytest.mark.parametrize(
+    'name', ['models.swin_transformer_v2.WindowAttention', 'models.mvitv2.MultiScaleAttention', 'beit shared']
+)
+@pytest.mark.parametrize('operation', ['efficient', 'linear', 'catt', 'caam'])
+def test_where_keys_are_read_only_position_biases_are_not(name: str, operation: str) -> None:
+    unread = assert_the_plan_agrees_with_autograd(FAMILIES[name], operation)
+    tables = ('rel_pos', 'relative_position', 'cpb_mlp', 'logit_scale')
+    assert unread and all(any(table in parameter for table in tables) for parameter in unread)
+
+
+@pytest.mark.parametrize('name', ['layers.attention.Attention', 'models.levit.Attention', 'models.convit.MHSA'])
+def test_nothing_of_a_replaced_module_is_read(name: str) -> None:
+    family = CLASSES[name]
+    unread = assert_the_plan_agrees_with_autograd(family, 'eamlp')
+    model = family.create()
+    modules = {site.name for site in sem_timm.plan_model(model, 'eamlp', input_size=family.input_size)}
+    inside = [n for n, _ in model.named_parameters() if any(n.startswith(f'{module}.') for module in modules)]
+    assert list(unread) == inside
+
+
+def test_a_table_that_a_kept_block_still_reads_is_trained() -> None:
+    family = SHARED_TABLES['beit shared']
+    unread = assert_the_plan_agrees_with_autograd(family, 'external', target='blocks.0.attn')
+    assert unread == ()
+    both = assert_the_plan_agrees_with_autograd(family, 'external')
+    assert both == ('rel_pos_bias.relative_position_bias_table',)
+
+
+def test_what_the_rest_of_a_model_made_useless_does_not_count() -> None:
+    """A parameter that no gradient reached before the swap stays as it is."""
+    family = CLASSES['models.swin_transformer.WindowAttention']
+    model = family.create()
+    model.layers[0].blocks[0].attn.extra = nn.Parameter(torch.ones(3))
+    plan = sem_timm.plan_model(model, 'external', input_size=family.input_size)
+    assert not any('extra' in name for name in plan.unread)
+    swap(model, plan)
+    assert model.layers[0].blocks[0].attn.extra.requires_grad
+
+
+@pytest.mark.parametrize(
+    'name', ['models.beit.Attention', 'models.eva.EvaAttention', 'models.mvitv2.MultiScaleAttention']
+)
+def test_no_weight_is_trained_that_has_only_gradients_of_zero(name: str) -> None:
+    """An optimizer with weight decay would shrink it."""
+    family = CLASSES[name]
+    model, other = family.create(), swapped(family)
+    zero = []
+    for each in (model, other):
+        weights = torch.Generator().manual_seed(2)
+        loss = sum((t * torch.randn(t.shape, generator=weights)).sum() for t in tensors(each(family.images())))
+        loss.backward()
+        zero.append({n for n, p in each.named_parameters() if p.grad is not None and not p.grad.any()})
+    assert zero[1] - zero[0] == set()
+
+
+def test_rows_of_packed_weights_that_are_not_read_get_gradients_of_zero() -> None:
+    family = CLASSES['layers.attention.Attention']
+    model = family.create()
+    plan = sem_timm.plan_model(model, 'external')
+    assert set(plan.sliced) == {f'{site.name}.qkv.weight' for site in plan}
+    backward(swap(model, plan), family.images())
+    for name, rows in plan.sliced.items():
+        weight = model.get_parameter(name)
+        assert (rows.first, rows.last, rows.total) == (0, weight.shape[0] // 3, weight.shape[0])
+        assert weight.grad[: rows.last].any() and not weight.grad[rows.last :].any()
+
+
+def test_undo_lets_train_what_was_trained_before_and_nothing_else() -> None:
+    family = CLASSES['models.swin_transformer_v2.WindowAttention']
+    model = family.create()
+    model.layers[0].blocks[0].attn.logit_scale.requires_grad_(False)
+    before = snapshot(model)
+    plan = sem_timm.plan_model(model, 'external', input_size=family.input_size)
+    swap(model, plan)
+    assert not any(model.get_parameter(name).requires_grad for name in plan.unread)
+    sem_timm.unpatch_model(model)
+    before['rng'] = torch.get_rng_state()
+    assert_same(before, snapshot(model))
+
+
+def test_trainable_parameters_are_those_that_learn() -> None:
+    family = CLASSES['models.swin_transformer_v2.WindowAttention']
+    model = family.create()
+    every = {id(p) for p in sem_timm.trainable_parameters(model)}
+    assert every == {id(p) for p in model.parameters()}
+    plan = sem_timm.plan_model(model, 'external', input_size=family.input_size)
+    swap(model, plan)
+    useless = {id(model.get_parameter(name)) for name in plan.unread}
+    # A training script that lets everything train does not bring the useless ones back.
+    for unfrozen in (False, True):
+        if unfrozen:
+            model.requires_grad_(True)
+        found = {id(p) for p in sem_timm.trainable_parameters(model)}
+        assert found == {id(p) for p in model.parameters()} - useless
+    model.layers[1].requires_grad_(False)
+    kept = {id(p) for p in sem_timm.trainable_parameters(model)}
+    assert kept == found - {id(p) for p in model.layers[1].parameters()}
+
+
+def test_copies_know_what_is_useless_too() -> None:
+    family = CLASSES['models.swin_transformer.WindowAttention']
+    model = swapped(family)
+    twin = copy.deepcopy(model)
+    assert len(list(sem_timm.trainable_parameters(twin))) == len(list(sem_timm.trainable_parameters(model)))
+    backward(twin, family.images())
+    assert_all_learn(twin)
+    sem_timm.unpatch_model(twin)
+    assert all(p.requires_grad for p in twin.parameters())
+    assert outputs(twin, family.images())[0].equal(outputs(family.create(), family.images())[0])
