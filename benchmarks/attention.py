@@ -93,10 +93,18 @@ class Bench:
         forward = torch.compile(layer, dynamic=False) if self.compiled else layer
         return lambda: forward(x)
 
+    def start(self) -> None:
+        """Forgets what was compiled: each size counts as a recompilation, of which a process has only a few."""
+        if self.compiled:
+            torch.compiler.reset()
+
+    def goal(self, goal: float | None) -> float | None:
+        """Goals for time are for eager layers on a CPU."""
+        return goal if self.device == 'cpu' and not self.compiled else None
+
     def calls(self, tokens: int) -> dict[str, Callable[[], object]]:
         """A forward of each layer that so many tokens fit."""
-        if self.compiled:
-            torch.compiler.reset()  # each size counts as a recompilation, of which a process has only a few
+        self.start()
         is_square = round(tokens**0.5) ** 2 == tokens
         return {kind: self.call(layer, tokens) for kind, layer in self.layers.items() if kind != 'halo' or is_square}
 
@@ -110,6 +118,7 @@ class Bench:
 
     def doubling(self, low: int = 4096) -> list[Line]:
         """What twice the tokens do to the peak memory of external attention."""
+        self.start()
         call = self.call(self.layers['external'], low), self.call(self.layers['external'], 2 * low)
         sides = {f'{n:,}': peak_mib(c, self.device) for n, c in zip((low, 2 * low), call)}
         small, large = sides.values()
@@ -117,14 +126,16 @@ class Bench:
 
     def flatness(self, kind: str, sizes: tuple[int, ...] = (1024, 2304, 4096, 9216)) -> Line:
         """The dearest token of any size over the cheapest."""
+        self.start()
         times = take_turns({n: self.call(self.layers[kind], n) for n in sizes}, self.runs, self.device)
         costs = {n: times.ratio(n, sizes[0]) * sizes[0] / n for n in sizes}
         sides = {f'{n:,}': times.median(n) / n * 1e6 for n in sizes}
         title = f'{kind}, cost per token, {sizes[0]:,} to {sizes[-1]:,}'
-        return Line(title, max(costs.values()) / min(costs.values()), FLAT_GOAL, sides, 'µs')
+        return Line(title, max(costs.values()) / min(costs.values()), self.goal(FLAT_GOAL), sides, 'µs')
 
     def eamlp(self, tokens: int, batch_size: int) -> Line:
         """The whole module of EAMLP against its equations."""
+        self.start()
         layers = {
             'module': sem_timm.MultiHeadExternalAttention(CHANNELS, HEADS),
             'equations': EquationsOfEAMLP(CHANNELS, HEADS),
@@ -132,7 +143,7 @@ class Bench:
         on_device = {name: layer.eval().to(self.device, self.dtype) for name, layer in layers.items()}
         calls = {name: self.call(layer, tokens, batch_size) for name, layer in on_device.items()}
         times = take_turns(calls, self.runs, self.device)
-        return times.line(f'eamlp / equations, {batch_size} x {tokens:,} tokens', *layers, goal=EAMLP_GOAL)
+        return times.line(f'eamlp / equations, {batch_size} x {tokens:,} tokens', *layers, goal=self.goal(EAMLP_GOAL))
 
 
 def curves(bench: Bench, tokens: tuple[int, ...]) -> tuple[dict[str, dict[str, list[float]]], list[Line]]:
@@ -145,10 +156,9 @@ def curves(bench: Bench, tokens: tuple[int, ...]) -> tuple[dict[str, dict[str, l
         for kind in bench.layers:
             milliseconds[kind].append(round(times.median(kind) * 1e3, 4))
             mib[kind].append(round(memory[kind], 3))
-        goals = GOALS if bench.device == 'cpu' else {}
         for kind in bench.layers:
             if kind != ORIGINAL:
-                goal = goals.get(count) if kind == 'external' else None
+                goal = bench.goal(GOALS.get(count)) if kind == 'external' else None
                 lines.append(times.line(f'{kind} / {ORIGINAL}, {count:,} tokens', kind, ORIGINAL, goal))
     return {'milliseconds': milliseconds, 'peak_mib': mib}, lines
 
@@ -180,7 +190,7 @@ def main() -> None:
         lines += [bench.eamlp(196, 8), bench.eamlp(1024, 1)]
         lines += [bench.flatness(kind) for kind in ('efficient', 'linear')]
     print(*lines, sep='\n')
-    kept = [line for line in lines if line.goal]
+    kept = [line for line in lines if line.goal or line.name.startswith('external')]
     if args.out:
         setting = {'channels': CHANNELS, 'heads': HEADS, 'batch': 1, 'dtype': str(bench.dtype), 'compiled': compiled}
         record(args.out, args.device, 'layer', kept, setting=setting, tokens=tokens, **figures)

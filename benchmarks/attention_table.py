@@ -74,11 +74,16 @@ def rows(names: Iterable[str], kinds: list[str], known: dict[tuple[str, str], Ro
 
 
 def read_log(file: Path) -> dict[tuple[str, str], Row]:
-    """The plans of earlier runs with this version of timm."""
-    lines = file.read_text(encoding='utf-8').splitlines() if file.is_file() else []
-    # A run may have been stopped in the middle of its last line.
-    read = [Row(**json.loads(line)) for line in lines if line.endswith('}')]
-    return {(row.architecture, row.kind): row for row in read if row.timm == timm.__version__}
+    """The plans of earlier runs with this version of timm, all but a line in which a run was stopped."""
+    known = {}
+    for line in file.read_text(encoding='utf-8').splitlines() if file.is_file() else ():
+        try:
+            row = Row(**json.loads(line))
+        except json.JSONDecodeError:
+            continue
+        if row.timm == timm.__version__:
+            known[row.architecture, row.kind] = row
+    return known
 
 
 def progress(found: Iterable[Row], total: int) -> Iterator[Row]:
@@ -158,6 +163,7 @@ def main() -> int:
     args.log.parent.mkdir(parents=True, exist_ok=True)
     found = []
     with args.log.open('a', encoding='utf-8') as log:
+        print(file=log)  # ends a line in which a run was stopped
         for row in progress(rows(names, args.kinds, known), len(names) * len(args.kinds)):
             found.append(row)
             if (row.architecture, row.kind) not in known:

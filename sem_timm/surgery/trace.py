@@ -56,7 +56,7 @@ class Trace:
         guards: What the call must satisfy for the graphs to hold.
         methods: Names of the module's own methods that the graphs call like children.
         edits: What was made of the graphs so far, by what was asked for.
-        verified: Edits that were compared with the forward in numbers.
+        verified: Classes and codes, but for numbers, of edits that were compared with the forward.
     """
 
     signature: inspect.Signature

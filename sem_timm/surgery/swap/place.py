@@ -62,6 +62,7 @@ class Swapper:
         self.operation = operation
         check_hashable(operation)
         self._tables_of: dict[type, frozenset[str]] = {}
+        self._heads: dict[tuple[fx.Node, tuple[int, ...]], tuple[int, int]] = {}
 
     def place(self, name: str) -> Placement:
         """Finds the cores of one module.
@@ -130,7 +131,10 @@ class Swapper:
         if core.is_causal:
             raise Refused('its attention is causal: a token sees only those before it')
         check_sources(core, values)
-        num_heads, head_axis = heads_of(core, module, values)
+        found = core.query, tuple(query.shape)
+        if found not in self._heads:
+            self._heads[found] = heads_of(core, module, values)
+        num_heads, head_axis = self._heads[found]
         given = tree_leaves(list(reading.trace.values.values()))
         tokens: Any = next((leaf for leaf in given if layout_of(leaf) is not None), None)
         layout = layout_of(tokens)

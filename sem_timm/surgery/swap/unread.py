@@ -39,6 +39,7 @@ def unread_parameters(reader: Reader, placements: dict[str, Placement]) -> tuple
 
 def upstream_arguments(reader: Reader, placements: dict[str, Placement]) -> bool:
     """Whether a module no longer reads an argument that may be computed from parameters alone."""
+    tables = {id(buffer) for buffer in reader.probe.skeleton.buffers()}  # handed on as they are, as masks of windows
     for placement in placements.values():
         before = _graphs_before(placement)
         values = {} if placement.reading is None else placement.reading.trace.values
@@ -52,7 +53,7 @@ def upstream_arguments(reader: Reader, placements: dict[str, Placement]) -> bool
             if node.op == 'placeholder' and node.users
         }
         for name, value in values.items():
-            tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+            tensors = [leaf for leaf in _tensors(value) if id(leaf) not in tables]
             if name not in read and any(t.is_floating_point() and layout_of(t) is None for t in tensors):
                 return True
     return False
