@@ -66,8 +66,7 @@ def attention_layer(kind: str) -> nn.Module:
     ).eval()
     if kind != ORIGINAL:
         sem_timm.patch_model(model, kind)
-    layer: nn.Module = model.blocks[0].attn
-    return layer
+    return model.get_submodule('blocks.0.attn')
 
 
 class Bench:
@@ -90,7 +89,7 @@ class Bench:
     def call(self, layer: nn.Module, tokens: int, batch_size: int = 1) -> Callable[[], object]:
         """One forward of a layer, ready to be timed."""
         x = torch.randn(batch_size, tokens, CHANNELS, device=self.device, dtype=self.dtype)
-        forward = torch.compile(layer, dynamic=False) if self.compiled else layer
+        forward = torch.compile(layer, fullgraph=True, dynamic=False) if self.compiled else layer
         return lambda: forward(x)
 
     def start(self) -> None:
@@ -143,7 +142,8 @@ class Bench:
         on_device = {name: layer.eval().to(self.device, self.dtype) for name, layer in layers.items()}
         calls = {name: self.call(layer, tokens, batch_size) for name, layer in on_device.items()}
         times = take_turns(calls, self.runs, self.device)
-        return times.line(f'eamlp / equations, {batch_size} x {tokens:,} tokens', *layers, goal=self.goal(EAMLP_GOAL))
+        title = f'eamlp / equations, {batch_size} x {tokens:,} tokens'
+        return times.line(title, 'module', 'equations', self.goal(EAMLP_GOAL))
 
 
 def curves(bench: Bench, tokens: tuple[int, ...]) -> tuple[dict[str, dict[str, list[float]]], list[Line]]:

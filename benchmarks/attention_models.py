@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def compare(kind: str, image_size: int, training: bool, args: argparse.Namespace
     images = torch.randn(args.batch_size, 3, image_size, image_size, device=args.device)
     step: Callable[[nn.Module, torch.Tensor], None] = training_step if training else forward
     models = {name: model.to(args.device).train(training) for name, model in both(kind, image_size).items()}
-    calls: dict[Any, Callable[[], object]] = {n: (lambda m=model: step(m, images)) for n, model in models.items()}
+    calls: dict[Any, Callable[[], object]] = {name: partial(step, model, images) for name, model in models.items()}
     title = f'{kind} / {ORIGINAL}, {image_size} px, {"forward + backward" if training else "forward"}'
     goal = TRAINING_GOAL if training else FORWARD_GOALS.get(image_size)
     times = take_turns(calls, args.runs, args.device)

@@ -38,7 +38,7 @@ class Line:
     def __str__(self) -> str:
         sides = '  '.join(f'{side} {value:.3f} {self.unit}' for side, value in self.sides.items())
         goal = '' if self.goal is None else f' (goal {self.goal:.2f}{"" if self.value <= self.goal else ", missed"})'
-        return f'{self.name:44} {self.value:6.3f}{goal:22} {sides}'.rstrip()
+        return f'{self.name:56} {self.value:6.3f}{goal:22} {sides}'.rstrip()
 
 
 @dataclass

@@ -155,8 +155,8 @@ def swap_report(rows: list[Row], seconds: float) -> str:
     swapped = [row for row in rows if row.sites]
     classes: Counter[str] = sum((row.classes for row in rows), Counter())
     refused = sum(len(row.refused) + row.unlisted for row in rows)
-    applied = sum(row.applied for row in rows)
-    applied = f'{applied:,} architectures were patched, run once and given back as they were. ' if applied else ''
+    tried = sum(row.applied for row in rows)
+    applied = f'{tried:,} architectures were patched, run once and given back as they were. ' if tried else ''
     lines = [
         f"# Attention '{rows[0].operation}' planned into every architecture of timm",
         '',
@@ -188,8 +188,8 @@ def _refusal_table(rows: list[Row]) -> list[str]:
     architectures: dict[tuple[str, str], set[str]] = defaultdict(set)
     for row in rows:
         for entry in row.refused:
-            _, name, reason = re.fullmatch(r'(.*?) \((.*?)\): (.*)', entry, re.DOTALL).groups()
-            key = name, ' '.join(reason.split()).replace('|', r'\|')
+            module, _, reason = entry.partition('): ')
+            key = module.partition(' (')[2], ' '.join(reason.split()).replace('|', r'\|')
             modules[key] += 1
             architectures[key].add(row.architecture)
     lines = ['| class | reason | modules | architectures |', '|---|---|---:|---:|']

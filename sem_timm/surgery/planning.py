@@ -100,7 +100,7 @@ def _planned(
     check_model(model)
     wanted = None if target is None else select(model, target)
     unwanted = _excluded(model, exclude)
-    with _kept_random_states():
+    with _kept_random_states(), _on_cpu():
         reader = Reader(probe(model, input_size))
         found = [name for name in find(reader) if name not in unwanted]
         work = _Work(placer(reader, operation))
@@ -194,8 +194,7 @@ class _Work:
             if reading is not None and form in reading.trace.verified:
                 continue
             try:
-                with _on_cpu():
-                    self._verify_one(reader, name)
+                self._verify_one(reader, name)
             except TraceError as error:
                 for other in [n for n, placement in self.placements.items() if placement.edit == edit]:
                     del self.placements[other]
@@ -220,7 +219,7 @@ class _Work:
             reasons = [f'{name}: {self.refusals[name]}' for name in names]
             more = f'\n  … and {len(reasons) - 5} more' if len(reasons) > 5 else ''
             raise RefusedError(
-                f'target {entry} selects only modules that can take no {operation.attribute}:\n  '
+                f'target {entry} selects only modules that can take no {operation}:\n  '
                 + ('\n  '.join(reasons[:5]) or 'all of them are excluded')
                 + more
             )
