@@ -187,7 +187,7 @@ def main() -> None:
     with torch.inference_mode():
         figures, lines = curves(bench, tokens)
         lines += bench.doubling()
-        lines += [bench.eamlp(196, 8), bench.eamlp(1024, 1)]
+        lines += [bench.eamlp(196, 1), bench.eamlp(196, 8), bench.eamlp(1024, 1)]
         lines += [bench.flatness(kind) for kind in ('efficient', 'linear')]
     print(*lines, sep='\n')
     kept = [line for line in lines if line.goal or line.name.startswith('external')]

@@ -196,11 +196,9 @@ def _refusal_table(rows: list[Row]) -> list[str]:
     lines += [f'| {n} | {why} | {c:,} | {len(architectures[n, why]):,} |' for (n, why), c in modules.most_common()]
     whole = [row for row in rows if row.unlisted]
     if whole:
-        lines += [
-            '',
-            f'Not in this table: {sum(row.unlisted for row in whole):,} more in {len(whole)} architectures in',
-        ]
-        lines[-1] += ' which all attention is refused, and of which a plan lists the first five modules.'
+        more = sum(row.unlisted for row in whole)
+        lines += ['', f'Not in this table: {more:,} modules of {len(whole)} architectures in which all attention is']
+        lines[-1] += ' refused; of such a model the first five modules are listed.'
     return lines
 
 
