@@ -94,6 +94,8 @@ class ExternalAttention(AttentionCore):
 
         Does nothing where that has no meaning: on meta tensors, or if either is empty, zero or not finite.
         """
+        if self.mv.is_meta or q.is_meta or not q.numel():
+            return
         factor = scale_ratio(self(q), reference)
         if factor is not None:
             self.mv.mul_(factor)

@@ -104,6 +104,8 @@ class MultiHeadExternalAttention(nn.Module):
 
         Does nothing where that has no meaning: on meta tensors, or if either is empty, zero or not finite.
         """
+        if self.proj.weight.is_meta or x.is_meta or not x.numel():
+            return
         factor = scale_ratio(self(x), reference)
         if factor is not None:
             for parameter in self.proj.parameters():

@@ -17,6 +17,9 @@ from tests.families import Family
 from tests.swap.classes import CLASSES, SHARED_TABLES
 from tests.swap.swapping import outputs, swap, swapped
 
+# Classes that are found in the model of another.
+SAME_MODEL = ('models.levit.AttentionDownsample', 'models.twins.LocallyGroupedAttn')
+
 
 class Reads(TorchDispatchMode):
     """Counts, by memory, how often operations read a tensor."""
@@ -48,7 +51,7 @@ def names_read(model: nn.Module, family: Family) -> set[str]:
     return {name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if counted.of(tensor)}
 
 
-@pytest.mark.parametrize('name', CLASSES)
+@pytest.mark.parametrize('name', [n for n in CLASSES if n not in SAME_MODEL])
 def test_no_operation_reads_what_the_plan_calls_unread(name: str) -> None:
     family = CLASSES[name]
     model = family.create()

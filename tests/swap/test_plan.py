@@ -86,9 +86,9 @@ def test_a_plan_prints_a_line_for_each_site() -> None:
     assert (name, cls) == ('layers.0.blocks.0.attn', 'WindowAttention')
     assert ' '.join(numbers) == 'B x 3 x 16 x 8 3 16 3,072'
     total, unread = lines[len(plan) :]
-    assert '8 sites' in total and f'{plan.num_parameters:,} new parameters' in total and 'SwinTransformer' in total
+    assert '4 sites' in total and f'{plan.num_parameters:,} new parameters' in total and 'SwinTransformer' in total
     assert '3 x 64 x 64' in total and 'the outputs change' in total and 'needs training' in total
-    assert 'No longer read: 8 parameters' in unread and 'stop requiring gradients' in unread
+    assert 'No longer read: 4 parameters' in unread and 'stop requiring gradients' in unread
 
 
 def test_a_plan_counts_what_patching_adds() -> None:

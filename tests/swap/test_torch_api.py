@@ -17,9 +17,9 @@ from tests.twins import assert_equal, inserted
 
 FIVE = (
     'layers.attention.Attention',
-    'layers.attention2d.MultiQueryAttention2d',
     'models.eva.EvaAttention',
     'models.maxxvit.AttentionCl',
+    'models.pvt_v2.Attention',
     'models.swin_transformer.WindowAttention',
 )
 SHORT: dict[str, dict[str, Any]] = {
