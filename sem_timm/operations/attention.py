@@ -51,7 +51,12 @@ class AttentionConfig:
         # Its own checks speak before a model is looked at.
         heads = options.get('num_heads', 1)
         width = 32 * heads if isinstance(heads, int) and heads > 0 else 32
-        cls(width, **{'num_heads': 1, 'device': torch.device('meta'), **options})
+        try:
+            cls(width, **{'num_heads': 1, 'device': torch.device('meta'), **options})
+        except OptionError:
+            raise
+        except (TypeError, ValueError) as error:  # of torch's own modules, such as for a dropout above 1
+            raise OptionError(f'attention {str(self)!r} cannot be built with {options}: {error}') from error
 
     def _class(self) -> Any:
         if isinstance(self.kind, type) and issubclass(self.kind, AttentionCore):

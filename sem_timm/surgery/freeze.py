@@ -43,8 +43,8 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 def compact_model(model: nn.Module) -> nn.Module:
     """Drops the parameters that a swap of attention has made useless, for deployment; there is no undo after it.
 
-    Works in place. Keys of the dropped parameters leave the state_dict. Packed projections keep the rows in front of
-    those that are read, and lose those behind.
+    Works in place. Keys of the dropped parameters leave the state_dict. Packed projections keep all their rows, and
+    tables that are computed for many modules at once stay, frozen.
 
     Returns:
         The model.
@@ -52,9 +52,10 @@ def compact_model(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: If nothing in the model was swapped.
     """
-    if not any(edit_of(module) for module in model.modules()):
-        raise ModelError(f'{type(model).__name__} is not patched; there is nothing to drop.')
-    for module in model.modules():
+    swapped = [module for module in model.modules() if (edit := edit_of(module)) and edit.position == 'core']
+    if not swapped:
+        raise ModelError(f'no attention of this {type(model).__name__} was swapped; there is nothing to drop.')
+    for module in (inner for outer in swapped for inner in outer.modules()):
         for key in module.__dict__.pop(_FROZEN, ()):
             module._parameters[key] = None
             module.__dict__[_COMPACT] = True

@@ -40,7 +40,7 @@ OPTIONS: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
     'halo_size': ('halo', {'halo_size': -1}, ('halo_size=-1', '0 or more')),
     'dictionary': ('catt', {'dictionary': 0}, ('dictionary=0', '1 or more')),
     'init_of_a_dictionary': ('catt', {'init': 'identitty'}, ("init='identitty'", 'identity')),
-    'dropout': ('eamlp', {'attn_drop': 1.5}, ('attn_drop=1.5',)),
+    'dropout': ('eamlp', {'attn_drop': 1.5}, ("'eamlp'", 'attn_drop', '1.5', 'between 0 and 1')),
     'configuration_and_options': (AttentionConfig('external'), {'memory': 8}, ('memory', 'AttentionConfig(memory=')),
 }
 

@@ -64,15 +64,6 @@ def test_no_operation_reads_what_the_plan_calls_unread(name: str) -> None:
     assert not after & set(plan.unread)
 
 
-@pytest.mark.parametrize('name', SHARED_TABLES)
-def test_a_table_for_all_blocks_is_not_computed_when_no_block_reads_it(name: str) -> None:
-    family = SHARED_TABLES[name]
-    model = family.create()
-    plan = sem_timm.plan_model(model, 'external', input_size=family.input_size)
-    swap(model, plan)
-    assert plan.unread and not names_read(model, family) & set(plan.unread)
-
-
 def test_masks_of_shifted_windows_are_not_looked_at() -> None:
     family = CLASSES['models.swin_transformer.WindowAttention']
     model = family.create(strict_img_size=True)  # otherwise masks are computed for each input

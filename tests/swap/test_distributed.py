@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import multiprocessing, nn
 
@@ -53,20 +51,15 @@ def two_steps(rank: int, name: str, operation: str, options: dict[str, Any]) -> 
     return {'losses': losses, 'weights': model.state_dict()}
 
 
-@pytest.fixture(scope='module')
-def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
-    folder: Path = tmp_path_factory.mktemp('processes')
-    multiprocessing.spawn(train, (str(folder),), nprocs=2)
-    yield [torch.load(folder / f'{rank}.pt', weights_only=True) for rank in range(2)]
-
-
-@pytest.mark.parametrize('case', CASES)
-def test_two_processes_learn_the_same_weights(case: str, results: list[dict[str, Any]]) -> None:
-    first, second = (result[case] for result in results)
-    assert first['losses'] != second['losses']
-    weights = first['weights']
-    assert weights and all(torch.equal(tensor, second['weights'][key]) for key, tensor in weights.items())
-    name, _, options = CASES[case]
-    start = CLASSES[name].create(**options).state_dict()
-    moved = {key for key, tensor in start.items() if not torch.equal(tensor, weights[key])}
-    assert moved and not any('relative_position' in key for key in moved)
+def test_two_processes_learn_the_same_weights(tmp_path: Path) -> None:
+    """All cases in one test, since starting processes takes longer than training."""
+    multiprocessing.spawn(train, (str(tmp_path),), nprocs=2)
+    results = [torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(2)]
+    for case, (name, _, options) in CASES.items():
+        first, second = (result[case] for result in results)
+        assert first['losses'] != second['losses'], case
+        weights = first['weights']
+        assert weights and all(torch.equal(tensor, second['weights'][key]) for key, tensor in weights.items()), case
+        start = CLASSES[name].create(**options).state_dict()
+        moved = {key for key, tensor in start.items() if not torch.equal(tensor, weights[key])}
+        assert moved and not any('relative_position' in key for key in moved), case

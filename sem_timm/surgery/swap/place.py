@@ -37,9 +37,17 @@ class NoCore(Refused):
 
 def attention_modules(reader: Reader) -> list[str]:
     """Names of the modules that may hold an attention core in their own forward, in the order of ``named_modules``."""
+    put_there = tuple(f'{name}.{child}.' for name, module in reader.modules.items() for child in _inserted(module))
     return [
-        name for name, module in reader.modules.items() if name in reader.probe.calls and name and may_attend(module)
+        name
+        for name, module in reader.modules.items()
+        if name and name in reader.probe.calls and not f'{name}.'.startswith(put_there) and may_attend(module)
     ]
+
+
+def _inserted(module: nn.Module) -> tuple[str, ...]:
+    edit = edit_of(module)
+    return () if edit is None else edit.inserted
 
 
 _ATTENTION_NAMES = {'softmax', 'scaled_dot_product_attention'}
