@@ -9,13 +9,13 @@ Goals: at most 1.00 of `seresnet50` in each of forward, forward + backward and m
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import time
 from collections.abc import Callable
 
 import timm
 import torch
+from measuring import peak_mib
 from torch import nn
 
 import sem_timm  # noqa: F401  registers the variants
@@ -53,12 +53,7 @@ def training_memory(name: str, batch_size: int) -> float:
     Counted by the allocator, not from the resident size of the process, so it is the same in every run.
     """
     model, images = timm.create_model(name).train(), torch.randn(batch_size, 3, 224, 224)
-    training_step(model, images)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        training_step(model, images)
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == '[memory]']
-    events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate(event.nbytes() for event in events)) / 2**20
+    return peak_mib(lambda: training_step(model, images), 'cpu')
 
 
 def report(title: str, unit: str, values: dict[str, float]) -> None:

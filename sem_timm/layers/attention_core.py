@@ -79,6 +79,8 @@ class AttentionCore(nn.Module):
             heads, and heads may also be folded into the batch.
         head_axis: Which axis of q counts the heads, from the end: -3 for (B, heads, N, d), -4 for
             (B, heads, windows, N, d).
+        device: Where parameters are created, in kinds that have any.
+        dtype: Type of the parameters.
 
     Shape:
         - q: (..., N, d), k: (..., M, d), v: (..., M, value_dim), with the same leading axes.
@@ -91,7 +93,16 @@ class AttentionCore(nn.Module):
     reads_keys: ClassVar[bool] = True
     takes_pairwise_mask: ClassVar[bool] = False
 
-    def __init__(self, head_dim: int, value_dim: int | None = None, num_heads: int = 1, head_axis: int = -3) -> None:
+    def __init__(
+        self,
+        head_dim: int,
+        value_dim: int | None = None,
+        num_heads: int = 1,
+        head_axis: int = -3,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         value_dim = head_dim if value_dim is None else value_dim
         for name, value in (('head_dim', head_dim), ('value_dim', value_dim), ('num_heads', num_heads)):

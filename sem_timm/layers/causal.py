@@ -46,18 +46,6 @@ class CausalAttention(AttentionCore):
 
     takes_pairwise_mask: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        head_dim: int,
-        value_dim: int | None = None,
-        num_heads: int = 1,
-        head_axis: int = -3,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(head_dim, value_dim, num_heads, head_axis)
-
     def branches(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The causal branch and its complement, (..., N, value_dim) each."""
         self.check_inputs(q, k, v)

@@ -36,18 +36,6 @@ class EfficientAttention(AttentionCore):
             a mask is not the same for every query.
     """
 
-    def __init__(
-        self,
-        head_dim: int,
-        value_dim: int | None = None,
-        num_heads: int = 1,
-        head_axis: int = -3,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(head_dim, value_dim, num_heads, head_axis)
-
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Map queries (..., N, d) to outputs (..., N, value_dim)."""
         self.check_inputs(q, k, v)
@@ -87,18 +75,6 @@ class LinearAttention(AttentionCore):
     """
 
     eps = 1e-6
-
-    def __init__(
-        self,
-        head_dim: int,
-        value_dim: int | None = None,
-        num_heads: int = 1,
-        head_axis: int = -3,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(head_dim, value_dim, num_heads, head_axis)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Map queries (..., N, d) to outputs (..., N, value_dim)."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from sem_timm.surgery.graphs import ancestors
 from sem_timm.surgery.layout import LayoutMode
 from sem_timm.surgery.trace import Trace
 
@@ -48,26 +49,27 @@ def evaluate(
     return dict(recorder.env)
 
 
+class _Partial(_Recorder):
+    def __init__(self, module: nn.Module, graph: fx.Graph, arguments: Mapping[str, Any]) -> None:
+        super().__init__(module, graph, {})
+        self.arguments = arguments
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.arguments[str(target)]
+
+
 def values_of(
     graph: fx.Graph, module: nn.Module, arguments: Mapping[str, Any], nodes: list[fx.Node]
 ) -> dict[fx.Node, Any]:
     """Runs as much of a graph as some of its nodes need, without gradients, and returns their values."""
+    return run_needed(_Partial(module, graph, arguments), nodes)
+
+
+def run_needed(runner: fx.Interpreter, nodes: list[fx.Node]) -> dict[fx.Node, Any]:
+    """Lets an interpreter run what some nodes need and nothing else, and returns their values."""
     needed = ancestors(nodes)
-    runner = _Recorder(module, graph, {})
     with torch.no_grad():
-        for node in graph.nodes:
+        for node in nodes[0].graph.nodes:
             if node in needed:
-                runner.env[node] = arguments[str(node.target)] if node.op == 'placeholder' else runner.run_node(node)
+                runner.env[node] = runner.run_node(node)
     return {node: runner.env[node] for node in nodes}
-
-
-def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Nodes and all that they are computed from."""
-    found: set[fx.Node] = set()
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += node.all_input_nodes
-    return found

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from sem_timm.errors import TraceError
 from sem_timm.surgery.bytecode import may_add
 from sem_timm.surgery.evaluate import evaluate
-from sem_timm.surgery.residual import ResidualAdd, Values, residual_adds
+from sem_timm.surgery.graphs import Values
+from sem_timm.surgery.residual import ResidualAdd, residual_adds
 from sem_timm.surgery.rewrite import edit_of
 from sem_timm.surgery.skeleton import Call, Probe
 from sem_timm.surgery.structure import Structures, call_key

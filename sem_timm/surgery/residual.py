@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sem_timm.surgery.graphs import Values, ancestors, is_data, operation_name
 from sem_timm.surgery.layout import Layout, layout_of
 
 _ADDS: tuple[Callable[..., Any], ...] = (operator.add, operator.iadd, torch.add)
@@ -40,14 +41,11 @@ class ResidualAdd:
     partial: bool
 
 
-Values = dict[fx.Node, Any]
-
-
 def residual_adds(graph: fx.Graph, module: nn.Module, values: Values) -> list[ResidualAdd]:
     """The residual adds of a graph whose results carry the module's output, in the order they are executed."""
     weights = _WeightCounter(module)
     sizes = {value.numel() for value in _leaves(values[_output(graph)]) if isinstance(value, Tensor)}
-    reached = _ancestors(_output(graph))
+    reached = ancestors([_output(graph)])
     found = []
     for node in graph.nodes:
         operands = _operands(node)
@@ -70,7 +68,7 @@ def last_of_each_output(graph: fx.Graph, adds: list[ResidualAdd]) -> list[Residu
     order = {node: index for index, node in enumerate(graph.nodes)}
     kept: dict[fx.Node, ResidualAdd] = {}
     for result in _nodes(_output(graph).args[0]):
-        reached = _ancestors(result)
+        reached = ancestors([result])
         before = [add for add in adds if add.add in reached]
         if before:
             last = max(before, key=lambda add: order[add.add])
@@ -134,7 +132,7 @@ def _branch_and_shortcut(
     """Tells the branch from the shortcut, or returns None if this is some other sum."""
     if _is_one_of_several_inputs(first, values) or _is_one_of_several_inputs(second, values):
         return None
-    common = _ancestors(first, values) & _ancestors(second, values)
+    common = ancestors([first], values) & ancestors([second], values)
     depth_first, touched_first = weights.along(first, common)
     depth_second, touched_second = weights.along(second, common)
     # A sum that the data enters untouched is the trunk so far, whatever else went into it.
@@ -157,7 +155,7 @@ def _carries(node: fx.Node, common: set[fx.Node], weights: _WeightCounter, value
     """Whether common data reaches a node through sums and mere changes of shape."""
     if node in common:
         return True
-    sources = [source for source in node.all_input_nodes if _is_data(values[source])]
+    sources = [source for source in node.all_input_nodes if is_data(values[source])]
     if _operands(node) is not None:
         return any(_carries(source, common, weights, values) for source in sources)
     if len(sources) != 1 or weights.own(node) != (0, False) or not isinstance(values[sources[0]], Tensor):
@@ -169,8 +167,8 @@ def _carries(node: fx.Node, common: set[fx.Node], weights: _WeightCounter, value
 def _changed_in_place(operand: fx.Node, add: fx.Node) -> bool:
     """Whether a statement changes an operand in place, so that it matters when it is read, or which tensor it is."""
     for user in operand.users:
-        name = user.target if isinstance(user.target, str) else getattr(user.target, '__name__', '')
-        changes = user.op != 'call_module' and str(name).endswith('_') and not str(name).endswith('__')
+        name = operation_name(user)
+        changes = user.op != 'call_module' and name.endswith('_') and not name.endswith('__')
         changes |= user.kwargs.get('inplace') is True
         if changes and user.args[:1] == (operand,) and (user is not add or len(operand.users) > 1):
             return True
@@ -203,23 +201,6 @@ def _rejoined(add: fx.Node, operands: tuple[fx.Node, fx.Node], values: Values, g
     return any(part.target in _SLICES and part.args[0] in wholes for part in result.all_input_nodes)
 
 
-def _ancestors(node: fx.Node, values: Values | None = None) -> set[fx.Node]:
-    """A node and all it is computed from; with ``values``, through tensors that are data only (no shapes)."""
-    found: set[fx.Node] = set()
-    waiting = [node]
-    while waiting:
-        current = waiting.pop()
-        if current in found or (values is not None and not _is_data(values[current])):
-            continue
-        found.add(current)
-        waiting += current.all_input_nodes
-    return found
-
-
-def _is_data(value: Any) -> bool:
-    return any(layout_of(leaf) is not None for leaf in _leaves(value))
-
-
 class _WeightCounter:
     """How many weight layers lie on the longest way from common data to an operand."""
 
@@ -229,7 +210,7 @@ class _WeightCounter:
     def along(self, node: fx.Node, common: set[fx.Node]) -> tuple[int, bool]:
         """Returns the number of weight layers, and whether anything learned but a scale was passed at all."""
         passed: dict[fx.Node, tuple[int, bool]] = dict.fromkeys(common, (0, False))
-        reached = _ancestors(node)
+        reached = ancestors([node])
         for current in node.graph.nodes:
             if current in reached and current not in passed:
                 before = [passed[source] for source in current.all_input_nodes]

@@ -7,7 +7,6 @@ that moves data does so as always. An axis along which the result varies holds w
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from sem_timm.surgery.evaluate import ancestors
+from sem_timm.surgery.evaluate import run_needed
+from sem_timm.surgery.graphs import Values, called_module
 from sem_timm.surgery.layout import layout_of
-from sem_timm.surgery.residual import Values
 
 Counted = Literal['channel', 'batch']
 
@@ -41,13 +40,7 @@ def run_on_indices(
 ) -> dict[fx.Node, Tensor]:
     """The values of nodes when every layer returns the index of each channel or sample instead of features."""
     wanted = list(nodes)
-    needed = ancestors(wanted)
-    graph = wanted[0].graph
-    runner = _Indices(module, graph, values, counted)
-    for node in graph.nodes:
-        if node in needed:
-            runner.env[node] = runner.run_node(node)
-    return {node: runner.env[node] for node in wanted}
+    return run_needed(_Indices(module, wanted[0].graph, values, counted), wanted)
 
 
 class _Indices(fx.Interpreter):
@@ -64,17 +57,12 @@ class _Indices(fx.Interpreter):
         if (n.op == 'call_module' and not self._is_free(n)) or (n.op == 'call_function' and name in _LAYERS | _NORMS):
             inputs = [leaf for leaf in tree_leaves(self.fetch_args_kwargs_from_env(n)) if isinstance(leaf, Tensor)]
             return tree_map_only(Tensor, lambda out: self._handed_on(out, inputs), self.known[n])
-        with torch.no_grad():
-            return super().run_node(n)
+        return super().run_node(n)
 
     def _is_free(self, node: fx.Node) -> bool:
         """Whether a child has no weights, so that it can run on real numbers, as a pooling does."""
-        try:
-            called = operator.attrgetter(str(node.target))(self.module)
-        except AttributeError:
-            return False
-        tensors = [*called.parameters(), *called.buffers()] if isinstance(called, nn.Module) else [None]
-        return not tensors
+        called = called_module(node, self.module) if isinstance(self.module, nn.Module) else None
+        return called is not None and not [*called.parameters(), *called.buffers()]
 
     def _handed_on(self, out: Tensor, inputs: list[Tensor]) -> Tensor:
         """What a layer returns: its input where the shape stays, else the index anew."""

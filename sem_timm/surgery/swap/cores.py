@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from sem_timm.surgery.residual import Values
+from sem_timm.surgery.graphs import Values, called_module, operation_name
 from sem_timm.surgery.skeleton import filled
 
 
@@ -130,33 +130,17 @@ def _product_behind(softmax: fx.Node, module: nn.Module, values: Values) -> tupl
 
 
 def _leads_to_product(node: fx.Node, module: nn.Module, values: Values) -> bool:
-    try:
-        _product_behind_node(node, module, values)
-    except NotACore as reason:
-        return 'logits' in str(reason)
-    return True
-
-
-def _product_behind_node(node: fx.Node, module: nn.Module, values: Values) -> None:
-    if not _is_product(node):
-        for source in node.all_input_nodes:
-            if isinstance(values[source], Tensor) and (
-                _is_elementwise(node) or _reshapes(node) or _permutes(node) or _only_adds(node, module, values)
-            ):
-                try:
-                    return _product_behind_node(source, module, values)
-                except NotACore:
-                    continue
-        raise NotACore('no product')
+    if _is_product(node):
+        return True
+    if not (_is_elementwise(node) or _reshapes(node) or _permutes(node) or _only_adds(node, module, values)):
+        return False
+    sources = [source for source in node.all_input_nodes if isinstance(values[source], Tensor)]
+    return any(_leads_to_product(source, module, values) for source in sources)
 
 
 def _mixed(what: str, nodes: list[fx.Node]) -> str:
-    names = [_name(node) for node in nodes]
+    names = [operation_name(node) for node in nodes]
     return f'{what} mixed before they are used ({", ".join(names) or "they are not multiplied with values"})'
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target) if isinstance(node.target, str) else getattr(node.target, '__name__', str(node.target))
 
 
 def _factors(product: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -177,7 +161,7 @@ def _only_adds(node: fx.Node, module: nn.Module, values: Values) -> bool:
         return False
     if node.op == 'call_function':  # such as one that timm marks as not traceable; checked in numbers with the rest
         return isinstance(node.target, FunctionType) and not node.target.__module__.startswith('torch')
-    called = _called_module(node, module) if node.op == 'call_module' else None
+    called = called_module(node, module) if node.op == 'call_module' else None
     if not isinstance(called, nn.Module) or len(node.args) != 1 or node.kwargs:
         return False
     generator = torch.Generator().manual_seed(0)
@@ -223,7 +207,7 @@ def _is_product(node: fx.Node) -> bool:
 
 def _is_softmax(node: fx.Node, module: nn.Module) -> bool:
     if node.op == 'call_module':
-        return isinstance(_called_module(node, module), nn.Softmax)
+        return isinstance(called_module(node, module), nn.Softmax)
     if node.op == 'call_method':
         return node.target == 'softmax'
     return node.op == 'call_function' and node.target in _SOFTMAXES
@@ -232,24 +216,27 @@ def _is_softmax(node: fx.Node, module: nn.Module) -> bool:
 def _is_elementwise(node: fx.Node) -> bool:
     if node.op == 'call_method':
         return node.target in _ELEMENTWISE_METHODS
-    name = getattr(node.target, '__name__', '')
-    return node.op == 'call_function' and (node.target in _ELEMENTWISE or name == 'maybe_add_mask')
+    named = operation_name(node) == 'maybe_add_mask'
+    return node.op == 'call_function' and (node.target in _ELEMENTWISE or named)
 
 
 def _reshapes(node: fx.Node) -> bool:
-    name = node.target if node.op == 'call_method' else getattr(node.target, '__name__', '')
-    return node.op in ('call_method', 'call_function') and name in _RESHAPES
+    return node.op in ('call_method', 'call_function') and operation_name(node) in _RESHAPES
 
 
 def _permutes(node: fx.Node) -> bool:
-    name = node.target if node.op == 'call_method' else getattr(node.target, '__name__', '')
-    return node.op in ('call_method', 'call_function') and name in ('permute', 'transpose', 'movedim', 'mT')
+    return node.op in ('call_method', 'call_function') and operation_name(node) in (
+        'permute',
+        'transpose',
+        'movedim',
+        'mT',
+    )
 
 
 def _passes(node: fx.Node, module: nn.Module) -> bool:
     """Whether a node hands attention weights on as they are, but for dropout and type."""
     if node.op == 'call_module':
-        return isinstance(_called_module(node, module), (nn.Dropout, nn.Identity))
+        return isinstance(called_module(node, module), (nn.Dropout, nn.Identity))
     if node.op == 'call_function':
         return node.target in (F.dropout, torch.dropout)
     return node.op == 'call_method' and node.target in _CASTS
@@ -260,16 +247,8 @@ def _is_matrix_transpose(node: fx.Node, values: Values) -> bool:
         return bool(node.args[1] == 'mT')
     if node.op not in ('call_method', 'call_function') or not isinstance(values[node], Tensor):
         return False
-    name = node.target if node.op == 'call_method' else getattr(node.target, '__name__', '')
     ndim = values[node].ndim
-    if name != 'transpose' or not all(isinstance(axis, int) for axis in node.args[1:3]):
+    if operation_name(node) != 'transpose' or not all(isinstance(axis, int) for axis in node.args[1:3]):
         return False
     axes: Any = node.args[1:3]
     return bool({axis % ndim for axis in axes} == {ndim - 1, ndim - 2})
-
-
-def _called_module(node: fx.Node, module: nn.Module) -> Any:
-    try:
-        return operator.attrgetter(str(node.target))(module)
-    except AttributeError:  # one of the module's own methods
-        return None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
+from sem_timm.surgery.graphs import operation_name
 from sem_timm.surgery.reading import Reading
 from sem_timm.surgery.swap.cores import Core
 from sem_timm.surgery.swap.packed import Rows, slice_packed
@@ -65,8 +66,7 @@ def _loosen_types(graph: fx.Graph) -> None:
             continue
         tensor, like = node.args
         while isinstance(like, fx.Node) and like.args and isinstance(like.args[0], fx.Node):
-            name = like.target if like.op == 'call_method' else getattr(like.target, '__name__', '')
-            if like.op not in ('call_method', 'call_function') or name not in _MOVES:
+            if like.op not in ('call_method', 'call_function') or operation_name(like) not in _MOVES:
                 break
             like = like.args[0]
         node.args = (tensor, like)
@@ -80,15 +80,15 @@ def _arguments(graph: fx.Graph, core: Core, copies: dict[fx.Node, fx.Node], read
         yield graph.call_method('transpose', (value, -2, -1)) if core.transposed else value
 
 
-def unread_arguments(reading: Reading, graphs: dict[bool, fx.Graph]) -> set[str]:
-    """Names of the arguments that edited graphs no longer look at."""
+def unread_arguments(names: Iterable[str], graphs: dict[bool, fx.Graph]) -> set[str]:
+    """Those of the arguments that edited graphs no longer look at."""
     placeholders = [node for graph in graphs.values() for node in graph.nodes if node.op == 'placeholder']
-    return set(reading.trace.values) - {str(node.target) for node in placeholders if node.users}
+    return set(names) - {str(node.target) for node in placeholders if node.users}
 
 
 def guards_for_unread(reading: Reading, graphs: dict[bool, fx.Graph]) -> Iterator[Guard]:
     """Guards for arguments that were None or a constant and that only the old core looked at."""
-    unread = unread_arguments(reading, graphs)
+    unread = unread_arguments(reading.trace.values, graphs)
     for name, value in reading.trace.values.items():
         if name in unread and isinstance(value, (type(None), bool, float, str)):
             yield Guard(f'{name} is None' if value is None else f'{name} == {value!r}')

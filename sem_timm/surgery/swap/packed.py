@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from sem_timm.surgery.graphs import Values, called_module, operation_name
 from sem_timm.surgery.layout import layout_of
-from sem_timm.surgery.residual import Values
 from sem_timm.surgery.swap.axes import run_on_indices
 
 _RESHAPES = {'view', 'reshape', 'unflatten'}
@@ -99,7 +99,7 @@ def _packed(node: fx.Node, module: nn.Module, values: Values) -> _Packed | None:
             return _Packed(node, tuple(moves), current, 0, int(values[current].shape[0]), tuple(users))
         if len(users) != 1 or not isinstance(values[current], Tensor):
             return None
-        name, user = _name(users[0]), users[0]
+        name, user = operation_name(users[0]), users[0]
         if name in _DIVIDERS or name == 'unbind':
             axis = _argument(user, 2 if name in _DIVIDERS else 1, 'dim', 0)
             pieces = tuple(user.users)
@@ -124,10 +124,6 @@ def _only_looks_at(user: fx.Node, node: fx.Node) -> bool:
     return user.target is getattr or (user.op == 'call_method' and user.target in ('size', 'dim'))
 
 
-def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op == 'call_method' else getattr(node.target, '__name__', '')
-
-
 def _argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
     return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
@@ -136,11 +132,8 @@ def _is_projection(node: fx.Node, module: nn.Module) -> bool:
     """Whether a node is a plain linear layer or convolution, whose output channels do not depend on each other."""
     if node.op != 'call_module':
         return node.target is F.linear and isinstance(_argument(node, 1, 'weight'), fx.Node)
-    try:
-        called = operator.attrgetter(str(node.target))(module)
-    except AttributeError:  # one of the module's own methods
-        return False
-    if len(node.args) != 1 or node.kwargs:
+    called = called_module(node, module)
+    if called is None or len(node.args) != 1 or node.kwargs:
         return False
     is_conv = type(called) is nn.Conv2d and called.groups == 1 and called.padding_mode == 'zeros'
     return type(called) is nn.Linear or is_conv
@@ -182,14 +175,14 @@ def _divided(packed: _Packed, rows: Rows, values: Values) -> list[_Edit] | None:
     source = divider if not _divides(divider) else divider.args[0]
     assert isinstance(source, fx.Node)
     size = int(values[source].shape[packed.axis])
-    if _name(divider) == 'chunk':
+    if operation_name(divider) == 'chunk':
         edits.append((divider, (divider.args[0], kept, *divider.args[2:])))
-    elif _name(divider) in _DIVIDERS and isinstance(divider.args[1], (tuple, list)):
+    elif operation_name(divider) in _DIVIDERS and isinstance(divider.args[1], (tuple, list)):
         sizes = list(divider.args[1])[first : first + kept]
         edits.append((divider, (divider.args[0], sizes, *divider.args[2:])))
     new_size = (
         kept
-        if not _divides(divider) or _name(divider) == 'unbind'
+        if not _divides(divider) or operation_name(divider) == 'unbind'
         else size * (rows.last - rows.first) // (rows.period)
     )
     moved = _resized(packed, packed.axis, new_size, values)
@@ -197,14 +190,14 @@ def _divided(packed: _Packed, rows: Rows, values: Values) -> list[_Edit] | None:
 
 
 def _divides(node: fx.Node) -> bool:
-    return _name(node) in _DIVIDERS or _name(node) == 'unbind'
+    return operation_name(node) in _DIVIDERS or operation_name(node) == 'unbind'
 
 
 def _resized(packed: _Packed, axis: int, size: int, values: Values) -> list[_Edit] | None:
     """New arguments for the moves, in which one axis of their result gets another size."""
     edits: list[_Edit] = []
     for node in reversed(packed.moves):
-        name, ndim = _name(node), values[node].ndim
+        name, ndim = operation_name(node), values[node].ndim
         arguments: Any = node.args
         if name == 'permute':
             order = arguments[1] if isinstance(arguments[1], (tuple, list)) else arguments[1:]
@@ -225,7 +218,7 @@ def _resized(packed: _Packed, axis: int, size: int, values: Values) -> list[_Edi
 
 def _with_size(node: fx.Node, axis: int, size: int, values: Values) -> tuple[Any, ...] | None:
     arguments: Any = node.args
-    if _name(node) == 'unflatten':
+    if operation_name(node) == 'unflatten':
         sizes, offset = arguments[2], arguments[1] % values[arguments[0]].ndim
         if not isinstance(sizes, (tuple, list)) or not 0 <= axis - offset < len(sizes):
             return None

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from sem_timm.errors import TraceError
 from sem_timm.surgery.bytecode import names_called
-from sem_timm.surgery.evaluate import ancestors
+from sem_timm.surgery.graphs import ancestors
 from sem_timm.surgery.layout import Layout, LayoutMode, layout_of, set_layout
 from sem_timm.surgery.placement import Placement, Refused, check_editable, check_hashable, compiled, free_names
 from sem_timm.surgery.plan import AttentionSite, Swap
@@ -69,6 +69,7 @@ class Swapper:
         self.reader = reader
         self.operation = operation
         check_hashable(operation)
+        self._attending = attention_modules(reader)
         self._tables_of: dict[type, frozenset[str]] = {}
         self._heads: dict[tuple[fx.Node, tuple[int, ...]], tuple[int, int]] = {}
 
@@ -103,7 +104,7 @@ class Swapper:
         raise NoCore(self._no_core(name))
 
     def _no_core(self, name: str) -> str:
-        inside = [other for other in attention_modules(self.reader) if other.startswith(f'{name}.')]
+        inside = [other for other in self._attending if other.startswith(f'{name}.')]
         hint = f'; {inside[0]} may have one' if inside else ''
         return f'its own forward has no attention core{hint}'
 
@@ -183,7 +184,7 @@ class Swapper:
                 trace.graphs[mode], found[mode], masked, self.operation.reads_keys, module, reading.values[mode]
             )
         guards = [*trace.guards, *guards_for_unread(reading, graphs)]
-        unread = unread_arguments(reading, graphs) & self._tables(type(module))
+        unread = unread_arguments(trace.values, graphs) & self._tables(type(module))
         guards = [guard for guard in guards if guard.condition.split(' is ')[0] not in unread]
         try:
             source, bindings = graph_source(type(module), replace(trace, guards=tuple(dict.fromkeys(guards))), graphs)
@@ -210,7 +211,7 @@ class Swapper:
     def _whole(self, name: str) -> Placement:
         """Replaces all that an attention module computes by one new child."""
         module, call = self.reader.modules[name], self.reader.probe.calls[name]
-        if name not in attention_modules(self.reader):
+        if name not in self._attending:
             raise NoCore(self._no_core(name))
         if self.reader.holds_residual(name):
             raise Refused('it is a block, of which the attention is only a part')

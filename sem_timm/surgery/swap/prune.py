@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import fx, nn
+from torch import fx
 
+from sem_timm.surgery.graphs import ancestors, operation_name
 from sem_timm.surgery.tracers import check
 
 _LOOKUPS = {'getattr', 'getitem', 'size', 'dim', 'numel', 'floordiv', 'mul', 'add', 'sub', 'mod', 'eq', 'ne'}
@@ -17,11 +18,7 @@ def prune(graph: fx.Graph) -> None:
     alive: set[fx.Node] = set()
     waiting = [node for node in graph.nodes if node.op == 'output']
     while waiting:
-        while waiting:
-            node = waiting.pop()
-            if node not in alive:
-                alive.add(node)
-                waiting += node.all_input_nodes
+        alive |= ancestors(waiting)
         waiting = [node for node in graph.nodes if node not in alive and _acts_on(node, alive)]
     for node in reversed(graph.nodes):
         if node not in alive and node.op != 'placeholder':
@@ -32,7 +29,7 @@ def _acts_on(node: fx.Node, alive: set[fx.Node]) -> bool:
     """Whether a node that nothing reads changes a tensor that is read, or checks a decision about one."""
     if node.target is check:
         return all(source in alive for source in _computed(node))
-    name = str(node.target) if node.op == 'call_method' else getattr(node.target, '__name__', '')
+    name = operation_name(node)
     in_place = node.op in ('call_method', 'call_function') and name.endswith('_') and not name.endswith('__')
     return (in_place or name in ('setitem', 'copy_')) and node.args[:1] != () and node.args[0] in alive
 
@@ -45,18 +42,7 @@ def _computed(node: fx.Node) -> Iterator[fx.Node]:
         if source in seen or source.op == 'placeholder':
             continue
         seen.add(source)
-        name = str(source.target) if source.op == 'call_method' else getattr(source.target, '__name__', '')
-        if source.op in ('call_method', 'call_function') and name in _LOOKUPS:
+        if source.op in ('call_method', 'call_function') and operation_name(source) in _LOOKUPS:
             waiting += source.all_input_nodes
         else:
             yield source
-
-
-def read_targets(graph: fx.Graph, module: nn.Module) -> set[str]:
-    """Names of the parameters of a module that a graph reads, those of the children it calls included."""
-    called = [str(node.target) for node in graph.nodes if node.op in ('call_module', 'get_attr')]
-    return {
-        name
-        for name, _ in module.named_parameters(remove_duplicate=False)
-        if any(name == target or name.startswith(f'{target}.') for target in called)
-    }

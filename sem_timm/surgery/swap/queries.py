@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
+from sem_timm.surgery.graphs import ancestors
 from sem_timm.surgery.layout import layout_of
 from sem_timm.surgery.placement import Refused
 from sem_timm.surgery.plan import Swap
@@ -27,16 +27,7 @@ def check_sources(core: Core, values: dict[fx.Node, Any]) -> None:
 
 def _data_arguments(nodes: list[fx.Node], values: dict[fx.Node, Any]) -> set[str]:
     """Names of the arguments that carry data into nodes."""
-    found, waiting, seen = set(), list(nodes), set()
-    while waiting:
-        node = waiting.pop()
-        if node in seen or not any(layout_of(leaf) is not None for leaf in tree_leaves(values[node])):
-            continue
-        seen.add(node)
-        if node.op == 'placeholder':
-            found.add(str(node.target))
-        waiting += node.all_input_nodes
-    return found
+    return {str(node.target) for node in ancestors(nodes, values) if node.op == 'placeholder'}
 
 
 def heads_of(core: Core, module: nn.Module, values: dict[fx.Node, Any]) -> tuple[int, int]:

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 from sem_timm.surgery.bytecode import names_called_by
 from sem_timm.surgery.layout import layout_of
 from sem_timm.surgery.placement import Placement
-from sem_timm.surgery.reading import Reader
+from sem_timm.surgery.reading import Reader, bound_arguments
+from sem_timm.surgery.swap.edit import unread_arguments
 
 
 def unread_parameters(reader: Reader, placements: dict[str, Placement]) -> tuple[str, ...]:
@@ -40,21 +41,11 @@ def unread_parameters(reader: Reader, placements: dict[str, Placement]) -> tuple
 def upstream_arguments(reader: Reader, placements: dict[str, Placement]) -> bool:
     """Whether a module no longer reads an argument that may be computed from parameters alone."""
     tables = {id(buffer) for buffer in reader.probe.skeleton.buffers()}  # handed on as they are, as masks of windows
-    for placement in placements.values():
-        before = _graphs_before(placement)
-        values = {} if placement.reading is None else placement.reading.trace.values
-        if before is None:
-            call = reader.probe.calls[placement.sites[0].name]
-            values = {str(i): value for i, value in enumerate((*call.args, *call.kwargs.values()))}
-        read = {
-            str(node.target)
-            for graph in placement.swapping.graphs.values()
-            for node in graph.nodes
-            if node.op == 'placeholder' and node.users
-        }
-        for name, value in values.items():
-            tensors = [leaf for leaf in _tensors(value) if id(leaf) not in tables]
-            if name not in read and any(t.is_floating_point() and layout_of(t) is None for t in tensors):
+    for name, placement in placements.items():
+        values = bound_arguments(reader.modules[name], reader.probe.calls[name])
+        for argument in unread_arguments(values, placement.swapping.graphs):
+            tensors = [leaf for leaf in _tensors(values[argument]) if id(leaf) not in tables]
+            if any(t.is_floating_point() and layout_of(t) is None for t in tensors):
                 return True
     return False
 

@@ -1,0 +1,46 @@
+"""Questions about the nodes of a traced graph that every reader of graphs asks."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves
+
+from sem_timm.surgery.layout import layout_of
+
+Values = dict[fx.Node, Any]
+
+
+def ancestors(nodes: Iterable[fx.Node], values: Mapping[fx.Node, Any] | None = None) -> set[fx.Node]:
+    """Nodes and all they are computed from; with ``values``, through tensors that are data only (no shapes)."""
+    found: set[fx.Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node in found or (values is not None and not is_data(values[node])):
+            continue
+        found.add(node)
+        waiting += node.all_input_nodes
+    return found
+
+
+def is_data(value: Any) -> bool:
+    """Whether a value holds a tensor that derives from the model's input."""
+    return any(layout_of(leaf) is not None for leaf in tree_leaves(value))
+
+
+def operation_name(node: fx.Node) -> str:
+    """The name of the method or function that a node calls, or of what it looks up."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, '__name__', '')
+
+
+def called_module(node: fx.Node, module: nn.Module) -> nn.Module | None:
+    """The child that a ``call_module`` node calls; None for one of the module's own methods."""
+    try:
+        called = operator.attrgetter(str(node.target))(module)
+    except AttributeError:  # the method of a class that was followed before
+        return None
+    return called if isinstance(called, nn.Module) else None
