@@ -55,15 +55,6 @@ def key_padding(attn_mask: Tensor, scores_shape: Sequence[int], dtype: torch.dty
     return mask.to(dtype).clamp(min=LOWEST)
 
 
-def scale_ratio(present: Tensor, wanted: Tensor) -> float | None:
-    """How much larger the root mean square of one tensor is than that of another; None where that has no meaning."""
-    if present.is_meta or wanted.is_meta or not present.numel() or not wanted.numel():
-        return None
-    before, after = (float(x.double().square().mean().sqrt()) for x in (present, wanted))
-    factor = after / before if before > 0 else 0.0
-    return factor if math.isfinite(factor) and factor > 0 else None
-
-
 class AttentionCore(nn.Module):
     """Base of what stands between the query, key and value projections of an attention module and its output.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sem_timm.errors import OptionError, closest
-from sem_timm.layers.attention_core import AttentionCore, scale_ratio, statistics_dtype
+from sem_timm.layers.attention_core import AttentionCore, statistics_dtype
 from sem_timm.layers.double_norm import normalize_twice
 from sem_timm.layers.excitation import check_at_least_one
 
@@ -89,16 +89,9 @@ class ExternalAttention(AttentionCore):
         nn.init.normal_(self.mv, std=math.sqrt((self.memory + math.e - 1) / math.e))
 
     @torch.no_grad()
-    def match_output_scale(self, q: Tensor, reference: Tensor) -> None:
-        """Rescale ``mv`` in place so that the output for these queries has the root mean square of another tensor.
-
-        Does nothing where that has no meaning: on meta tensors, or if either is empty, zero or not finite.
-        """
-        if self.mv.is_meta or q.is_meta or not q.numel():
-            return
-        factor = scale_ratio(self(q), reference)
-        if factor is not None:
-            self.mv.mul_(factor)
+    def scale_output(self, factor: float) -> None:
+        """Multiply all outputs by a number, in place in ``mv``."""
+        self.mv.mul_(factor)
 
     def forward(self, q: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Map queries (..., N, d) to outputs (..., N, value_dim)."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sem_timm.errors import OptionError
-from sem_timm.layers.attention_core import key_padding, scale_ratio, statistics_dtype
+from sem_timm.layers.attention_core import key_padding, statistics_dtype
 from sem_timm.layers.double_norm import normalize_twice
 from sem_timm.layers.excitation import check_at_least_one
 
@@ -99,17 +99,10 @@ class MultiHeadExternalAttention(nn.Module):
         return self.proj_drop(self.proj(self.norm(self.mv(self.attn_drop(attention)).flatten(-2))))
 
     @torch.no_grad()
-    def match_output_scale(self, x: Tensor, reference: Tensor) -> None:
-        """Rescale the last projection so that the output for these tokens has the size of another tensor.
-
-        Does nothing where that has no meaning: on meta tensors, or if either is empty, zero or not finite.
-        """
-        if self.proj.weight.is_meta or x.is_meta or not x.numel():
-            return
-        factor = scale_ratio(self(x), reference)
-        if factor is not None:
-            for parameter in self.proj.parameters():
-                parameter.mul_(factor)
+    def scale_output(self, factor: float) -> None:
+        """Multiply all outputs by a number, in place in the last projection."""
+        for parameter in self.proj.parameters():
+            parameter.mul_(factor)
 
     def _pays_to_fold(self, x: Tensor) -> bool:
         """Whether products of neighbouring weights, each applied at once, cost less than one weight after another.

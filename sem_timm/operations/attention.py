@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sem_timm.errors import OptionError, closest
 from sem_timm.layers import AttentionCore, MultiHeadExternalAttention, attention_core_class, attention_core_names
@@ -112,11 +112,15 @@ class AttentionConfig:
         )
         return core
 
-    def match(self, new: nn.Module, inputs: Tensor, reference: Tensor) -> None:
-        """Scales a new core so that its output has the size of the old one's."""
-        match = getattr(new, 'match_output_scale', None)
-        if match is not None:
-            match(inputs, reference)
+    @property
+    def scales_output(self) -> bool:
+        """Whether what it builds can be told by which number to multiply its outputs."""
+        return hasattr(self._class(), 'scale_output')
+
+    def scale_output(self, new: nn.Module, factor: float) -> None:
+        """Multiplies all outputs of a new child by a number, for good."""
+        scaled: Any = new
+        scaled.scale_output(factor)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as data that `json.dumps` takes."""

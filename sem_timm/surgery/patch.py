@@ -59,7 +59,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     try:
         classes = {name: patched_class(edit) for name, edit in plan.edits.items()}
         built = [(modules[site.name], site.attribute, _built(plan, site, modules[site.name], model)) for site in plan]
-        match_scales(plan, modules, built)
+        match_scales(model, plan, built)
         for block, attribute, new in built:
             block.add_module(attribute, new)
             done.append((block, attribute))

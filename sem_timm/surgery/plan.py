@@ -70,8 +70,12 @@ class Swap(Protocol):
     def build(self, site: AttentionSite, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """Builds the new child for a site."""
 
-    def match(self, new: nn.Module, inputs: torch.Tensor, reference: torch.Tensor) -> None:
-        """Scales a new child so that its output has the size of the old one's, ``reference``, on the same inputs."""
+    @property
+    def scales_output(self) -> bool:
+        """Whether `scale_output` works; if so, new children start with the output scale of what they replace."""
+
+    def scale_output(self, new: nn.Module, factor: float) -> None:
+        """Multiplies all outputs of a new child by a number, for good."""
 
 
 @dataclass(frozen=True)

@@ -171,14 +171,14 @@ class FailsOnTheThird(sem_timm.ExternalAttention):
                 raise MemoryError('no more, say')
 
 
-class FailsToMatch(sem_timm.ExternalAttention):
+class FailsToScale(sem_timm.ExternalAttention):
     """A core that fails when its scale is set."""
 
-    def match_output_scale(self, *args: Any) -> None:
+    def scale_output(self, factor: float) -> None:
         raise ArithmeticError('no number, say')
 
 
-@pytest.mark.parametrize(('core', 'error'), [(FailsOnTheThird, MemoryError), (FailsToMatch, ArithmeticError)])
+@pytest.mark.parametrize(('core', 'error'), [(FailsOnTheThird, MemoryError), (FailsToScale, ArithmeticError)])
 def test_a_swap_that_fails_half_way_leaves_everything_as_it_was(core: Any, error: type[Exception]) -> None:
     family = CLASSES['models.swin_transformer.WindowAttention']  # with parameters that a swap freezes
     model = family.create()

@@ -1,55 +1,105 @@
-"""The scale of a new attention's output at the start: that of the old one, on random inputs."""
+"""The scale of a new attention's output at the start: that of the old one, on what it gets inside the model."""
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves
 
+from sem_timm.errors import SwapWarning
 from sem_timm.surgery.evaluate import values_of
-from sem_timm.surgery.plan import Plan
-from sem_timm.surgery.skeleton import shadow
+from sem_timm.surgery.plan import Plan, Swap
+from sem_timm.surgery.reading import bound_arguments
+from sem_timm.surgery.rewrite import Edit, patched_class
+from sem_timm.surgery.skeleton import Call, dtype_of, shadow
 from sem_timm.surgery.swap.rehearsal import Original
 
+# Biases and nonlinear layers behind a core make its scale and that of the module's output differ, so the latter is
+# corrected step by step, until the standard deviations agree to this part.
+CORRECTIONS, TOLERANCE = 8, 0.1
 
-def match_scales(plan: Plan, modules: dict[str, nn.Module], built: Iterable[tuple[nn.Module, str, nn.Module]]) -> None:
+
+def match_scales(model: nn.Module, plan: Plan, built: Iterable[tuple[nn.Module, str, nn.Module]]) -> None:
     """Gives each new core the output scale of the old core it replaces, where there are weights to tell.
 
-    The old attention runs once on normally distributed inputs of the probe's shapes. The modules, and the state of the
-    random generators, are left alone.
+    The model, not patched yet, runs once on two random images. Tokens inside a network have much in common, which an
+    attention keeps when it averages over them; independent random tokens would tell another scale. The run is one of a
+    copy around the same weights, so that it leaves the model alone, and the state of the random generators too.
     """
+    weights = next(iter(model.parameters()), None)
+    if not plan.originals or not plan.operation.scales_output or weights is None:
+        return
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return
     new_of = {(id(module), attribute): new for module, attribute, new in built}
-    originals: dict[str, Original] = plan.originals
-    for name, original in originals.items():
-        module = modules[name]
-        weights = next((p for p in module.parameters() if p.is_floating_point()), None)
-        if weights is None or weights.is_meta:
-            continue
-        generator = torch.Generator().manual_seed(0)
-        noise = partial(_noise, generator=generator, weights=weights)
-        arguments = tree_map_only(Tensor, noise, original.values)
-        for attribute, (inputs, reference) in _old_outputs(original, shadow(module), arguments).items():
-            plan.operation.match(new_of[id(module), attribute or plan.operation.attribute], inputs, reference)
-
-
-def _old_outputs(original: Original, module: nn.Module, arguments: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
-    """What goes into each old core and what comes out of it, by the new child; of the whole module under ''."""
-    if original.graph is None:
+    twin = shadow(model)
+    for name, original in plan.originals.items():
+        edit = plan.edits[name]
+        new = {attribute: new_of[id(model.get_submodule(name)), attribute] for attribute in edit.inserted}
+        hook = _Matching(original, edit, new, plan.operation)
+        twin.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, *plan.input_size, generator=generator).to(weights.device, dtype_of(model))
+    try:
         with torch.no_grad():
-            return {'': (next(iter(arguments.values())), module(**arguments))}
-    nodes = [node for core in original.cores.values() for node in (core.query, core.output)]
-    values = values_of(original.graph, module, arguments, nodes)
-    return {
-        attribute: (values[core.query], values[core.output].mT if core.transposed else values[core.output])
-        for attribute, core in original.cores.items()
-    }
+            twin(images)
+    except RuntimeError as error:  # such as a kernel that is missing for the type on this device
+        message = f'{plan.model_name} does not run on random images of {plan.input_size}, so that its new attention '
+        message += f'could not be given the scale of the old one. {error}'
+        warnings.warn(message, SwapWarning, stacklevel=4)
 
 
-def _noise(like: Tensor, generator: torch.Generator, weights: Tensor) -> Tensor:
-    if not like.is_floating_point():
-        return torch.zeros(like.shape, dtype=like.dtype, device=weights.device)
-    return torch.randn(like.shape, generator=generator).to(weights)
+class _Matching:
+    """A hook before an old attention module that scales the new cores, by the arguments of its first call."""
+
+    def __init__(self, original: Original, edit: Edit, new: dict[str, nn.Module], operation: Swap) -> None:
+        self.original, self.edit, self.new, self.operation = original, edit, new, operation
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        new, self.new = self.new, {}
+        if not new:  # called before
+            return
+        if self.original.graph is not None:
+            arguments = bound_arguments(module, Call(args, kwargs, None))
+            for attribute, (query, output) in self._old_cores(module, arguments).items():
+                self._scale([new[attribute]], new[attribute](query), output)
+        before = module.forward(*args, **kwargs)
+        modes = {child: child.training for child in new.values()}
+        for attribute, child in new.items():
+            module.add_module(attribute, child.eval())
+        module.__class__ = patched_class(self.edit)
+        for _ in range(CORRECTIONS):
+            factor = self._scale(list(new.values()), _first(module.forward(*args, **kwargs)), _first(before))
+            if abs(factor - 1) < TOLERANCE:
+                break
+        module.__class__ = self.edit.base
+        for attribute, child in new.items():
+            delattr(module, attribute)
+            child.train(modes[child])
+
+    def _old_cores(self, module: nn.Module, arguments: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+        """The queries of each old core and what comes out of it, by the new child."""
+        graph, cores = self.original.graph, self.original.cores
+        assert graph is not None
+        values = values_of(graph, module, arguments, [n for core in cores.values() for n in (core.query, core.output)])
+        outputs = {name: values[c.output].mT if c.transposed else values[c.output] for name, c in cores.items()}
+        return {name: (values[core.query], outputs[name]) for name, core in cores.items()}
+
+    def _scale(self, new: list[nn.Module], present: Tensor, wanted: Tensor) -> float:
+        """Scales new cores by how much larger one standard deviation is than another, where that has a meaning."""
+        has, wants = (float(x.double().std(correction=0)) for x in (present, wanted))
+        factor = wants / has if has > 0 else 0.0
+        if not math.isfinite(factor) or factor == 0:  # such as a module that returns zero before training
+            return 1.0
+        for child in new:
+            self.operation.scale_output(child, factor)
+        return factor
+
+
+def _first(output: Any) -> Tensor:
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))

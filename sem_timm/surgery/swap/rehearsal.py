@@ -13,7 +13,7 @@ from sem_timm.errors import TraceError
 from sem_timm.surgery.layout import LayoutMode
 from sem_timm.surgery.placement import Placement
 from sem_timm.surgery.plan import Swap
-from sem_timm.surgery.reading import Reader, bound_arguments
+from sem_timm.surgery.reading import Reader
 from sem_timm.surgery.rewrite import patched_class
 from sem_timm.surgery.swap.cores import Core
 from sem_timm.surgery.swap.packed import Rows
@@ -27,12 +27,10 @@ class Original:
     Attributes:
         graph: The graph of its forward; None where the whole module is replaced.
         cores: Its cores, by the names of the new children.
-        values: The arguments of a call, tensors on the meta device.
     """
 
     graph: fx.Graph | None
     cores: dict[str, Core]
-    values: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -64,14 +62,13 @@ def rehearse_swap(reader: Reader, placements: dict[str, Placement], operation: S
     sliced, originals = {}, {}
     for name, placement in placements.items():
         module = reader.modules[name]
-        values = bound_arguments(module, reader.probe.calls[name])
         sites: Any = placement.sites
         for site in sites:
             module.add_module(site.attribute, operation.build(site, torch.device('meta'), site.dtype).eval())
         module.__class__ = patched_class(placement.edit)
         sliced.update({f'{name}.{weight}': rows for weight, rows in placement.swapping.sliced.items()})
         graph = None if placement.reading is None else placement.reading.trace.graphs[False]
-        originals[name] = Original(graph, placement.swapping.cores.get(False, {}), values)
+        originals[name] = Original(graph, placement.swapping.cores.get(False, {}))
     try:
         with torch.no_grad(), LayoutMode():
             output = skeleton(images)
