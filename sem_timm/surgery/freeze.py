@@ -9,8 +9,9 @@ from torch import nn
 from sem_timm.errors import ModelError
 from sem_timm.surgery.rewrite import edit_of
 
-# Kept on the module that owns the parameters, so that copies and parts of a model know it too.
-_FROZEN = '_surgery_frozen'
+# Kept on the module that owns the parameters, so that copies and parts of a model know it too: their names, and whether
+# they required gradients before.
+_UNREAD = '_surgery_unread'
 _COMPACT = '_surgery_compact'
 
 
@@ -18,25 +19,25 @@ def freeze(model: nn.Module, names: Iterable[str]) -> None:
     """Stops parameters from requiring gradients, and remembers which of them did."""
     for name in names:
         owner, key = _owner(model, name)
-        parameter = owner._parameters[key]
-        if parameter is not None and parameter.requires_grad:
+        parameter, unread = owner._parameters[key], owner.__dict__.get(_UNREAD, {})
+        if parameter is not None and key not in unread:
+            owner.__dict__[_UNREAD] = {**unread, key: parameter.requires_grad}
             parameter.requires_grad_(False)
             parameter.grad = None
-            owner.__dict__[_FROZEN] = (*owner.__dict__.get(_FROZEN, ()), key)
 
 
 def unfreeze(model: nn.Module) -> None:
-    """Lets all parameters that were frozen require gradients again."""
+    """Lets all parameters that were frozen require gradients again, if they did before."""
     for module in model.modules():
-        for key in module.__dict__.pop(_FROZEN, ()):
+        for key, required in module.__dict__.pop(_UNREAD, {}).items():
             parameter = module._parameters[key]
-            if parameter is not None:
+            if parameter is not None and required:
                 parameter.requires_grad_(True)
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters to give to an optimizer: those that require gradients and still reach the output."""
-    useless = {id(module._parameters[key]) for module in model.modules() for key in module.__dict__.get(_FROZEN, ())}
+    useless = {id(module._parameters[key]) for module in model.modules() for key in module.__dict__.get(_UNREAD, ())}
     return (p for p in model.parameters() if p.requires_grad and id(p) not in useless)
 
 
@@ -56,7 +57,7 @@ def compact_model(model: nn.Module) -> nn.Module:
     if not swapped:
         raise ModelError(f'no attention of this {type(model).__name__} was swapped; there is nothing to drop.')
     for module in (inner for outer in swapped for inner in outer.modules()):
-        for key in module.__dict__.pop(_FROZEN, ()):
+        for key in module.__dict__.pop(_UNREAD, ()):
             module._parameters[key] = None
             module.__dict__[_COMPACT] = True
     return model

@@ -89,6 +89,14 @@ def test_packed_projections_keep_their_rows() -> None:
     assert_equal(expected, outputs(model, images))
 
 
+def test_parameters_that_were_frozen_before_the_swap_are_dropped_too() -> None:
+    model = SWIN.create().requires_grad_(False)
+    plan = sem_timm.plan_model(model, 'external', input_size=SWIN.input_size)
+    swap(model, plan)
+    sem_timm.compact_model(model)
+    assert plan.unread and not set(plan.unread) & {name for name, _ in model.named_parameters()}
+
+
 def test_models_of_which_no_attention_was_swapped() -> None:
     for model in (SWIN.create(), FAMILIES['resnet'].create(), sem_timm.patch_model(FAMILIES['resnet'].create())):
         with refused(model, ModelError, type(model).__name__, 'there is nothing to drop'):
