@@ -44,8 +44,7 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 def compact_model(model: nn.Module) -> nn.Module:
     """Drops the parameters that a swap of attention has made useless, for deployment; there is no undo after it.
 
-    Works in place. Keys of the dropped parameters leave the state_dict. Packed projections keep all their rows, and
-    tables that are computed for many modules at once stay, frozen.
+    Works in place. Keys of the dropped parameters leave the state_dict. Packed projections keep all their rows.
 
     Returns:
         The model.

@@ -31,7 +31,7 @@ class PatchedModule:
         name: Its name in the model.
         class_name: Its own class, which undoing gives back.
         inserted: Names of the children it got.
-        position: Where they act: 'residual' or 'output'.
+        position: Where they act: 'residual', 'output' or 'core'.
         operation: The configuration they were made from.
     """
 
@@ -60,6 +60,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         classes = {name: patched_class(edit) for name, edit in plan.edits.items()}
         built = [(modules[site.name], site.attribute, _built(plan, site, modules[site.name], model)) for site in plan]
         match_scales(model, plan, built)
+        if plan.swaps_attention:  # here, where a warning that is made an error changes nothing
+            warnings.warn(_needs_training(plan), SwapWarning, stacklevel=3)
         for block, attribute, new in built:
             block.add_module(attribute, new)
             done.append((block, attribute))
@@ -73,8 +75,6 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         _set_rng_states(rng)
         raise
     freeze(model, plan.unread)
-    if plan.swaps_attention:
-        warnings.warn(_needs_training(plan), SwapWarning, stacklevel=3)
     return model
 
 

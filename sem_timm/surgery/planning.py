@@ -122,7 +122,7 @@ def _planned(
         dtype=dtype_of(model),
         sites=tuple(site for placement in order.values() for site in placement.sites),
         refusals=tuple(Refusal(n, type(reader.modules[n]).__name__, why) for n, why in work.refusals.items()),
-        edits={name: placement.edit for name, placement in order.items()},
+        edits={**after.tables, **{name: placement.edit for name, placement in order.items()}},
         model=weakref.ref(model),
         structure=structure_of(model),
         unread=after.unread,

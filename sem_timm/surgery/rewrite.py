@@ -28,10 +28,10 @@ class Edit:
 
     Attributes:
         base: The module's own class.
-        source: Source code of the new forward.
+        source: Source code of the new forward, or of other methods.
         bindings: Global names that the source uses, with what they stand for.
         inserted: Names of the new children.
-        position: Where they act: 'residual' or 'output'.
+        position: Where they act: 'residual', 'output' or 'core'.
         operation: The configuration of the operation, as the user may see it again.
     """
 
@@ -53,7 +53,7 @@ def edit_of(module: nn.Module, *, inherited: bool = False) -> Edit | None:
 def patched_class(edit: Edit) -> Any:
     """The subclass of ``edit.base`` with the new forward; the same one for equal edits."""
     namespace = {
-        'forward': _compiled(edit),
+        **_compiled(edit),
         '_surgery_edit': edit,
         '__doc__': edit.base.__doc__,
         '__module__': edit.base.__module__,
@@ -78,20 +78,22 @@ def _folding(name: str) -> Callable[..., Any]:
     return refuse
 
 
-def _compiled(edit: Edit) -> Callable[..., Any]:
-    """Executes the source; the function carries the defaults and annotations of the forward it replaces."""
+def _compiled(edit: Edit) -> dict[str, Callable[..., Any]]:
+    """Executes the source; its functions carry the defaults and annotations of the methods they replace."""
     filename = f'<sem_timm {edit.base.__qualname__} {zlib.crc32(edit.source.encode()):08x}>'
     linecache.cache[filename] = (len(edit.source), None, edit.source.splitlines(keepends=True), filename)
     scope: dict[str, Any] = {**dict(edit.bindings), '__name__': edit.base.__module__}
+    methods: dict[str, Any] = {}
     # Annotations are kept as written and not evaluated: the names in them belong to another file.
     flags = __future__.annotations.compiler_flag
-    exec(compile(edit.source, filename, 'exec', flags=flags, dont_inherit=True), scope)
-    forward: Callable[..., Any] = scope['forward']
-    original = edit.base.forward  # type: ignore[attr-defined]
-    forward.__defaults__, forward.__kwdefaults__ = original.__defaults__, original.__kwdefaults__
-    forward.__annotations__ = dict(original.__annotations__)
-    forward.__qualname__ = f'Patched{edit.base.__qualname__}.forward'
-    return forward
+    exec(compile(edit.source, filename, 'exec', flags=flags, dont_inherit=True), scope, methods)
+    for name, method in methods.items():
+        original = getattr(edit.base, name)
+        if edit.inserted:  # else it takes any arguments, and returns nothing
+            method.__defaults__, method.__kwdefaults__ = original.__defaults__, original.__kwdefaults__
+            method.__annotations__ = dict(original.__annotations__)
+        method.__qualname__ = f'Patched{edit.base.__qualname__}.{name}'
+    return methods
 
 
 def _reduce_ex(self: nn.Module, protocol: int) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ import sem_timm
 from tests.families import Family
 from tests.swap.classes import CLASSES, SHARED_TABLES
 from tests.swap.swapping import outputs, swap, swapped
+from tests.twins import assert_equal
 
 # Classes that are found in the model of another.
 SAME_MODEL = ('models.levit.AttentionDownsample', 'models.twins.LocallyGroupedAttn')
@@ -103,6 +106,25 @@ def test_keys_values_and_positions_are_not_computed(name: str) -> None:
     for training in (False, True):
         found = names_read(model.train(training), family)
         assert [key for key in found if any(table in key for table in TABLES[name])] == []
+
+
+@pytest.mark.parametrize('name', SHARED_TABLES)
+def test_a_table_for_all_blocks_is_not_computed_when_no_block_reads_it(name: str) -> None:
+    family = SHARED_TABLES[name]
+    model, images = family.create(), family.images()
+    before = outputs(model, images)
+    plan = sem_timm.plan_model(model, 'external', input_size=family.input_size)
+    swap(model, plan)
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert plan.unread and not names_read(each, family) & set(plan.unread)
+    assert_equal(outputs(sem_timm.unpatch_model(model), images), before)
+
+
+def test_a_table_for_all_blocks_is_computed_where_one_block_still_reads_it() -> None:
+    family = SHARED_TABLES['relpos shared bias']
+    model = family.create()
+    swap(model, 'external', exclude='blocks.0.attn', input_size=family.input_size)
+    assert any(name.startswith('shared_rel_pos.') for name in names_read(model, family))
 
 
 def test_modules_that_only_fed_the_old_core_are_not_called() -> None:

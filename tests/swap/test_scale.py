@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import sem_timm
 from tests.families import Family
+from tests.snapshot import assert_same, snapshot
 from tests.swap.classes import CLASSES
 from tests.swap.swapping import outputs, swap, tensors
 
@@ -146,3 +148,27 @@ def test_a_model_that_cannot_run_where_it_is_is_swapped_with_a_warning() -> None
         sem_timm.patch_model(model, 'external')
     assert any('no kernel here' in str(warning.message) for warning in warned)
     assert len(sem_timm.patched(model)) == len(model.blocks)
+
+
+def test_new_cores_are_trained_or_not_as_their_modules_are() -> None:
+    model = CLASSES['layers.attention.Attention'].create().train()
+    model.get_submodule('blocks.1.attn').eval()
+    swap(model)
+    modes = [model.get_submodule(f'blocks.{block}.attn.core').training for block in (0, 1)]
+    assert modes == [True, False]
+
+
+def test_under_another_default_device() -> None:
+    model = CLASSES['layers.attention.Attention'].create()
+    with torch.device('meta'):
+        swap(model)
+    assert not any(p.is_meta for p in model.parameters())
+
+
+def test_a_warning_made_an_error_changes_nothing() -> None:
+    model = CLASSES['layers.attention.Attention'].create()
+    before = snapshot(model)
+    with warnings.catch_warnings(), pytest.raises(sem_timm.SwapWarning):
+        warnings.simplefilter('error')
+        sem_timm.patch_model(model, 'external')
+    assert_same(before, snapshot(model))

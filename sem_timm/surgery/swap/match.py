@@ -37,6 +37,7 @@ def match_scales(model: nn.Module, plan: Plan, built: Iterable[tuple[nn.Module, 
     if any(parameter.is_meta for parameter in model.parameters()):
         return
     new_of = {(id(module), attribute): new for module, attribute, new in built}
+    modes = [(child, child.training) for child in new_of.values()]
     twin = shadow(model)
     for name, original in plan.originals.items():
         edit = plan.edits[name]
@@ -44,14 +45,19 @@ def match_scales(model: nn.Module, plan: Plan, built: Iterable[tuple[nn.Module, 
         hook = _Matching(original, edit, new, plan.operation)
         twin.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, *plan.input_size, generator=generator).to(weights.device, dtype_of(model))
+    images = torch.randn(2, *plan.input_size, generator=generator, device='cpu').to(weights.device, dtype_of(model))
     try:
-        with torch.no_grad():
+        for child, _ in modes:
+            child.eval()
+        with torch.no_grad(), weights.device:
             twin(images)
     except RuntimeError as error:  # such as a kernel that is missing for the type on this device
         message = f'{plan.model_name} does not run on random images of {plan.input_size}, so that its new attention '
         message += f'could not be given the scale of the old one. {error}'
         warnings.warn(message, SwapWarning, stacklevel=4)
+    finally:
+        for child, training in modes:
+            child.train(training)
 
 
 class _Matching:
@@ -68,19 +74,15 @@ class _Matching:
             arguments = bound_arguments(module, Call(args, kwargs, None))
             for attribute, (query, output) in self._old_cores(module, arguments).items():
                 self._scale([new[attribute]], new[attribute](query), output)
-        before = module.forward(*args, **kwargs)
-        modes = {child: child.training for child in new.values()}
-        for attribute, child in new.items():
-            module.add_module(attribute, child.eval())
+        before = _first(module.forward(*args, **kwargs))
         module.__class__ = patched_class(self.edit)
+        for attribute, child in new.items():
+            module.add_module(attribute, child)
         for _ in range(CORRECTIONS):
-            factor = self._scale(list(new.values()), _first(module.forward(*args, **kwargs)), _first(before))
+            factor = self._scale(list(new.values()), _first(module.forward(*args, **kwargs)), before)
             if abs(factor - 1) < TOLERANCE:
                 break
         module.__class__ = self.edit.base
-        for attribute, child in new.items():
-            delattr(module, attribute)
-            child.train(modes[child])
 
     def _old_cores(self, module: nn.Module, arguments: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
         """The queries of each old core and what comes out of it, by the new child."""

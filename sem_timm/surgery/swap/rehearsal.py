@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from sem_timm.errors import TraceError
@@ -14,9 +14,11 @@ from sem_timm.surgery.layout import LayoutMode
 from sem_timm.surgery.placement import Placement
 from sem_timm.surgery.plan import Swap
 from sem_timm.surgery.reading import Reader
-from sem_timm.surgery.rewrite import patched_class
+from sem_timm.surgery.rewrite import Edit, patched_class
+from sem_timm.surgery.skeleton import Call
 from sem_timm.surgery.swap.cores import Core
 from sem_timm.surgery.swap.packed import Rows
+from sem_timm.surgery.swap.tables import unread_tables
 from sem_timm.surgery.swap.unread import reached_parameters, unread_parameters, upstream_arguments
 
 
@@ -41,11 +43,13 @@ class Aftermath:
         unread: Names of parameters that no longer reach the output.
         sliced: Names of packed weights, with the first row read, the one behind the last, and the number of rows.
         originals: How the old attention is computed, by name of the module.
+        tables: Edits of the modules upstream whose results no module reads any more, by name.
     """
 
     unread: tuple[str, ...] = ()
     sliced: dict[str, Rows] = field(default_factory=dict)
     originals: dict[str, Original] = field(default_factory=dict)
+    tables: dict[str, Edit] = field(default_factory=dict)
 
 
 def rehearse_swap(reader: Reader, placements: dict[str, Placement], operation: Swap) -> Aftermath:
@@ -69,17 +73,27 @@ def rehearse_swap(reader: Reader, placements: dict[str, Placement], operation: S
         sliced.update({f'{name}.{weight}': rows for weight, rows in placement.swapping.sliced.items()})
         graph = None if placement.reading is None else placement.reading.trace.graphs[False]
         originals[name] = Original(graph, placement.swapping.cores.get(False, {}))
+    _check_run(skeleton, call, operation)
+    tables: dict[str, Edit] = {}
+    if upstream:
+        lost = before - reached_parameters(skeleton, images)
+        unread = tuple(name for name, _ in skeleton.named_parameters() if name in lost or name in unread)
+        tables = unread_tables(skeleton, images, lost, operation)
+        for name, edit in tables.items():
+            skeleton.get_submodule(name).__class__ = patched_class(edit)
+        if tables:
+            _check_run(skeleton, call, operation)
+    return Aftermath(unread, sliced, originals, tables)
+
+
+def _check_run(skeleton: nn.Module, call: Call, operation: Swap) -> None:
     try:
         with torch.no_grad(), LayoutMode():
-            output = skeleton(images)
+            output = skeleton(*call.args)
     except Exception as error:
         raise TraceError(f'the model does not run with {operation}: {type(error).__name__}: {error}') from error
     if _shapes(output) != _shapes(call.output):
         raise TraceError(f'the model returns {_shapes(output)} with {operation}, and {_shapes(call.output)} before')
-    if upstream:
-        lost = before - reached_parameters(skeleton, images)
-        unread = tuple(name for name, _ in skeleton.named_parameters() if name in lost or name in unread)
-    return Aftermath(unread, sliced, originals)
 
 
 def _shapes(value: Any) -> list[tuple[int, ...]]:
