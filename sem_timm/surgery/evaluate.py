@@ -1,4 +1,4 @@
-"""Values of every node of a traced graph, computed on the meta device with layouts carried along."""
+"""Values of the nodes of a traced graph: on the meta device with layouts carried along, or in numbers."""
 
 from __future__ import annotations
 

@@ -199,6 +199,8 @@ class Plan:
         sites: The sites, in the order of ``named_modules``.
         refusals: Modules that cannot take the operation, with reasons.
         edits: The edit of each module, by name.
+        model: The model.
+        structure: Classes and shapes of the model when the plan was made.
         unread: Names of parameters that no longer reach the output; they stop requiring gradients.
         sliced: The rows that are read of each packed weight that is not read as a whole; the others get gradients of
             zero.

@@ -110,7 +110,7 @@ def _planned(
         work.verify(reader)
         work.check()
         if wanted is None and noun == 'blocks':
-            work.refusals.update(_unread(reader, found, unwanted))
+            work.refusals.update(_unreadable(reader, found, unwanted))
         if not work.placements:
             raise RefusedError(_nothing(model, operation, noun, work.refusals, bool(unwanted)))
         order = {name: work.placements[name] for name in reader.modules if name in work.placements}
@@ -150,7 +150,7 @@ def _excluded(model: nn.Module, exclude: Target | None) -> set[str]:
     return {name for name, _ in model.named_modules() if name in chosen or (inside and name.startswith(inside))}
 
 
-_NUMBERS = re.compile(r'\b\d+\b')
+_DIGITS = re.compile(r'\b\d+\b')
 
 
 @dataclass
@@ -190,7 +190,7 @@ class _Work:
         for edit, (_, name) in smallest.items():
             reading = self.placements[name].reading
             # Code that differs in numbers alone was derived alike; that its shapes fit is seen on the meta device.
-            form = edit.base, _NUMBERS.sub('#', edit.source)
+            form = edit.base, _DIGITS.sub('#', edit.source)
             if reading is not None and form in reading.trace.verified:
                 continue
             try:
@@ -225,7 +225,7 @@ class _Work:
             )
 
 
-def _unread(reader: Reader, blocks: list[str], unwanted: set[str]) -> dict[str, str]:
+def _unreadable(reader: Reader, blocks: list[str], unwanted: set[str]) -> dict[str, str]:
     """Modules that might be blocks and whose forward could not be read, unless they are part of one or hold some."""
 
     def related(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,35 +42,14 @@ class Reader:
         self._by_name: dict[str, Reading | TraceError] = {}
 
     def read(self, name: str) -> Reading:
-        """Returns the reading of a module that the probe has called.
+        """Returns the reading of a module that the probe has called; equal ones share theirs.
 
         Raises:
             TraceError: If its forward cannot be traced or evaluated.
         """
         if name not in self._by_name:
-            try:
-                self._by_name[name] = self._find(name)
-            except TraceError as error:
-                self._by_name[name] = error
-        reading = self._by_name[name]
-        if isinstance(reading, TraceError):
-            raise reading
-        return reading
-
-    def _find(self, name: str) -> Reading:
-        module, call = self.modules[name], self.probe.calls[name]
-        values = bound_arguments(module, call)
-        key = (self.structures.describe(module)[0], call_key(values, shapes=True), _shapes(call.output))
-        reading = self._readings.get(key)
-        if reading is None:
-            try:
-                reading = self._read(name, values)
-            except TraceError as error:
-                reading = error
-            self._readings[key] = reading
-        if isinstance(reading, TraceError):
-            raise reading
-        return reading
+            self._by_name[name] = self._shared(name, None)
+        return _or_raise(self._by_name[name])
 
     def read_with(self, name: str, *, inline_methods: bool) -> Reading:
         """As `read`, with the module's own methods followed or kept as single nodes, whatever sums they hold.
@@ -77,19 +57,25 @@ class Reader:
         Raises:
             TraceError: If its forward cannot be traced or evaluated.
         """
-        module, call = self.modules[name], self.probe.calls[name]
-        values = bound_arguments(module, call)
-        key = (self.structures.describe(module)[0], call_key(values, shapes=True), _shapes(call.output), inline_methods)
-        reading = self._readings.get(key)
-        if reading is None:
-            try:
-                reading = self._reading(name, values, inline_methods=inline_methods)
-            except TraceError as error:
-                reading = error
-            self._readings[key] = reading
-        if isinstance(reading, TraceError):
-            raise reading
+        reading = _or_raise(self._shared(name, inline_methods))
+        values = bound_arguments(self.modules[name], self.probe.calls[name])
         return replace(reading, trace=replace(reading.trace, values=values))
+
+    def _shared(self, name: str, inline_methods: bool | None) -> Reading | TraceError:
+        """The reading of a module, or of one made and called alike; None follows methods where a sum is in them."""
+        try:
+            values = bound_arguments(self.modules[name], self.probe.calls[name])
+        except TraceError as error:
+            return error
+        structure, _ = self.structures.describe(self.modules[name])
+        key = (structure, call_key(values, shapes=True), _shapes(self.probe.calls[name].output), inline_methods)
+        if key not in self._readings:
+            try:
+                follow = self._read if inline_methods is None else partial(self._reading, inline_methods=inline_methods)
+                self._readings[key] = follow(name, values)
+            except TraceError as error:
+                self._readings[key] = error
+        return self._readings[key]
 
     def holds_residual(self, name: str) -> bool:
         """Whether a module's own forward has a residual add; False where the forward cannot be read."""
@@ -115,17 +101,17 @@ class Reader:
         return name
 
     def _read(self, name: str, values: dict[str, Any]) -> Reading:
-        reading = self._reading(name, values, inline_methods=False)
+        reading = self._reading(name, values, False)
         if not reading.adds[False] and reading.trace.methods:
             # The sum may stand in one of the module's own methods.
             try:
-                inlined = self._reading(name, values, inline_methods=True)
+                inlined = self._reading(name, values, True)
             except TraceError:
                 return reading
             return inlined if inlined.adds[False] else reading
         return reading
 
-    def _reading(self, name: str, values: dict[str, Any], *, inline_methods: bool) -> Reading:
+    def _reading(self, name: str, values: dict[str, Any], inline_methods: bool) -> Reading:
         module, call = self.modules[name], self.probe.calls[name]
         cached = self._trace(module, call, values, inline_methods)
         known = self._outputs_below(name, module)
@@ -169,6 +155,12 @@ class Reader:
 # Traces that hold for every model of the process: most models share their blocks with others, or are made again.
 _TRACES: dict[Hashable, Trace] = {}
 _FREE = (Tensor, bool, int, float, str, type(None))
+
+
+def _or_raise(reading: Reading | TraceError) -> Reading:
+    if isinstance(reading, TraceError):
+        raise reading
+    return reading
 
 
 def bound_arguments(module: nn.Module, call: Call) -> dict[str, Any]:
