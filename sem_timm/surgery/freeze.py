@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from sem_timm.errors import ModelError
+from sem_timm.surgery.planning import check_model
 from sem_timm.surgery.rewrite import edit_of
 
 # Kept on the module that owns the parameters, so that copies and parts of a model know it too: their names, and whether
@@ -50,8 +51,9 @@ def compact_model(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        ModelError: If nothing in the model was swapped.
+        ModelError: If nothing in the model was swapped, or something wraps it.
     """
+    check_model(model)
     swapped = [module for module in model.modules() if (edit := edit_of(module)) and edit.position == 'core']
     if not swapped:
         raise ModelError(f'no attention of this {type(model).__name__} was swapped; there is nothing to drop.')

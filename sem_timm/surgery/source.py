@@ -11,7 +11,8 @@ import textwrap
 from collections.abc import Iterator
 from itertools import count
 from math import isfinite
-from typing import Any
+from types import FunctionType
+from typing import Any, TypeGuard
 
 from torch import fx
 
@@ -113,17 +114,30 @@ def _guard_lines(base: type, guards: tuple[Guard, ...]) -> Iterator[str]:
 
 def _body(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
     """The statements of a graph's code, and the globals they need."""
-    names = _human_names(graph)
+    own = _own_functions(graph)
+    names = _human_names(graph, {*_RESERVED, *own.values()})
     for index, node in enumerate(graph.nodes):
         node.name = f'node{index}x'  # fx insists on names of its own, so these only mark the places
     code = graph.python_code(root_module='self')
     function = next(node for node in ast.parse(code.src).body if isinstance(node, ast.FunctionDef))
-    renamed = _Rename({node.name: name for node, name in names.items()})
+    written = {name: own.get(value, name) for name, value in code.globals.items() if isinstance(value, FunctionType)}
+    # What is used once is read where it is used.
+    attributes = {node.name for node in graph.nodes if node.op == 'get_attr' and len(node.users) == 1}
+    read_at_use = {node.targets[0].id: ast.unparse(node.value) for node in function.body if _assigns(node, attributes)}
+    renamed = _Rename({**written, **{node.name: name for node, name in names.items()}, **read_at_use})
     # fx sets each variable to None after its last use; reusing names has the same effect and reads better.
     statements = [renamed.visit(node) for node in function.body if not _clears(node)]
     text = '\n'.join(ast.unparse(node) for node in statements if not _assigns_to_itself(node))
     used = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
-    return text, {name: value for name, value in code.globals.items() if name in used}
+    globals_ = {written.get(name, name): value for name, value in code.globals.items()}
+    return text, {name: value for name, value in globals_.items() if name in used}
+
+
+def _own_functions(graph: fx.Graph) -> dict[FunctionType, str]:
+    """Functions of this package that a graph calls, by the short names that they are written with."""
+    package = f'{__name__.split(".")[0]}.'
+    targets = (node.target for node in graph.nodes if node.op == 'call_function')
+    return {t: t.__name__ for t in targets if isinstance(t, FunctionType) and t.__module__.startswith(package)}
 
 
 class _Rename(ast.NodeTransformer):
@@ -150,20 +164,24 @@ def _as_slice(index: ast.expr) -> ast.expr:
     return ast.Slice(*(None if isinstance(part, ast.Constant) and part.value is None else part for part in index.args))
 
 
+def _assigns(node: ast.stmt, names: set[str]) -> TypeGuard[Any]:
+    return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in names and not _clears(node)
+
+
 def _clears(node: ast.stmt) -> bool:
     return isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and node.value.value is None
 
 
 def _assigns_to_itself(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Assign) and ast.dump(node.targets[0]).replace('Store', 'Load') == ast.dump(node.value)
+    return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == ast.unparse(node.value)
 
 
-def _human_names(graph: fx.Graph) -> dict[fx.Node, str]:
+def _human_names(graph: fx.Graph, reserved: set[str]) -> dict[fx.Node, str]:
     """Lets a value take over the name of the operand that dies with it, as in ``x = self.norm(x)``."""
     order = {node: index for index, node in enumerate(graph.nodes)}
     last_use = {source: order[node] for node in graph.nodes for source in node.all_input_nodes}
     names = {node: str(node.target) for node in graph.nodes if node.op == 'placeholder'}
-    busy_until = {name: len(order) for name in ('self', *names.values(), *_RESERVED)}
+    busy_until = {name: len(order) for name in ('self', *names.values(), *reserved)}
     for node, index in order.items():
         if node.op in ('placeholder', 'output'):
             continue

@@ -94,6 +94,11 @@ def test_parameters_that_were_frozen_before_the_swap_are_dropped_too() -> None:
     assert plan.unread and not set(plan.unread) & {name for name, _ in model.named_parameters()}
 
 
+def test_a_wrapped_model_is_refused() -> None:
+    with pytest.raises(ModelError, match='DataParallel'):
+        sem_timm.compact_model(nn.DataParallel(swapped(SWIN)))
+
+
 def test_models_of_which_no_attention_was_swapped() -> None:
     for model in (SWIN.create(), FAMILIES['resnet'].create(), sem_timm.patch_model(FAMILIES['resnet'].create())):
         with refused(model, ModelError, type(model).__name__, 'there is nothing to drop'):

@@ -232,4 +232,4 @@ def test_rows_are_taken_head_by_head_where_heads_are_interleaved() -> None:
         plan = sem_timm.plan_model(family.create(), 'external', input_size=family.input_size)
         rows = plan.sliced[f'{site}.qkv.weight']
         assert (rows.first, rows.last, rows.period, rows.total) == (0, 32, 96, 192)
-        assert 'unflatten(0, (2, 96))' in plan.code(site)
+        assert 'last=32, period=96' in plan.code(site)

@@ -85,7 +85,7 @@ def test_a_table_that_a_kept_block_still_reads_is_trained() -> None:
     unread = assert_the_plan_agrees_with_autograd(family, 'external', target='blocks.0.attn')
     assert unread == ('blocks.0.attn.v_bias',)
     both = assert_the_plan_agrees_with_autograd(family, 'external')
-    assert both == ('rel_pos_bias.relative_position_bias_table',)
+    assert both == ('rel_pos_bias.relative_position_bias_table', *(f'blocks.{i}.attn.v_bias' for i in range(2)))
 
 
 def test_what_the_rest_of_a_model_made_useless_does_not_count() -> None:
@@ -153,3 +153,17 @@ def test_copies_know_what_is_useless_too() -> None:
     sem_timm.unpatch_model(twin)
     assert all(p.requires_grad for p in twin.parameters())
     assert outputs(twin, family.images())[0].equal(outputs(family.create(), family.images())[0])
+
+
+@pytest.mark.parametrize(('exclude', 'is_trained'), [(None, False), ('layers.0.blocks.1.attn', True)])
+def test_a_table_that_two_modules_share_is_trained_while_one_reads_it(exclude: str | None, is_trained: bool) -> None:
+    family = CLASSES['models.swin_transformer.WindowAttention']
+    model: Any = family.create()
+    first, second = (model.layers[0].blocks[block].attn for block in (0, 1))
+    second.relative_position_bias_table = first.relative_position_bias_table
+    swap(model, 'external', exclude=exclude, input_size=family.input_size)
+    assert first.relative_position_bias_table.requires_grad is is_trained
+    backward(model, family.images())
+    assert without_gradient(model) == set()
+    sem_timm.unpatch_model(model)
+    assert first.relative_position_bias_table.requires_grad

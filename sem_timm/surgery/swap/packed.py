@@ -7,6 +7,7 @@ channels; they may be one range, or the same range of every head.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,36 +18,16 @@ from torch.nn import functional as F
 from sem_timm.surgery.graphs import Values, called_module, operation_name
 from sem_timm.surgery.layout import layout_of
 from sem_timm.surgery.swap.axes import run_on_indices
+from sem_timm.surgery.swap.projection import is_normed_projection, is_plain, layers_of, name_of, projected_rows
+from sem_timm.surgery.swap.prune import prune
+from sem_timm.surgery.swap.rows import Rows, take_rows
 
+__all__ = ['Rows', 'slice_packed']
+
+_ADDITIONS = {'add', 'iadd', 'add_'}
 _RESHAPES = {'view', 'reshape', 'unflatten'}
 _MOVES = {*_RESHAPES, 'permute', 'transpose', 'contiguous'}
 _DIVIDERS = {'chunk', 'split', 'split_with_sizes'}
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a weight: of every ``period`` rows those from ``first`` to before ``last``.
-
-    Attributes:
-        first: The first row read.
-        last: The row behind the last one read.
-        period: How many rows make one repetition; all of them where there is one range.
-        total: The number of rows of the weight.
-    """
-
-    first: int
-    last: int
-    period: int
-    total: int
-
-    def taken_from(self, graph: fx.Graph, tensor: fx.Node) -> fx.Node:
-        """Nodes that take the rows from a weight or bias."""
-        if self.period == self.total:
-            part = slice(self.first or None, None if self.last == self.total else self.last)
-            return graph.call_function(operator.getitem, (tensor, part))
-        groups = graph.call_method('unflatten', (tensor, 0, (self.total // self.period, self.period)))
-        of_each = graph.call_function(operator.getitem, (groups, (slice(None), slice(self.first, self.last))))
-        return graph.call_method('flatten', (of_each, 0, 1))
 
 
 @dataclass(frozen=True)
@@ -72,19 +53,29 @@ def slice_packed(graph: fx.Graph, module: nn.Module, values: Values) -> dict[str
     Returns:
         The rows that are read, by name of the weight.
     """
-    sliced = {}
+    sliced: dict[str, Rows] = {}
     for node in list(graph.nodes):
         packed = _packed(node, module, values)
         rows = None if packed is None else _rows(packed, module, values)
         edits = None if packed is None or rows is None else _divided(packed, rows, values)
         if packed is None or rows is None or edits is None:
             continue
-        new, name = _sliced_projection(graph, node, rows, module)
+        with graph.inserting_before(node):
+            made = _sliced_projection(graph, node, rows, module, values)
+        if made is None:
+            continue
+        new, names = made
         node.replace_all_uses_with(new)
         graph.erase_node(node)
         for edited, args in edits:
             edited.args = tuple(new if arg is node else arg for arg in args)
-        sliced[name] = rows
+        for addition in packed.moves:
+            if operation_name(addition) in _ADDITIONS:
+                addend: Any = addition.args[1]
+                with graph.inserting_before(addition):
+                    addition.args = (addition.args[0], take_rows(graph, addend, rows, values)[0])
+        sliced |= names
+    prune(graph)  # what only the other rows were computed from
     return sliced
 
 
@@ -106,10 +97,22 @@ def _packed(node: fx.Node, module: nn.Module, values: Values) -> _Packed | None:
             if not isinstance(axis, int) or any(_piece_index(piece) is None for piece in pieces):
                 return None
             return _Packed(node, tuple(moves), user, axis % values[current].ndim, len(values[user]), pieces)
-        if name not in _MOVES:
+        only_added = all(operation_name(move) in _ADDITIONS for move in moves)
+        if name not in _MOVES and not (only_added and _adds_bias(user, current, node, values)):
             return None
         moves.append(user)
         current = user
+
+
+def _adds_bias(user: fx.Node, current: fx.Node, projection: fx.Node, values: Values) -> bool:
+    """Whether a node adds a bias for each row to the output of a projection, of which the rows lie on the last axis."""
+    addend = user.args[1] if len(user.args) == 2 and operation_name(user) in _ADDITIONS and not user.kwargs else None
+    if user.args[0] is not current or not isinstance(addend, fx.Node):
+        return False
+    output, bias = values[projection], values.get(addend)
+    layout = layout_of(output)
+    on_last = layout is not None and layout.channel == output.ndim - 1
+    return on_last and isinstance(bias, Tensor) and layout_of(bias) is None and bias.shape == output.shape[-1:]
 
 
 def _piece_index(node: fx.Node) -> int | None:
@@ -129,23 +132,20 @@ def _argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
 
 
 def _is_projection(node: fx.Node, module: nn.Module) -> bool:
-    """Whether a node is a plain linear layer or convolution, whose output channels do not depend on each other."""
+    """Whether a node is a plain linear layer or convolution, or one that may be followed by its batch norm."""
     if node.op != 'call_module':
         return node.target is F.linear and isinstance(_argument(node, 1, 'weight'), fx.Node)
     called = called_module(node, module)
-    if called is None or len(node.args) != 1 or node.kwargs:
-        return False
-    is_conv = type(called) is nn.Conv2d and called.groups == 1 and called.padding_mode == 'zeros'
-    return type(called) is nn.Linear or is_conv
+    return len(node.args) == 1 and not node.kwargs and (is_plain(called) or layers_of(called) is not None)
 
 
 def _rows(packed: _Packed, module: nn.Module, values: Values) -> Rows | None:
     """The rows that the pieces hold, or None if they are all, or in no order."""
     try:
-        found = run_on_indices(packed.pieces, module, values, 'channel')
+        found = _numbered_pieces(packed, module, values)
     except Exception:  # how the channels are moved is not known
         return None
-    read = torch.unique(torch.cat([piece.reshape(-1) for piece in found.values()])).long() - 1
+    read = torch.unique(torch.cat([piece.reshape(-1) for piece in found])).long() - 1
     layout = layout_of(values[packed.projection])
     if layout is None or layout.channel is None or not len(read):
         return None
@@ -159,6 +159,26 @@ def _rows(packed: _Packed, module: nn.Module, values: Values) -> Rows | None:
     first, last, period = int(read[0]), int(read[gaps[0]]) + 1, total // groups
     rows = (torch.arange(groups)[:, None] * period + torch.arange(first, last)).reshape(-1)
     return Rows(first, last, period, total) if rows.equal(read) else None
+
+
+def _numbered_pieces(packed: _Packed, module: nn.Module, values: Values) -> Iterable[Tensor]:
+    """The pieces, when the output of the projection is the number of each of its channels."""
+    part = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    known: Values = {}
+
+    def given(node: fx.Node) -> fx.Node:
+        if node not in copies:
+            copies[node] = part.placeholder(node.name)
+            known[copies[node]] = values[node]
+        return copies[node]
+
+    given(packed.projection)
+    divided = [packed.divider] if _divides(packed.divider) else []
+    for node in (*packed.moves, *divided, *packed.pieces):
+        is_addition = operation_name(node) in _ADDITIONS
+        copies[node] = given(node.all_input_nodes[0]) if is_addition else part.node_copy(node, given)
+    return run_on_indices([copies[piece] for piece in packed.pieces], module, known, 'channel').values()
 
 
 _Edit = tuple[fx.Node, tuple[Any, ...]]
@@ -200,7 +220,8 @@ def _resized(packed: _Packed, axis: int, size: int, values: Values) -> list[_Edi
         name, ndim = operation_name(node), values[node].ndim
         arguments: Any = node.args
         if name == 'permute':
-            order = arguments[1] if isinstance(arguments[1], (tuple, list)) else arguments[1:]
+            order = node.kwargs.get('dims', arguments[1:])
+            order = order[0] if len(order) == 1 and isinstance(order[0], (tuple, list)) else order
             if not all(isinstance(entry, int) for entry in order):
                 return None
             axis = order[axis] % ndim
@@ -233,17 +254,26 @@ def _with_size(node: fx.Node, axis: int, size: int, values: Values) -> tuple[Any
     return (node.args[0], tuple(flat)) if nested else (node.args[0], *flat)
 
 
-def _sliced_projection(graph: fx.Graph, node: fx.Node, rows: Rows, module: nn.Module) -> tuple[fx.Node, str]:
-    with graph.inserting_before(node):
-        if node.op == 'call_function':
-            weight, bias = _argument(node, 1, 'weight'), _argument(node, 2, 'bias')
-            taken = [None if each is None else rows.taken_from(graph, each) for each in (weight, bias)]
-            return graph.call_function(F.linear, (_argument(node, 0, 'input'), *taken)), str(weight.target)
-        layer: Any = operator.attrgetter(str(node.target))(module)
-        names = [f'{node.target}.weight'] + ([f'{node.target}.bias'] if layer.bias is not None else [])
-        taken = [rows.taken_from(graph, graph.get_attr(name)) for name in names]
-        if type(layer) is nn.Linear:
-            return graph.call_function(F.linear, (node.args[0], *taken)), names[0]
-        taken += [None] * (2 - len(taken))
-        options = (layer.stride, layer.padding, layer.dilation)
-        return graph.call_function(F.conv2d, (node.args[0], *taken, *options)), names[0]
+def _sliced_projection(
+    graph: fx.Graph, node: fx.Node, rows: Rows, module: nn.Module, values: Values
+) -> tuple[fx.Node, dict[str, Rows]] | None:
+    """A node that computes the rows, and the weights that are read in part; None if a child needs all its rows."""
+    if node.op == 'call_function':
+        weight, bias = _argument(node, 1, 'weight'), _argument(node, 2, 'bias')
+        of_weight, sliced = take_rows(graph, weight, rows, values)
+        of_bias = None if bias is None else take_rows(graph, bias, rows, values)[0]
+        return graph.call_function(F.linear, (_argument(node, 0, 'input'), of_weight, of_bias)), sliced
+    child, (given,), layout = called_module(node, module), node.args, layout_of(values[node])
+    axis = -1 if layout is None or layout.channel == values[node].ndim - 1 else 1
+    if child is None or not isinstance(given, fx.Node):
+        return None
+    options: dict[str, Any] = {} if axis == -1 else {'axis': axis}
+    options |= {'first': rows.first} if rows.first else {}
+    options |= {'last': rows.last, 'period': rows.period}
+    name = f'{node.target}.weight'
+    if not is_plain(child):
+        if not is_normed_projection(child, values[given], axis, rows):
+            return None
+        options['form'] = name_of(child)
+        name = f'{node.target}.{next(iter(child._modules))}.weight'
+    return graph.call_function(projected_rows, (given, graph.get_attr(str(node.target))), options), {name: rows}

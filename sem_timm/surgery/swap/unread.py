@@ -34,8 +34,10 @@ def unread_parameters(reader: Reader, placements: dict[str, Placement]) -> tuple
             were_read = _read(module, names, before.values())
             dead = [parameter for parameter in dead if parameter in were_read]
         found.update(dict.fromkeys(f'{name}.{parameter}' for parameter in dead))
-    shared = _names_of_shared(reader.probe.skeleton)
-    return tuple(name for name in found if name not in shared)
+    parameters = dict(reader.probe.skeleton.named_parameters(remove_duplicate=False))
+    # One that is shared may be read under another of its names.
+    alive = {id(parameter) for name, parameter in parameters.items() if name not in found}
+    return tuple(name for name in found if id(parameters[name]) not in alive)
 
 
 def upstream_arguments(reader: Reader, placements: dict[str, Placement]) -> bool:
@@ -95,11 +97,3 @@ def _mentioned(module: nn.Module, target: str) -> Iterator[str]:
 
 def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _names_of_shared(model: nn.Module) -> set[str]:
-    """Names of parameters that are found under several names: another place may read them."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {name for several in names.values() if len(several) > 1 for name in several}
