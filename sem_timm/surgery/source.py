@@ -214,7 +214,9 @@ def _stem(node: fx.Node, names: dict[fx.Node, str]) -> str:
 
 
 def _numbered(stem: str) -> Iterator[str]:
-    yield stem if stem.isidentifier() else 'value'
+    stem = stem.replace('-', 'minus_')  # of an index from the end
+    stem = stem if stem.isidentifier() else 'value'
+    yield stem
     yield from (f'{stem}{number}' for number in count(2))
 
 

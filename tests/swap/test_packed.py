@@ -108,3 +108,29 @@ def test_a_piece_of_a_joined_weight_may_be_read_in_part() -> None:
     backward(model, torch.randn(2, 3, 32, 32))
     assert attention.one.grad.any() and attention.two.grad[: WIDTH // 2].any()
     assert not attention.two.grad[WIDTH // 2 :].any() and attention.three.grad is None
+
+
+class Spelled(nn.Module):
+    """Attention on packed projections, spelled in one of several ways."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.spelling = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), spelling
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = self.qkv(x).reshape(x.shape[0], x.shape[1], 3, 2, WIDTH // 2)
+        if self.spelling == 'named':
+            q, k, v = packed.permute(dims=(2, 0, 3, 1, 4)).unbind(dim=0)
+        else:
+            packed = packed.permute(2, 0, 3, 1, 4)
+            q, k, v = packed[-3], packed[-2], packed[-1]
+        attention = (q @ k.transpose(-2, -1)).softmax(-1)
+        return self.proj((attention @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize('spelling', ['named', 'from the end'])
+@pytest.mark.parametrize('kind', ['external', 'efficient', 'catt'])
+def test_other_spellings(spelling: str, kind: str) -> None:
+    model = Model(Spelled(spelling))
+    swap(model, kind, input_size=(3, 32, 32))
+    assert outputs(model, torch.randn(3, 3, 32, 32))[0].isfinite().all()

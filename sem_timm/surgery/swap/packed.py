@@ -84,11 +84,11 @@ def _packed(node: fx.Node, module: nn.Module, values: Values) -> _Packed | None:
         return None
     moves: list[fx.Node] = []
     current = node
-    while True:
+    while isinstance(values.get(current), Tensor):
         users = [user for user in current.users if not _only_looks_at(user, current)]
         if users and all(_piece_index(user) is not None for user in users):  # the axis of the parts is in front
             return _Packed(node, tuple(moves), current, 0, int(values[current].shape[0]), tuple(users))
-        if len(users) != 1 or not isinstance(values[current], Tensor):
+        if len(users) != 1:
             return None
         name, user = operation_name(users[0]), users[0]
         if name in _DIVIDERS or name == 'unbind':
@@ -102,6 +102,7 @@ def _packed(node: fx.Node, module: nn.Module, values: Values) -> _Packed | None:
             return None
         moves.append(user)
         current = user
+    return None
 
 
 def _adds_bias(user: fx.Node, current: fx.Node, projection: fx.Node, values: Values) -> bool:
