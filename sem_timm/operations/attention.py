@@ -12,11 +12,12 @@ from torch import nn
 from sem_timm.errors import OptionError, closest
 from sem_timm.layers import AttentionCore, MultiHeadExternalAttention, attention_core_class, attention_core_names
 from sem_timm.surgery import AttentionSite
+from sem_timm.surgery.swap.whole import WholeSite
 
 _WHOLE = 'eamlp'
 
-# What a site says, beside the options of a kind.
-_FROM_SITE = {'self', 'head_dim', 'value_dim', 'head_axis', 'grid_size', 'num_prefix_tokens', 'dim', 'device', 'dtype'}
+# What a site says and no option can.
+_FROM_SITE = {'self', 'head_dim', 'value_dim', 'head_axis', 'dim', 'device', 'dtype'}
 
 
 def attention_kinds() -> tuple[str, ...]:
@@ -28,10 +29,15 @@ def attention_kinds() -> tuple[str, ...]:
 class AttentionConfig:
     """Puts another attention in place of self-attention; not an identity, so the model needs training afterwards.
 
+    A core of one's own is built as ``kind(head_dim, **options)`` with ``value_dim``, ``num_heads``, ``head_axis``,
+    ``device`` and ``dtype`` by keyword, and also with ``grid_size`` and ``num_prefix_tokens`` if its constructor names
+    ``grid_size``. Those two and ``num_heads`` may be options too, which win over what the model says.
+
     Attributes:
         kind: One of `attention_kinds`, or an own subclass of ``AttentionCore``. 'eamlp' replaces whole attention
             modules, the others their cores, and keep the projections around them.
-        options: The options of the kind, such as ``memory``, as pairs.
+        options: The options of the kind, such as ``memory``, as pairs. 'eamlp' takes the rates of dropout from the
+            module it replaces unless they are given.
 
     Raises:
         OptionError: If the kind or an option is unknown, or an option is out of range.
@@ -44,7 +50,7 @@ class AttentionConfig:
         object.__setattr__(self, 'kind', kind)
         object.__setattr__(self, 'options', tuple(sorted(options.items())))
         cls = self._class()
-        known = [name for name in inspect.signature(cls.__init__).parameters if name not in _FROM_SITE]
+        known = [name for name in _parameters(cls) if name not in _FROM_SITE]
         for name in options:
             if name not in known:
                 raise OptionError(f'option {name!r} of attention {str(self)!r} is unknown. {closest(name, known)}')
@@ -98,19 +104,30 @@ class AttentionConfig:
         """Builds the core, or module, for a site."""
         options: dict[str, Any] = dict(self.options)
         cls = self._class()
+        options.setdefault('num_heads', site.num_heads)
         if self.replaces_module:
-            options.setdefault('num_heads', site.num_heads)
+            options = {**_dropout_of(site), **options}
             module: nn.Module = cls(site.shape[-1], device=device, dtype=dtype, **options)
             return module
-        accepted = inspect.signature(cls.__init__).parameters
-        if 'grid_size' in accepted:
-            options.update(grid_size=site.grid_size, num_prefix_tokens=site.num_prefix_tokens)
-        options.setdefault('num_heads', site.num_heads)
+        if 'grid_size' in _parameters(cls):
+            options.update(self._grid(site))
         value_dim, axis = site.value_shape[-1], site.head_axis
         core: nn.Module = cls(
             site.shape[-1], value_dim=value_dim, head_axis=axis, device=device, dtype=dtype, **options
         )
         return core
+
+    def _grid(self, site: AttentionSite) -> dict[str, Any]:
+        """The grid of a site's tokens: the options, where they are given, else what the model says."""
+        found = {'grid_size': site.grid_size, 'num_prefix_tokens': site.num_prefix_tokens, **dict(self.options)}
+        size, prefix, tokens = found['grid_size'], found['num_prefix_tokens'], site.shape[-2]
+        if size is not None and size[0] * size[1] + prefix == tokens:
+            return {'grid_size': size, 'num_prefix_tokens': prefix}
+        known = 'of which height and width are not known' if size is None else f'not those of grid_size={size}'
+        raise OptionError(
+            f'there are {tokens} tokens, {prefix} of them prefix tokens, {known}. '
+            f'Say what they are: {self}, grid_size=(height, width), num_prefix_tokens=1 for a class token.'
+        )
 
     @property
     def scales_output(self) -> bool:
@@ -128,3 +145,22 @@ class AttentionConfig:
 
     def __str__(self) -> str:
         return self.kind if isinstance(self.kind, str) else self.kind.__name__
+
+
+def _parameters(cls: type) -> list[str]:
+    """Names of what a constructor takes; where it hands ``**kwargs`` on, also those of the next class that has one."""
+    names: dict[str, None] = {}
+    for base in cls.__mro__:
+        if '__init__' not in base.__dict__:
+            continue
+        parameters = inspect.signature(base.__dict__['__init__']).parameters.values()
+        stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        names.update(dict.fromkeys(p.name for p in parameters if p.kind not in stars))
+        if base is AttentionCore or not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+            break
+    return list(names)
+
+
+def _dropout_of(site: AttentionSite) -> dict[str, float]:
+    """The rates of dropout of a module that is replaced as a whole."""
+    return {'attn_drop': site.attn_drop, 'proj_drop': site.proj_drop} if isinstance(site, WholeSite) else {}

@@ -16,6 +16,7 @@ from tests.families import Family
 from tests.refusals import refused
 from tests.snapshot import assert_same, snapshot
 from tests.swap.classes import CLASSES
+from tests.swap.small_attention import Plain
 from tests.swap.swapping import backward, outputs, shapes, swap, swapped, without_gradient
 from tests.twins import assert_equal, inserted
 
@@ -116,14 +117,63 @@ def test_halo_knows_class_tokens_and_grids() -> None:
     assert (site.num_prefix_tokens, site.shape[-2]) == (5, 21)
 
 
-def test_halo_where_tokens_form_no_grid() -> None:
+@pytest.mark.parametrize('size', [(64, 96), (32, 128), (128, 32)])
+def test_halo_on_grids_that_are_no_square(size: tuple[int, int]) -> None:
+    model = MODELS['class token'].create(img_size=size, dynamic_img_size=False)
+    plan = sem_timm.plan_model(model, 'halo')
+    assert {(site.grid_size, site.num_prefix_tokens) for site in plan} == {((size[0] // 16, size[1] // 16), 1)}
+    swap(model, plan)
+    assert model.blocks[0].attn.core.grid_size == (size[0] // 16, size[1] // 16)
+    backward(model, torch.randn(2, 3, *size))
+
+
+def test_halo_knows_windows() -> None:
+    family = MODELS['windows']
+    assert {site.grid_size for site in sem_timm.plan_model(family.create(), 'halo', input_size=family.input_size)} == {
+        (4, 4)
+    }
+    model = family.create(window_size=(2, 8))
+    plan = sem_timm.plan_model(model, 'halo', target=r'layers\.0\..*', input_size=family.input_size)
+    assert {(site.grid_size, site.shape[-2]) for site in plan} == {((2, 8), 16)}
+
+
+def test_halo_takes_one_window_of_tokens_for_no_map() -> None:
+    family = CLASSES['models.nest.Attention']
+    plan = sem_timm.plan_model(family.create(), 'halo', input_size=family.input_size)
+    assert {site.grid_size for site in plan} == {(4, 4)}
+
+
+class Sequence(nn.Module):
+    """Tokens from a linear layer, so that nothing says what grid they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Linear(192, 16)
+        self.attention = Plain()
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.unfold(2, 8, 8).unfold(3, 8, 8)
+        return self.attention(self.patches(x.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)))
+
+
+def test_halo_where_nothing_tells_the_grid() -> None:
+    model = Sequence()
+    with refused(model, RefusedError, '16 tokens, 0 of them prefix', 'not known', 'grid_size=(height, width)'):
+        sem_timm.patch_model(model, 'halo', input_size=(3, 16, 64))
+    for options in ({'grid_size': (2, 8)}, {'grid_size': (3, 5), 'num_prefix_tokens': 1}):
+        core: Any = swap(Sequence(), AttentionConfig('halo', **options), input_size=(3, 16, 64)).attention.core
+        assert {name: getattr(core, name) for name in options} == options
+    with refused(model, RefusedError, 'not those of grid_size=(4, 8)'):
+        sem_timm.patch_model(model, 'halo', grid_size=(4, 8), input_size=(3, 16, 64))
+
+
+def test_options_win_over_the_grid_of_the_model() -> None:
     model = MODELS['class token'].create()
-    with torch.no_grad():
-        assert model.forward_features(torch.randn(2, 3, 64, 96)).shape[1] == 25
-    options = {'img_size': (64, 96), 'dynamic_img_size': False}
-    model = MODELS['class token'].create(**options)
-    with refused(model, RefusedError, 'halo', '25 tokens', '1 prefix', 'no square grid', 'grid_size'):
-        sem_timm.patch_model(model, 'halo', input_size=(3, 64, 96))
+    options = {'grid_size': (2, 8), 'num_prefix_tokens': 1}
+    core = swap(model, 'halo', **options).blocks[0].attn.core
+    assert (core.grid_size, core.num_prefix_tokens) == ((2, 8), 1)
+    with refused(MODELS['class token'].create(), RefusedError, '17 tokens, 0 of them prefix', 'grid_size'):
+        sem_timm.patch_model(MODELS['class token'].create(), 'halo', num_prefix_tokens=0)
 
 
 def test_halo_that_meets_another_number_of_tokens() -> None:
@@ -196,6 +246,23 @@ def test_a_core_of_ones_own(name: str) -> None:
     backward(model, family.images())
     assert without_gradient(model) == set()
     assert shapes(model, family.images(1)) == shapes(family.create(), family.images(1))
+
+
+class Forwarding(sem_timm.ExternalAttention):
+    """A core that hands all it is given on."""
+
+    def __init__(self, *args: Any, gain: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gain = gain
+
+
+def test_a_core_that_hands_its_arguments_on_takes_those_of_its_base() -> None:
+    core = swapped(MODELS['class token'], Forwarding, memory=8, gain=2.0).blocks[0].attn.core
+    assert (core.memory, core.gain, core.num_heads) == (8, 2.0, 2)
+    with pytest.raises(OptionError, match=r"option 'memroy'.*memory"):
+        AttentionConfig(Forwarding, memroy=8)
+    with pytest.raises(OptionError, match="option 'head_dim'"):
+        AttentionConfig(Forwarding, head_dim=8)
 
 
 def test_configurations_are_values() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from timm.layers import Attention
+from torch import Tensor, nn
 
 import sem_timm
 from sem_timm import MultiHeadExternalAttention, OptionError, RefusedError
@@ -139,3 +140,39 @@ def test_dropout_is_an_option() -> None:
     assert_equal(outputs(model, images), outputs(model, images))
     model.train()
     assert not outputs(model, images)[0].equal(outputs(model, images)[0])
+
+
+def test_rates_of_dropout_are_those_of_the_module() -> None:
+    model = swapped(VIT, 'eamlp', create={'attn_drop_rate': 0.3, 'proj_drop_rate': 0.2})
+    new = model.blocks[0].attn.core
+    assert (new.attn_drop.p, new.proj_drop.p) == (0.3, 0.2)
+    model = swapped(VIT, 'eamlp', create={'attn_drop_rate': 0.3, 'proj_drop_rate': 0.2}, attn_drop=0.0)
+    new = model.blocks[0].attn.core
+    assert (new.attn_drop.p, new.proj_drop.p) == (0.0, 0.2)
+    model = swapped(VIT, 'eamlp')
+    assert (model.blocks[0].attn.core.attn_drop.p, model.blocks[0].attn.core.proj_drop.p) == (0.0, 0.0)
+
+
+class Masked(nn.Module):
+    """Calls timm's attention with a table of its own, or as causal."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.inner = Attention(16, num_heads=2)
+        self.kwargs = kwargs
+        self.register_buffer('table', torch.zeros(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, **(self.kwargs or {'attn_mask': self.table}))
+
+
+def test_a_table_for_pairs_of_tokens_is_refused() -> None:
+    model = small_attention.Model(Masked())
+    with refused(model, RefusedError, 'attention.inner: ', 'mask of shape (16, 16)', 'key-padding'):
+        sem_timm.patch_model(model, 'eamlp', input_size=(3, 32, 32))
+
+
+def test_a_causal_module_is_refused() -> None:
+    model = small_attention.Model(Masked(is_causal=True))
+    with refused(model, RefusedError, 'attention.inner: its attention is causal'):
+        sem_timm.patch_model(model, 'eamlp', input_size=(3, 32, 32))

@@ -7,18 +7,39 @@ that has a softmax is told apart with the reason.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from sem_timm.surgery.graphs import Values, called_module, operation_name
-from sem_timm.surgery.skeleton import filled
+from sem_timm.surgery.graphs import Values, operation_name
+from sem_timm.surgery.swap.nodes import (
+    is_elementwise,
+    is_matrix_transpose,
+    is_over_last_axis,
+    is_product,
+    is_softmax,
+    only_adds,
+    passes,
+    permutes,
+    reshapes,
+)
+from sem_timm.surgery.swap.scale import Scale, Step, scale_of_call, scale_of_steps
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A bias or mask that goes into logits.
+
+    Attributes:
+        node: The bias or mask.
+        how: 'added' or 'subtracted'; 'kept' or 'dropped' for the pairs where a mask is True; 'otherwise'.
+    """
+
+    node: fx.Node
+    how: str = 'added'
 
 
 @dataclass(frozen=True)
@@ -30,6 +51,7 @@ class Core:
         query: The queries, (..., N, d).
         key: The keys, (..., M, d); (..., d, M) if ``key_transposed``.
         value: The values, (..., M, d_v); (..., d_v, M) if ``transposed``.
+        scale: What the logits are multiplied by.
         extras: What else goes into the logits: biases and masks.
         key_transposed: Whether the keys lie transposed already.
         transposed: Whether the result is (..., d_v, N), as in ``v @ attention.mT``.
@@ -40,10 +62,15 @@ class Core:
     query: fx.Node
     key: fx.Node
     value: fx.Node
-    extras: tuple[fx.Node, ...] = ()
+    scale: Scale
+    extras: tuple[Extra, ...] = ()
     key_transposed: bool = False
     transposed: bool = False
     is_causal: bool = False
+
+
+# Added to a logit, it switches a pair off, to say nothing of minus infinity; penalties that are weighed lie above.
+_OFF = -1e4
 
 
 class NotACore(Exception):
@@ -55,8 +82,8 @@ def find_cores(graph: fx.Graph, module: nn.Module, values: Values) -> tuple[list
     cores, reasons = [], []
     for node in graph.nodes:
         if node.target is F.scaled_dot_product_attention:
-            cores.append(_called(node))
-        elif _is_softmax(node, module):
+            cores.append(_called(node, values))
+        elif is_softmax(node, module):
             try:
                 cores.append(_spelled_out(node, module, values))
             except NotACore as reason:
@@ -67,61 +94,67 @@ def find_cores(graph: fx.Graph, module: nn.Module, values: Values) -> tuple[list
 _ARGUMENTS = ('query', 'key', 'value', 'attn_mask', 'dropout_p', 'is_causal', 'scale', 'enable_gqa')
 
 
-def _called(node: fx.Node) -> Core:
+def _called(node: fx.Node, values: Values) -> Core:
     given: dict[str, Any] = {**dict(zip(_ARGUMENTS, node.args)), **node.kwargs}
-    mask = given.get('attn_mask')
-    extras = (mask,) if isinstance(mask, fx.Node) else ()
-    is_causal = given.get('is_causal') is True
-    return Core(node, given['query'], given['key'], given['value'], extras, is_causal=is_causal)
+    query, key, mask, is_causal = given['query'], given['key'], given.get('attn_mask'), given.get('is_causal')
+    how = 'kept' if isinstance(mask, fx.Node) and getattr(values[mask], 'dtype', None) is torch.bool else 'added'
+    extras = (Extra(mask, how),) if isinstance(mask, fx.Node) else ()
+    is_causal = values[is_causal] if isinstance(is_causal, fx.Node) else is_causal
+    scale = scale_of_call(query, key, given.get('scale'), values)
+    return Core(node, query, key, given['value'], scale, extras, is_causal=is_causal is True)
 
 
 def _spelled_out(softmax: fx.Node, module: nn.Module, values: Values) -> Core:
-    logits, extras = _product_behind(softmax, module, values)
+    logits, steps = _product_behind(softmax, module, values)
     query, key = _factors(logits)
+    if not is_over_last_axis(softmax, module, values) or values[softmax].shape[-1] != values[logits].shape[-1]:
+        raise NotACore('its softmax is not over the keys')
+    scale = scale_of_steps(query, key, logits, steps, values)
+    extras = tuple(extra for step in steps for extra in _extras(step, values))
     current, transposed = softmax, False
     while True:
         users = list(current.users)
-        product = next((user for user in users if _is_product(user)), None)
+        product = next((user for user in users if is_product(user)), None)
         if product is not None:
             break
-        following = next((user for user in users if _passes(user, module)), None)
+        following = next((user for user in users if passes(user, module)), None)
         if following is None:
-            following = next((user for user in users if _is_matrix_transpose(user, values)), None)
+            following = next((user for user in users if is_matrix_transpose(user, values)), None)
             transposed ^= following is not None
         if following is None:
             raise NotACore(_mixed('its attention weights are', users))
         current = following
     left, right = _factors(product)
     if left is current and not transposed:
-        return Core(product, query, key, right, extras, key_transposed=True)
+        return Core(product, query, key, right, scale, extras, key_transposed=True)
     if right is current and transposed:
-        return Core(product, query, key, left, extras, key_transposed=True, transposed=True)
+        return Core(product, query, key, left, scale, extras, key_transposed=True, transposed=True)
     raise NotACore('its attention weights meet the values in an order that is not read')
 
 
-def _product_behind(softmax: fx.Node, module: nn.Module, values: Values) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-    """The product of queries and keys that a softmax is fed by, and what was added to it."""
+def _product_behind(softmax: fx.Node, module: nn.Module, values: Values) -> tuple[fx.Node, list[Step]]:
+    """The product of queries and keys that a softmax is fed by, and the steps back to it."""
     current: Any = softmax.args[0] if softmax.args else softmax.kwargs.get('input')
-    extras: list[fx.Node] = []
+    steps: list[Step] = []
     moved: list[fx.Node] = []
     for _ in range(64):
         if not isinstance(current, fx.Node) or not isinstance(values[current], Tensor):
             break
-        if _is_product(current):
+        if is_product(current):
             if moved:
                 raise NotACore(_mixed('its logits are', moved))
-            return current, tuple(extras)
+            return current, steps
         operands = [o for o in current.all_input_nodes if isinstance(values[o], Tensor)]
-        if _is_elementwise(current) and operands:
+        if is_elementwise(current) and operands:
             shape = values[current].shape
             whole = [o for o in operands if values[o].shape == shape] or operands[:1]
             main = next((o for o in whole if _leads_to_product(o, module, values)), whole[0])
-            extras += [operand for operand in operands if operand is not main]
+            steps.append(Step(current, main))
             current = main
-        elif (_reshapes(current) or _only_adds(current, module, values)) and operands:
-            extras += operands[1:]
+        elif (reshapes(current) or only_adds(current, module, values)) and operands:
+            steps.append(Step(current, operands[0]))
             current = operands[0]
-        elif operands and (current.op == 'call_module' or _permutes(current)):
+        elif operands and (current.op == 'call_module' or permutes(current)):
             moved.append(current)
             current = operands[0]
         else:
@@ -129,10 +162,36 @@ def _product_behind(softmax: fx.Node, module: nn.Module, values: Values) -> tupl
     raise NotACore('its softmax is not over products of queries and keys')
 
 
+def _extras(step: Step, values: Values) -> list[Extra]:
+    """What a step adds to logits, or masks them by."""
+    node, name = step.node, operation_name(step.node).rstrip('_')
+    others = [o for o in node.all_input_nodes if o is not step.logits and isinstance(values[o], Tensor)]
+    if name in ('to', 'type', 'type_as', 'expand') or reshapes(node):
+        return []
+    if step.multiplies and all(values[other].shape[-1:] in ((), (1,)) for other in others):
+        return []
+    if name == 'masked_fill' and len(node.args) == 3:
+        return [Extra(others[0], 'dropped' if _is_lowest(node.args[2], values) else 'otherwise')]
+    if name == 'where' and len(node.args) == 3 and others[:1] == [node.args[0]]:
+        how, fill = ('kept', node.args[2]) if node.args[1] is step.logits else ('dropped', node.args[1])
+        return [Extra(others[0], how if _is_lowest(fill, values) else 'otherwise')]
+    if name in ('add', 'iadd', 'maybe_add_mask') and not node.kwargs:
+        return [Extra(other) for other in others]
+    if name == 'sub' and node.args[0] is step.logits and not node.kwargs:
+        return [Extra(other, 'subtracted') for other in others]
+    return [Extra(other, 'otherwise') for other in others]
+
+
+def _is_lowest(fill: Any, values: Values) -> bool:
+    """Whether a number is as low as one that switches a pair off; a tensor of one number is taken for that."""
+    fill = values[fill] if isinstance(fill, fx.Node) else fill
+    return isinstance(fill, Tensor) or (isinstance(fill, (int, float)) and fill <= _OFF)
+
+
 def _leads_to_product(node: fx.Node, module: nn.Module, values: Values) -> bool:
-    if _is_product(node):
+    if is_product(node):
         return True
-    if not (_is_elementwise(node) or _reshapes(node) or _permutes(node) or _only_adds(node, module, values)):
+    if not (is_elementwise(node) or reshapes(node) or permutes(node) or only_adds(node, module, values)):
         return False
     sources = [source for source in node.all_input_nodes if isinstance(values[source], Tensor)]
     return any(_leads_to_product(source, module, values) for source in sources)
@@ -150,105 +209,3 @@ def _factors(product: fx.Node) -> tuple[fx.Node, fx.Node]:
     first, second = operands
     assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
     return first, second
-
-
-def _only_adds(node: fx.Node, module: nn.Module, values: Values) -> bool:
-    """Whether a child, or a function that is no operation of torch, adds something to logits and mixes nothing."""
-    first = node.args[0] if node.args else None
-    if not isinstance(first, fx.Node) or not isinstance(values[first], Tensor):
-        return False
-    if values[first].shape != values[node].shape:
-        return False
-    if node.op == 'call_function':  # such as one that timm marks as not traceable; checked in numbers with the rest
-        return isinstance(node.target, FunctionType) and not node.target.__module__.startswith('torch')
-    called = called_module(node, module) if node.op == 'call_module' else None
-    if not isinstance(called, nn.Module) or len(node.args) != 1 or node.kwargs:
-        return False
-    generator = torch.Generator().manual_seed(0)
-    copy = filled(called, generator)
-    shape = (1, *values[first].shape[1:])
-    try:
-        with torch.no_grad():
-            plain = copy(torch.zeros(shape))
-            inputs = torch.rand(shape, generator=generator)
-            return bool(torch.allclose(copy(inputs), inputs + plain, atol=1e-4))
-    except Exception:  # it does not take a batch of one
-        return False
-
-
-_PRODUCTS: tuple[Callable[..., Any], ...] = (torch.matmul, operator.matmul, torch.bmm, torch.einsum)
-_SOFTMAXES: tuple[Callable[..., Any], ...] = (torch.softmax, F.softmax)
-_ELEMENTWISE: tuple[Callable[..., Any], ...] = (
-    operator.add,
-    operator.iadd,
-    operator.sub,
-    operator.mul,
-    operator.imul,
-    operator.truediv,
-    operator.itruediv,
-    torch.add,
-    torch.sub,
-    torch.mul,
-    torch.div,
-    torch.where,
-    torch.clamp,
-)
-_ELEMENTWISE_METHODS = {'add', 'add_', 'sub', 'sub_', 'mul', 'mul_', 'div', 'div_', 'masked_fill', 'masked_fill_'}
-_ELEMENTWISE_METHODS |= {'clamp', 'clamp_', 'to', 'type', 'type_as', 'float', 'contiguous', 'expand'}
-_CASTS = {'to', 'type', 'type_as', 'float', 'half', 'contiguous'}
-_RESHAPES = {'view', 'reshape', 'flatten', 'unflatten', 'unsqueeze', 'squeeze'}
-
-
-def _is_product(node: fx.Node) -> bool:
-    if node.op == 'call_method':
-        return node.target in ('matmul', 'bmm', '__matmul__')
-    return node.op == 'call_function' and node.target in _PRODUCTS
-
-
-def _is_softmax(node: fx.Node, module: nn.Module) -> bool:
-    if node.op == 'call_module':
-        return isinstance(called_module(node, module), nn.Softmax)
-    if node.op == 'call_method':
-        return node.target == 'softmax'
-    return node.op == 'call_function' and node.target in _SOFTMAXES
-
-
-def _is_elementwise(node: fx.Node) -> bool:
-    if node.op == 'call_method':
-        return node.target in _ELEMENTWISE_METHODS
-    named = operation_name(node) == 'maybe_add_mask'
-    return node.op == 'call_function' and (node.target in _ELEMENTWISE or named)
-
-
-def _reshapes(node: fx.Node) -> bool:
-    return node.op in ('call_method', 'call_function') and operation_name(node) in _RESHAPES
-
-
-def _permutes(node: fx.Node) -> bool:
-    return node.op in ('call_method', 'call_function') and operation_name(node) in (
-        'permute',
-        'transpose',
-        'movedim',
-        'mT',
-    )
-
-
-def _passes(node: fx.Node, module: nn.Module) -> bool:
-    """Whether a node hands attention weights on as they are, but for dropout and type."""
-    if node.op == 'call_module':
-        return isinstance(called_module(node, module), (nn.Dropout, nn.Identity))
-    if node.op == 'call_function':
-        return node.target in (F.dropout, torch.dropout)
-    return node.op == 'call_method' and node.target in _CASTS
-
-
-def _is_matrix_transpose(node: fx.Node, values: Values) -> bool:
-    if node.op == 'call_function' and node.target is getattr:
-        return bool(node.args[1] == 'mT')
-    if node.op not in ('call_method', 'call_function') or not isinstance(values[node], Tensor):
-        return False
-    ndim = values[node].ndim
-    if operation_name(node) != 'transpose' or not all(isinstance(axis, int) for axis in node.args[1:3]):
-        return False
-    axes: Any = node.args[1:3]
-    return bool({axis % ndim for axis in axes} == {ndim - 1, ndim - 2})

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
-from sem_timm.surgery.graphs import operation_name
+from sem_timm.surgery.graphs import Values, operation_name
+from sem_timm.surgery.layout import LayoutMode
 from sem_timm.surgery.reading import Reading
-from sem_timm.surgery.swap.cores import Core
+from sem_timm.surgery.swap.cores import Core, Extra
+from sem_timm.surgery.swap.nodes import is_matrix_transpose
 from sem_timm.surgery.swap.packed import Rows, slice_packed
 from sem_timm.surgery.swap.prune import prune
+from sem_timm.surgery.swap.scale import Arithmetic
 from sem_timm.surgery.trace import Guard
 
 
@@ -32,18 +36,34 @@ class Swapping:
 
 
 def swapped(
-    graph: fx.Graph, cores: dict[str, Core], masked: list[bool], reads_keys: bool, module: nn.Module, values: Any
+    graph: fx.Graph,
+    cores: dict[str, Core],
+    masks: list[Extra | None],
+    reads_keys: bool,
+    module: nn.Module,
+    values: Values,
 ) -> tuple[fx.Graph, dict[str, Rows]]:
-    """A copy of a graph with new children in place of its cores, without what only fed the old ones."""
+    """A copy of a graph with new children in place of its cores, without what only fed the old ones.
+
+    Args:
+        graph: The graph.
+        cores: Its cores, by the names of the new children.
+        masks: What each is handed as its mask.
+        reads_keys: Whether it is handed keys and values, and queries with the scale of the old logits.
+        module: The module.
+        values: The value of every node.
+    """
     copies: dict[fx.Node, fx.Node] = {}
     edited = fx.Graph()
     edited.output(edited.graph_copy(graph, copies))
-    for (attribute, core), with_mask in zip(cores.items(), masked):
+    known = {copies[node]: value for node, value in values.items() if node in copies}
+    nodes = _Nodes(edited, known)
+    for (attribute, core), mask in zip(cores.items(), masks, strict=True):
         output = copies[core.output]
         with edited.inserting_before(output):
-            arguments = list(_arguments(edited, core, copies, reads_keys))
-            if with_mask:
-                arguments.append(copies[core.extras[0]])
+            arguments = list(_arguments(nodes, core, copies, reads_keys))
+            if mask is not None:
+                arguments.append(_mask(edited, mask, copies))
             new = edited.call_module(attribute, tuple(arguments))
             if core.transposed:  # and laid out as the product that it replaces, of which a view may be taken
                 new = edited.call_method('contiguous', (edited.call_method('transpose', (new, -2, -1)),))
@@ -52,10 +72,10 @@ def swapped(
         copies = {old: new if copy is output else copy for old, copy in copies.items()}
     _loosen_types(edited)
     prune(edited)
-    known = {copies[node]: value for node, value in values.items() if node in copies}
     return edited, slice_packed(edited, module, known)
 
 
+# What passes a tensor on in another shape, so that its type can be asked of the tensor itself.
 _MOVES = {'view', 'reshape', 'permute', 'transpose', 'contiguous', 'unbind', 'getitem', 'chunk', 'split', 'unflatten'}
 
 
@@ -64,20 +84,53 @@ def _loosen_types(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op != 'call_method' or node.target != 'type_as':
             continue
-        tensor, like = node.args
+        given: tuple[Any, ...] = (*node.args, *node.kwargs.values())
+        tensor, like = given
         while isinstance(like, fx.Node) and like.args and isinstance(like.args[0], fx.Node):
             if like.op not in ('call_method', 'call_function') or operation_name(like) not in _MOVES:
                 break
             like = like.args[0]
-        node.args = (tensor, like)
+        node.args, node.kwargs = (tensor, like), {}
 
 
-def _arguments(graph: fx.Graph, core: Core, copies: dict[fx.Node, fx.Node], reads_keys: bool) -> Iterator[fx.Node]:
-    yield copies[core.query]
-    if reads_keys:
-        key, value = copies[core.key], copies[core.value]
-        yield graph.call_method('transpose', (key, -2, -1)) if core.key_transposed else key
-        yield graph.call_method('transpose', (value, -2, -1)) if core.transposed else value
+class _Nodes(Arithmetic):
+    """Arithmetic as nodes of a graph; what only moves data gets a value too, for those who follow it."""
+
+    def __init__(self, graph: fx.Graph, known: Values) -> None:
+        self.graph, self.known = graph, known
+
+    def mul(self, first: Any, second: Any) -> fx.Node:
+        return self.graph.call_function(operator.mul, (first, second))
+
+    def truediv(self, first: Any, second: Any) -> fx.Node:
+        return self.graph.call_function(operator.truediv, (first, second))
+
+    def transpose(self, tensor: fx.Node) -> fx.Node:
+        if is_matrix_transpose(tensor, self.known):  # there and back
+            return tensor.all_input_nodes[0]
+        node = self.graph.call_method('transpose', (tensor, -2, -1))
+        with LayoutMode():
+            self.known[node] = self.known[tensor].transpose(-2, -1)
+        return node
+
+
+def _arguments(nodes: _Nodes, core: Core, copies: dict[fx.Node, fx.Node], reads_keys: bool) -> Iterator[fx.Node]:
+    if not reads_keys:
+        yield copies[core.query]
+        return
+    scale, key, value = core.scale, copies[core.key], copies[core.value]
+    factors = [copies[factor] for factor, _ in scale.factors]
+    yield scale.of_queries(copies[scale.query], factors, nodes.known[copies[core.query]].shape[-1], nodes)
+    yield nodes.transpose(key) if core.key_transposed else key
+    yield nodes.transpose(value) if core.transposed else value
+
+
+def _mask(graph: fx.Graph, mask: Extra, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    """A mask by the convention of ``scaled_dot_product_attention``: True takes part, or numbers to be added."""
+    node = copies[mask.node]
+    if mask.how == 'dropped':
+        return graph.call_function(operator.invert, (node,))
+    return graph.call_function(operator.neg, (node,)) if mask.how == 'subtracted' else node
 
 
 def unread_arguments(names: Iterable[str], graphs: dict[bool, fx.Graph]) -> set[str]:

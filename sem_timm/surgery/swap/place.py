@@ -1,34 +1,33 @@
 """Attention cores as sites, and the edits that put another core in their place.
 
 A swap keeps the projections, norms, rotary embeddings, windows and the layout around the core, and drops what only fed
-the old core: keys and values that the new one does not read, position biases, masks of windows. A whole attention
-module can be replaced as well, where it maps (B, N, C) to (B, N, C) by itself.
+the old core: keys and values that the new one does not read, position biases, masks of windows.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from sem_timm.errors import TraceError
 from sem_timm.surgery.bytecode import names_called
-from sem_timm.surgery.graphs import ancestors
-from sem_timm.surgery.layout import Layout, LayoutMode, layout_of, set_layout
+from sem_timm.surgery.graphs import Values, ancestors
+from sem_timm.surgery.layout import layout_of
 from sem_timm.surgery.placement import Placement, Refused, check_editable, check_hashable, compiled, free_names
 from sem_timm.surgery.plan import AttentionSite, Swap
 from sem_timm.surgery.reading import Reader, Reading, bound_arguments
 from sem_timm.surgery.rewrite import Edit, edit_of
 from sem_timm.surgery.source import graph_source
-from sem_timm.surgery.swap.cores import Core, find_cores
-from sem_timm.surgery.swap.edit import Swapping, calling, guards_for_unread, swapped, unread_arguments
+from sem_timm.surgery.swap.cores import Core, Extra, find_cores
+from sem_timm.surgery.swap.edit import Swapping, guards_for_unread, swapped, unread_arguments
+from sem_timm.surgery.swap.grids import Grids
 from sem_timm.surgery.swap.packed import Rows
-from sem_timm.surgery.swap.queries import check_sources, grid_of, heads_of, passes_mask
-from sem_timm.surgery.trace import Trace, forward_signature
+from sem_timm.surgery.swap.queries import check_sources, heads_of, mask_of
+from sem_timm.surgery.swap.trial import num_parameters_of
+from sem_timm.surgery.swap.whole import CAUSAL, place_whole
 
 
 class NoCore(Refused):
@@ -70,6 +69,8 @@ class Swapper:
         self.operation = operation
         check_hashable(operation)
         self._attending = attention_modules(reader)
+        self._grids = Grids(reader, self._attending)
+        self._buffers = {id(buffer) for buffer in reader.probe.skeleton.buffers()}
         self._tables_of: dict[type, frozenset[str]] = {}
         self._heads: dict[tuple[fx.Node, tuple[int, ...]], tuple[int, int]] = {}
 
@@ -80,7 +81,11 @@ class Swapper:
             Refused: If it has none that the operation can replace.
         """
         check_editable(self.reader, name)
-        return self._whole(name) if self.operation.replaces_module else self._cores(name)
+        if not self.operation.replaces_module:
+            return self._cores(name)
+        if name not in self._attending:
+            raise NoCore(self._no_core(name))
+        return place_whole(self.reader, self.operation, name)
 
     def _read(self, name: str) -> tuple[Reading, list[Core]]:
         """The reading of a module in which its cores can be seen."""
@@ -118,10 +123,11 @@ class Swapper:
         sites = tuple(self._site(name, attribute, core, values, reading) for core, attribute in zip(cores, attributes))
         # Which rows of a packed weight are read depends on its shape, which the trace does not.
         shapes = tuple(parameter.shape for parameter in module.parameters())
-        key = (self.operation, attributes, tuple(site.masked for site in sites), shapes, self._tables(type(module)))
+        of_sites = tuple((site.masked, site.shape[-1]) for site in sites)
+        key = (self.operation, attributes, of_sites, shapes, self._tables(type(module)))
         edits = reading.trace.edits
         if key not in edits:
-            edits[key] = self._edited(name, reading, attributes, [site.masked for site in sites])
+            edits[key] = self._edited(name, reading, attributes)
         edit, swapping = edits[key]
         return Placement(sites, edit, reading, swapping)
 
@@ -130,15 +136,15 @@ class Swapper:
         tensors = [leaf for leaf in tree_leaves(list(reading.trace.values.values())) if isinstance(leaf, Tensor)]
         return isinstance(output, Tensor) and bool(tensors) and output.ndim == 2 and tensors[0].ndim > 2
 
-    def _site(
-        self, name: str, attribute: str, core: Core, values: dict[fx.Node, Any], reading: Reading
-    ) -> AttentionSite:
+    def _site(self, name: str, attribute: str, core: Core, values: Values, reading: Reading) -> AttentionSite:
         module = self.reader.modules[name]
         query, key, value = values[core.query], values[core.key], values[core.value]
         if not query.is_floating_point():
             raise Refused(f'its queries are of {query.dtype}')
         if core.is_causal:
-            raise Refused('its attention is causal: a token sees only those before it')
+            raise Refused(CAUSAL)
+        if self.operation.reads_keys and core.scale.refusal:
+            raise Refused(core.scale.refusal)
         check_sources(core, values)
         found = core.query, tuple(query.shape)
         if found not in self._heads:
@@ -149,6 +155,7 @@ class Swapper:
         layout = layout_of(tokens)
         as_tokens = layout is not None and tokens.ndim == 3 and tokens.shape[1] == query.shape[-2]
         prefix = layout.prefix if layout is not None and as_tokens else 0
+        mask = self._mask(core, module, values)
         site = AttentionSite(
             name=name,
             class_name=type(module).__name__,
@@ -160,14 +167,16 @@ class Swapper:
             num_heads=num_heads,
             head_axis=head_axis,
             num_prefix_tokens=prefix,
-            grid_size=grid_of(reading, query.shape[-2] - prefix),
-            masked=passes_mask(core, values, self.operation),
+            grid_size=self._grids.find(name, reading.trace.values, query.shape[-2] - prefix),
+            masked=mask is not None,
         )
-        return replace(site, num_parameters=_rehearsed(self.operation, site))
+        given_mask = None if mask is None else values[mask.node]
+        return replace(site, num_parameters=num_parameters_of(self.operation, site, given_mask))
 
-    def _edited(
-        self, name: str, reading: Reading, attributes: tuple[str, ...], masked: list[bool]
-    ) -> tuple[Edit, Swapping]:
+    def _mask(self, core: Core, module: nn.Module, values: Values) -> Extra | None:
+        return mask_of(core, module, values, self.operation, self._buffers)
+
+    def _edited(self, name: str, reading: Reading, attributes: tuple[str, ...]) -> tuple[Edit, Swapping]:
         module, trace = self.reader.modules[name], reading.trace
         graphs: dict[bool, fx.Graph] = {}
         found: dict[bool, dict[str, Core]] = {}
@@ -180,9 +189,10 @@ class Swapper:
             if len(cores) != len(attributes):
                 raise Refused('its forward attends differently in training and in eval mode')
             found[mode] = dict(zip(attributes, cores))
-            graphs[mode], sliced = swapped(
-                trace.graphs[mode], found[mode], masked, self.operation.reads_keys, module, reading.values[mode]
-            )
+            values = reading.values[mode]
+            masks = [self._mask(core, module, values) for core in cores]
+            reads_keys = self.operation.reads_keys
+            graphs[mode], sliced = swapped(trace.graphs[mode], found[mode], masks, reads_keys, module, values)
         guards = [*trace.guards, *guards_for_unread(reading, graphs)]
         unread = unread_arguments(trace.values, graphs) & self._tables(type(module))
         guards = [guard for guard in guards if guard.condition.split(' is ')[0] not in unread]
@@ -207,59 +217,3 @@ class Swapper:
                     found |= {n for n, v in values.items() if isinstance(v, Tensor) and layout_of(v) is None}
             self._tables_of[cls] = frozenset(found)
         return self._tables_of[cls]
-
-    def _whole(self, name: str) -> Placement:
-        """Replaces all that an attention module computes by one new child."""
-        module, call = self.reader.modules[name], self.reader.probe.calls[name]
-        if name not in self._attending:
-            raise NoCore(self._no_core(name))
-        if self.reader.holds_residual(name):
-            raise Refused('it is a block, of which the attention is only a part')
-        values = bound_arguments(module, call)
-        first, *others = values.items()
-        layout = layout_of(first[1])
-        if layout is None or first[1].ndim != 3 or layout.channel != 2 or layout.batch != 0:
-            raise Refused('its input is not (B, N, C)')
-        if not isinstance(call.output, Tensor) or call.output.shape != first[1].shape:
-            raise Refused('its output has not the shape (B, N, C) of its input')
-        data = [key for key, value in others if any(layout_of(leaf) is not None for leaf in tree_leaves(value))]
-        if data:
-            raise Refused(f'it is also given {data[0]}, which depends on the data')
-        (attribute,) = free_names(module, self.operation.attribute)
-        heads = getattr(module, 'num_heads', 1)
-        shape = tuple(first[1].shape)
-        num_heads = heads if isinstance(heads, int) and heads > 0 and shape[2] % heads == 0 else 1
-        masked = 'attn_mask' in values
-        site = AttentionSite(
-            name, type(module).__name__, attribute, shape, shape, shape, first[1].dtype, num_heads, masked=masked
-        )
-        site = replace(site, num_parameters=_rehearsed(self.operation, site))
-        graph = calling(attribute, list(values), masked)
-        trace = Trace(forward_signature(type(module)), values, {True: graph, False: graph}, (), frozenset())
-        reading = Reading(trace, {}, {})
-        guards = tuple(guards_for_unread(reading, trace.graphs))
-        source, bindings = graph_source(type(module), replace(trace, guards=guards), trace.graphs)
-        edit = compiled(Edit(type(module), source, bindings, (attribute,), 'core', self.operation))
-        return Placement((site,), edit, None, Swapping({}, trace.graphs, {}))
-
-
-def _rehearsed(operation: Any, site: AttentionSite) -> int:
-    return _rehearse(operation, replace(site, name='', class_name='', attribute=''))
-
-
-@lru_cache(maxsize=4096)
-def _rehearse(operation: Any, site: AttentionSite) -> int:
-    """Builds and runs the new core once on meta tensors; returns its number of parameters."""
-    device = torch.device('meta')
-    shapes = [site.shape, site.key_shape, site.value_shape][: 3 if operation.reads_keys else 1]
-    try:
-        new = operation.build(site, device, site.dtype).eval()
-        inputs = [set_layout(torch.empty(shape, dtype=site.dtype, device=device), Layout()) for shape in shapes]
-        with torch.no_grad(), LayoutMode():
-            out = new(*inputs)
-    except Exception as error:
-        raise Refused(f'{operation} does not work on queries {site.shape}: {type(error).__name__}: {error}') from error
-    expected = (*site.shape[:-1], site.value_shape[-1])
-    if not isinstance(out, Tensor) or tuple(out.shape) != expected:
-        raise Refused(f'{operation} returns {tuple(getattr(out, "shape", ()))} where {expected} is needed')
-    return sum(parameter.numel() for parameter in new.parameters())

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from operator import attrgetter
 
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
-from sem_timm.surgery.graphs import ancestors
-from sem_timm.surgery.layout import layout_of
+from sem_timm.surgery.bytecode import names_called_by
+from sem_timm.surgery.graphs import Values, ancestors, called_module, is_data
 from sem_timm.surgery.placement import Refused
 from sem_timm.surgery.plan import Swap
-from sem_timm.surgery.reading import Reading
 from sem_timm.surgery.swap.axes import changes_along_axes
-from sem_timm.surgery.swap.cores import Core
+from sem_timm.surgery.swap.cores import Core, Extra
 
 
-def check_sources(core: Core, values: dict[fx.Node, Any]) -> None:
+def check_sources(core: Core, values: Values) -> None:
     """Raises Refused unless the queries come from the same data as keys and values."""
     query, others = (_data_arguments(nodes, values) for nodes in ([core.query], [core.key, core.value]))
     if not query:
@@ -25,12 +25,12 @@ def check_sources(core: Core, values: dict[fx.Node, Any]) -> None:
         raise Refused(f"its queries are not computed from the module's input but from {names}")
 
 
-def _data_arguments(nodes: list[fx.Node], values: dict[fx.Node, Any]) -> set[str]:
+def _data_arguments(nodes: list[fx.Node], values: Values) -> set[str]:
     """Names of the arguments that carry data into nodes."""
     return {str(node.target) for node in ancestors(nodes, values) if node.op == 'placeholder'}
 
 
-def heads_of(core: Core, module: nn.Module, values: dict[fx.Node, Any]) -> tuple[int, int]:
+def heads_of(core: Core, module: nn.Module, values: Values) -> tuple[int, int]:
     """Number of heads and their axis, from the end; 1 where they are folded into the batch or there is one."""
     query: Tensor = values[core.query]
     if query.ndim < 2:
@@ -59,32 +59,85 @@ def heads_of(core: Core, module: nn.Module, values: dict[fx.Node, Any]) -> tuple
     return int(query.shape[heads[0]]), heads[0] - query.ndim
 
 
-def passes_mask(core: Core, values: dict[fx.Node, Any], operation: Swap) -> bool:
-    """Whether the core's mask is an argument of the module that the new core is handed."""
-    if len(core.extras) != 1 or values[core.extras[0]] is not None:
-        data = [extra for extra in core.extras if _is_user_mask(extra, core, values)]
-        if data and not operation.takes_pairwise_mask:
-            shape = tuple(values[data[0]].shape)
-            if len(shape) < 2 or shape[-2] != 1:
-                raise Refused(f'it is called with a mask {shape} for pairs of tokens, which {operation} cannot honour')
-        return bool(data) and len(core.extras) == 1
-    return core.extras[0].op == 'placeholder'
+def mask_of(core: Core, module: nn.Module, values: Values, operation: Swap, tables: set[int]) -> Extra | None:
+    """What of a core's extras the new core is handed as its mask.
+
+    That is what the caller gave, or what is fixed. What is learned is a bias of positions, and goes with the old core;
+    so does a mask of windows, which logits are laid out anew for.
+
+    Args:
+        core: The core.
+        module: The module it is in.
+        values: The value of every node.
+        operation: The operation.
+        tables: Identities of the model's buffers, which a module may be handed.
+
+    Raises:
+        Refused: If there are several masks, or one that the operation cannot honour.
+    """
+    if len(core.extras) == 1 and values[core.extras[0].node] is None:
+        return core.extras[0] if core.extras[0].node.op == 'placeholder' else None
+    given = [extra for extra in core.extras if _is_data_of_its_own(extra.node, core, values)]
+    fixed = [extra for extra in core.extras if _is_fixed_mask(extra.node, core, module, values, tables)]
+    masks = given + [extra for extra in fixed if extra not in given]
+    for mask in masks:
+        shape = tuple(values[mask.node].shape)
+        is_pairwise = len(shape) < 2 or shape[-2] != 1
+        if is_pairwise and not operation.takes_pairwise_mask:
+            with_mask = 'it is called with a mask' if mask in given else 'it has a fixed mask'
+            raise Refused(f'{with_mask} {shape} for pairs of tokens, which {operation} cannot honour')
+        if mask.how == 'otherwise':
+            raise Refused(f'it applies a mask {shape} in a way that is not read')
+    if len(masks) > 1:
+        raise Refused(f'it applies {len(masks)} masks; {operation} takes one')
+    return masks[0] if masks else None
 
 
-def _is_user_mask(extra: fx.Node, core: Core, values: dict[fx.Node, Any]) -> bool:
+def _is_data_of_its_own(extra: fx.Node, core: Core, values: Values) -> bool:
     """Whether something added to the logits is data of its own, not a bias computed from queries or parameters."""
     given = _data_arguments([extra], values)
     return bool(given - _data_arguments([core.query, core.key], values))
 
 
-def grid_of(reading: Reading, tokens: int) -> tuple[int, int] | None:
-    """Height and width of the token grid, where the arguments of the module tell."""
-    for value in reading.trace.values.values():
-        pairs = [tuple(value)] if isinstance(value, (tuple, list)) else []
-        layout = layout_of(value)
-        if layout is not None and isinstance(value, Tensor) and value.ndim == 4:
-            pairs.append(tuple(value.shape[2:]) if layout.channel == 1 else tuple(value.shape[1:3]))
-        for pair in pairs:
-            if len(pair) == 2 and all(isinstance(size, int) for size in pair) and pair[0] * pair[1] == tokens:
-                return pair
-    return None
+def _is_fixed_mask(extra: fx.Node, core: Core, module: nn.Module, values: Values, tables: set[int]) -> bool:
+    """Whether something added to logits is not learned, and says which token sees which."""
+    value, shape = values[extra], (*values[core.query].shape[:-1], _num_keys(core, values))
+    if is_data(value) or not isinstance(value, Tensor) or value.numel() == 1:
+        return False
+    if len(value.shape) > len(shape) or any(m not in (1, s) for m, s in zip(value.shape[::-1], shape[::-1])):
+        return False
+    return not any(_is_learned(node, module, values, tables) for node in _tables_behind(extra, values))
+
+
+def _tables_behind(extra: fx.Node, values: Values) -> set[fx.Node]:
+    """The nodes of tensors that do not derive from the model's input and that one is computed from."""
+    found: set[fx.Node] = set()
+    waiting = [extra]
+    while waiting:
+        node = waiting.pop()
+        holds_tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves(values[node]))
+        if node not in found and holds_tensors and not is_data(values[node]):
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
+def _num_keys(core: Core, values: Values) -> int:
+    return int(values[core.key].shape[-1 if core.key_transposed else -2])
+
+
+def _is_learned(node: fx.Node, module: nn.Module, values: Values, tables: set[int]) -> bool:
+    """Whether a node brings in a parameter, or something from outside the module that may be computed from one."""
+    if node.op == 'placeholder':
+        value = values[node]
+        is_table = id(value) in tables or id(getattr(value, '_base', None)) in tables
+        return isinstance(value, Tensor) and value.is_floating_point() and not is_data(value) and not is_table
+    if node.op == 'get_attr':
+        return isinstance(attrgetter(str(node.target))(module), nn.Parameter)
+    if node.op != 'call_module':
+        return False
+    child = called_module(node, module)
+    if child is not None:
+        return next(child.parameters(), None) is not None
+    mentioned = names_called_by(type(module), str(node.target))
+    return bool(mentioned & {*module._parameters, *module._modules})

@@ -1,0 +1,191 @@
+"""By what the products of queries and keys are multiplied before their softmax.
+
+An attention core divides by the root of its width by itself. What the old core multiplied its logits by instead has to
+come with the queries, so that a core that reads keys sees the logits that the model was made for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sem_timm.surgery.graphs import Values, operation_name
+from sem_timm.surgery.swap.nodes import is_matrix_transpose
+
+_TIMES, _OVER = {'mul', 'mul_', 'imul', 'multiply'}, {'truediv', 'itruediv', 'div', 'div_', 'divide'}
+_MINUS = {'sub', 'sub_', 'subtract'}
+_FOLDED = {'mul', 'multiply', 'truediv', 'div', 'divide'}  # not in place: what they change may be read elsewhere
+
+
+@dataclass(frozen=True)
+class Step:
+    """A node on the way from the product of queries and keys to the softmax.
+
+    Attributes:
+        node: The node.
+        logits: Which of its operands holds the logits.
+    """
+
+    node: fx.Node
+    logits: fx.Node
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether it multiplies or divides the logits."""
+        return operation_name(self.node) in _TIMES | _OVER
+
+
+class Arithmetic:
+    """What is done to queries, on tensors."""
+
+    def mul(self, first: Any, second: Any) -> Any:
+        """The product of two."""
+        return first * second
+
+    def truediv(self, first: Any, second: Any) -> Any:
+        """The quotient of two."""
+        return first / second
+
+    def transpose(self, tensor: Any) -> Any:
+        """One with its last two axes swapped."""
+        return tensor.transpose(-2, -1)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a core's logits are, ``query`` times keys times ``number``, times and over some ``factors``.
+
+    Attributes:
+        query: The queries, before they are multiplied by a number.
+        transposed: Whether that is (..., d, N).
+        number: What does not depend on the input or on parameters.
+        factors: Tensors and numbers of the graph, and whether logits are divided by them.
+        refusal: Why the queries cannot be multiplied by it instead; empty where they can.
+    """
+
+    query: fx.Node
+    transposed: bool = False
+    number: float = 1.0
+    factors: tuple[tuple[fx.Node, bool], ...] = ()
+    refusal: str = ''
+
+    def of_queries(self, query: Any, factors: Iterable[Any], width: int, calls: Arithmetic | None = None) -> Any:
+        """Queries of a width for a core that divides by its root.
+
+        Args:
+            query: What stands for `query`: its value, or its copy in another graph.
+            factors: What stands for the nodes of `factors`.
+            width: The width d of queries.
+            calls: How it is done, where not on tensors.
+        """
+        calls = calls or Arithmetic()
+        query = calls.transpose(query) if self.transposed else query
+        number = self.number * math.sqrt(width)
+        number = 1.0 if math.isclose(number, 1.0, rel_tol=1e-6) else number
+        for (_, divides), factor in zip(self.factors, factors, strict=True):
+            if divides:
+                query = calls.truediv(query, factor)
+                continue
+            query = calls.mul(query, factor if number == 1 else calls.mul(factor, number))
+            number = 1.0
+        return query if number == 1 else calls.mul(query, number)
+
+
+def scale_of_call(query: fx.Node, key: fx.Node, given: Any, values: Values) -> Scale:
+    """The scale of a call of ``scaled_dot_product_attention`` with some ``scale``."""
+    plain = _folded(query, {query, key}, values)
+    if given is None:
+        return replace(plain, number=plain.number / math.sqrt(values[query].shape[-1]))
+    constant = _constant(given, {query, key}, values)
+    if constant is None:
+        return replace(plain, factors=((given, False),))
+    return replace(plain, number=plain.number * constant)
+
+
+def scale_of_steps(query: fx.Node, key: fx.Node, product: fx.Node, steps: list[Step], values: Values) -> Scale:
+    """The scale of logits that take some steps from the product to the softmax."""
+    sources = {query, *(key.all_input_nodes if is_matrix_transpose(key, values) else [])}
+    plain = _folded(query, sources, values)
+    number = plain.number
+    sources |= set() if plain.transposed else {plain.query}
+    factors: list[tuple[fx.Node, bool]] = []
+    for step in reversed(steps):
+        operands: tuple[Any, ...] = step.node.args
+        name = operation_name(step.node)
+        if not step.multiplies:
+            if name in _MINUS and operands[0] is not step.logits:
+                number = -number
+            continue
+        others = [*[operand for operand in operands if operand is not step.logits], *step.node.kwargs.values()]
+        divides = name in _OVER
+        if len(others) != 1 or (divides and operands[0] is not step.logits):
+            return replace(plain, refusal=f'how its logits are scaled is not read ({name})')
+        (other,) = others
+        constant = _constant(other, sources, values)
+        if constant is not None:
+            number = number / constant if divides else number * constant
+            continue
+        shape = tuple(values[other].shape) if isinstance(values[other], Tensor) else ()
+        if not _may_scale_queries(shape, step, product, values):
+            return replace(plain, refusal=f'its logits are multiplied by a tensor {shape}, which queries cannot be')
+        factors.append((other, divides))
+    return replace(plain, number=number, factors=tuple(factors))
+
+
+def _may_scale_queries(shape: tuple[int, ...], step: Step, product: fx.Node, values: Values) -> bool:
+    """Whether a factor of logits is the same for all keys, so that the queries can be multiplied by it as well."""
+    if shape[-1:] not in ((), (1,)):
+        return False
+    if values[step.logits].shape != values[product].shape and math.prod(shape) != 1:
+        return False  # it goes with axes that the queries do not have
+    queries = (*values[product].shape[:-1], 1)
+    return len(shape) <= len(queries) and torch.broadcast_shapes(shape, queries) == torch.Size(queries)
+
+
+def _folded(query: fx.Node, sources: set[fx.Node], values: Values) -> Scale:
+    """The number that queries are multiplied by at last, and what it multiplies."""
+    scaled, transposed = query, False
+    while is_matrix_transpose(scaled, values):
+        scaled, transposed = scaled.all_input_nodes[0], not transposed
+    name, operands = operation_name(scaled), list(scaled.args)
+    if name not in _FOLDED or len(operands) != 2 or scaled.kwargs:
+        return Scale(query)
+    if name in _TIMES and not (isinstance(operands[0], fx.Node) and isinstance(values[operands[0]], Tensor)):
+        operands.reverse()
+    first, second = operands
+    if not isinstance(first, fx.Node) or not isinstance(values[first], Tensor):
+        return Scale(query)
+    constant = _constant(second, sources if transposed else sources | {first}, values)
+    if not constant or values[first].dtype != values[query].dtype:
+        return Scale(query)
+    return Scale(first, transposed, 1 / constant if name in _OVER else constant)
+
+
+def _constant(operand: Any, sources: set[fx.Node], values: Values) -> float | None:
+    """A number that no input changes: one that is written, or computed from the last size of some sources."""
+    if isinstance(operand, fx.Node):
+        value = values[operand]
+        known = isinstance(value, (int, float)) and _by_width(operand, sources, values)
+        return float(value) if known else None
+    return float(operand) if isinstance(operand, (int, float)) else None
+
+
+def _by_width(node: fx.Node, sources: set[fx.Node], values: Values) -> bool:
+    """Whether a number depends on nothing but the width of queries, the last size of sources."""
+    name, inputs = operation_name(node), node.all_input_nodes
+    if name in ('getitem', 'size') and len(node.args) == 2:
+        source, axis = node.args
+        if name == 'getitem' and isinstance(source, fx.Node):
+            source = source.args[0] if operation_name(source) in ('shape', 'getattr', 'size') else None
+        if not isinstance(source, fx.Node) or not isinstance(values[source], Tensor) or not isinstance(axis, int):
+            return False
+        tensor = values[source]
+        return source in sources and axis % tensor.ndim == tensor.ndim - 1
+    if node.op != 'call_function' or not inputs or any(isinstance(values[source], Tensor) for source in inputs):
+        return False
+    return all(_by_width(source, sources, values) for source in inputs)

@@ -1,0 +1,94 @@
+"""Whole attention modules as sites, where one maps (B, N, C) to (B, N, C) by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from sem_timm.surgery.layout import layout_of
+from sem_timm.surgery.placement import Placement, Refused, compiled, free_names
+from sem_timm.surgery.plan import AttentionSite, Swap
+from sem_timm.surgery.reading import Reader, Reading, bound_arguments
+from sem_timm.surgery.rewrite import Edit
+from sem_timm.surgery.skeleton import Call
+from sem_timm.surgery.source import graph_source
+from sem_timm.surgery.swap.edit import Swapping, calling, guards_for_unread
+from sem_timm.surgery.swap.trial import num_parameters_of
+from sem_timm.surgery.trace import Trace, forward_signature
+
+
+@dataclass(frozen=True)
+class WholeSite(AttentionSite):
+    """One attention module that is replaced as a whole.
+
+    Attributes:
+        attn_drop: Rate of its dropout of attention weights.
+        proj_drop: Rate of its dropout of outputs.
+    """
+
+    attn_drop: float = 0.0
+    proj_drop: float = 0.0
+
+
+def place_whole(reader: Reader, operation: Swap, name: str) -> Placement:
+    """Replaces all that an attention module computes by one new child.
+
+    Raises:
+        Refused: If it does more, or other things, than the new child would.
+    """
+    module, call = reader.modules[name], reader.probe.calls[name]
+    if reader.holds_residual(name):
+        raise Refused('it is a block, of which the attention is only a part')
+    values = bound_arguments(module, call)
+    _check_contract(values, call)
+    (attribute,) = free_names(module, operation.attribute)
+    first: Tensor = next(iter(values.values()))
+    shape, heads = tuple(first.shape), getattr(module, 'num_heads', 1)
+    num_heads = heads if isinstance(heads, int) and heads > 0 and shape[2] % heads == 0 else 1
+    masked = 'attn_mask' in values
+    site = WholeSite(
+        name,
+        type(module).__name__,
+        attribute,
+        shape,
+        shape,
+        shape,
+        first.dtype,
+        num_heads,
+        masked=masked,
+        attn_drop=_rate(module, 'attn_drop'),
+        proj_drop=_rate(module, 'proj_drop'),
+    )
+    site = replace(site, num_parameters=num_parameters_of(operation, site, values.get('attn_mask')))
+    graph = calling(attribute, list(values), masked)
+    trace = Trace(forward_signature(type(module)), values, {True: graph, False: graph}, (), frozenset())
+    guards = tuple(guards_for_unread(Reading(trace, {}, {}), trace.graphs))
+    source, bindings = graph_source(type(module), replace(trace, guards=guards), trace.graphs)
+    edit = compiled(Edit(type(module), source, bindings, (attribute,), 'core', operation))
+    return Placement((site,), edit, None, Swapping({}, trace.graphs, {}))
+
+
+def _check_contract(values: dict[str, Any], call: Call) -> None:
+    first, *others = values.items()
+    layout = layout_of(first[1])
+    if layout is None or first[1].ndim != 3 or layout.channel != 2 or layout.batch != 0:
+        raise Refused('its input is not (B, N, C)')
+    if not isinstance(call.output, Tensor) or call.output.shape != first[1].shape:
+        raise Refused('its output has not the shape (B, N, C) of its input')
+    data = [key for key, value in others if any(layout_of(leaf) is not None for leaf in tree_leaves(value))]
+    if data:
+        raise Refused(f'it is also given {data[0]}, which depends on the data')
+    if values.get('is_causal') is True:
+        raise Refused(CAUSAL)
+
+
+CAUSAL = 'its attention is causal: a token sees only those before it'
+
+
+def _rate(module: nn.Module, name: str) -> float:
+    """The rate of a dropout that is named as timm names it; 0 where there is none."""
+    dropout = getattr(module, name, None)
+    return float(dropout.p) if isinstance(dropout, nn.Dropout) else 0.0
