@@ -74,8 +74,8 @@ class AttentionCore(nn.Module):
         dtype: Type of the parameters.
 
     Shape:
-        - q: (..., N, d), k: (..., M, d), v: (..., M, value_dim), with the same leading axes.
-        - Output: (..., N, value_dim).
+        - q: (..., N, d), k: (..., M, d), v: (..., M, value_dim), with leading axes that broadcast.
+        - Output: (..., N, value_dim), with the leading axes that all have in common.
 
     Raises:
         OptionError: From the constructor if an argument is out of range, from ``forward`` if an input does not fit.
@@ -125,23 +125,38 @@ class AttentionCore(nn.Module):
                 'Give the number of heads there is, or num_heads=1 for parameters that all heads share.'
             )
 
-    def check_inputs(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Refuse inputs whose widths or numbers of tokens do not fit.
+    def check_inputs(self, q: Tensor, k: Tensor, v: Tensor) -> torch.Size:
+        """Refuse inputs whose widths, numbers of tokens or leading axes do not fit.
+
+        Returns:
+            The leading axes that all three broadcast to, those of the output.
 
         Raises:
-            OptionError: If they do not.
+            OptionError: If they do not fit.
         """
         self.check_query(q)
-        if k.shape[-1] != self.head_dim or v.shape[-1] != self.value_dim or k.shape[-2] != v.shape[-2]:
+        flat = k.dim() < 2 or v.dim() < 2
+        if flat or k.shape[-1] != self.head_dim or v.shape[-1] != self.value_dim or k.shape[-2] != v.shape[-2]:
             raise OptionError(
                 f'{type(self).__name__} got k of shape {tuple(k.shape)} and v of shape {tuple(v.shape)}; it was built '
                 f'with head_dim={self.head_dim}, value_dim={self.value_dim} and needs (..., M, {self.head_dim}) and '
                 f'(..., M, {self.value_dim}).'
             )
+        leading = [x.shape[:-2] for x in (q, k, v)]
+        if leading[0] == leading[1] == leading[2]:
+            return leading[0]
+        try:
+            return torch.broadcast_shapes(*leading)
+        except RuntimeError as error:
+            raise OptionError(
+                f'{type(self).__name__} got q of shape {tuple(q.shape)}, k of shape {tuple(k.shape)} and v of shape '
+                f'{tuple(v.shape)}, whose leading axes do not broadcast.\n'
+                '  Give all three the same leading axes, such as (B, heads), or 1 where one serves all.'
+            ) from error
 
-    def key_padding(self, attn_mask: Tensor, q: Tensor, num_keys: int, dtype: torch.dtype) -> Tensor:
-        """A mask for inputs like q as numbers (..., 1, M) to be added to logits; see the function of this name."""
-        return key_padding(attn_mask, (*q.shape[:-1], num_keys), dtype, type(self).__name__)
+    def key_padding(self, attn_mask: Tensor, scores_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A mask as numbers (..., 1, M) to be added to logits of shape (..., N, M); see the function of this name."""
+        return key_padding(attn_mask, scores_shape, dtype, type(self).__name__)
 
     def heads_first(self, x: Tensor) -> Tensor:
         """(..., N, d) as (heads, R, N, d), where heads is 1 unless they have parameters of their own."""

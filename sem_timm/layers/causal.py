@@ -18,7 +18,9 @@ class CausalAttention(AttentionCore):
 
     'Causal' is meant as in cause and effect; nothing here is autoregressive. One branch attends to what the queries
     resemble, ``c = softmax(Q K^T / sqrt(d)) V``; its complement attends to what they resemble least,
-    ``s = softmax(-Q K^T / sqrt(d)) V``, with the same projections. The result is their mix, ``c + s``.
+    ``s = softmax(-Q K^T / sqrt(d)) V``, with the same projections. The result is their mix, ``c + s``, as published:
+    a sum, not a mean. Where queries tell keys hardly apart, both branches are near the mean of the values, and the
+    output is near twice that of one attention, with four times its variance.
 
     Covered are the block of the transformer form, with both branches for the heads that tell them apart (`branches`),
     and `invariance_penalty`. Not covered is the training that gives the branches their meaning: the split of the data

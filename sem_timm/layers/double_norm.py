@@ -5,18 +5,38 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from sem_timm.layers.attention_core import statistics_dtype
 
 L1_EPS = 1e-9
+LOG2_E = math.log2(math.e)
+
+# Any other type may be quantised, distributed or watched.
+PLAIN_TENSORS = (Tensor, nn.Parameter)
+
+
+def may_write_in_place(*tensors: Tensor) -> bool:
+    """Whether what is computed from tensors may be written over, or into memory at hand, with no difference but speed.
+
+    That is so for plain tensors on a CPU in eager mode. Transforms such as `torch.func.vmap`, derivatives in forward
+    mode and subclasses of tensors follow how results are made, and cannot follow them into ``out=``. For gradients,
+    which need what would be written over, callers look themselves.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    # The level of `forward_ad.dual_level`. To ask every tensor costs microseconds, which few tokens would notice.
+    if getattr(forward_ad, '_current_level', 0) >= 0:
+        return False
+    return all(type(x) in PLAIN_TENSORS and x.is_cpu for x in tensors)
 
 
 def normalize_twice(logits: Tensor, token_dim: int, slot_dim: int, attn_mask: Tensor | None = None) -> Tensor:
     """Softmax over the tokens, then L1 norm over the memory slots.
 
     Args:
-        logits: One for each token and slot. Overwritten where no gradient can need it.
+        logits: One for each token and slot. Overwritten where neither gradients nor transforms need them.
         token_dim: Axis of the tokens.
         slot_dim: Axis of the slots.
         attn_mask: Numbers that are added to the logits.
@@ -27,13 +47,13 @@ def normalize_twice(logits: Tensor, token_dim: int, slot_dim: int, attn_mask: Te
     dtype = statistics_dtype(logits.dtype)
     if attn_mask is not None:
         logits = logits.to(dtype) + attn_mask
-    if logits.requires_grad or logits.dtype != dtype or not logits.is_cpu:
+    if not may_write_in_place(logits) or logits.requires_grad or logits.dtype != dtype or logits.numel() == 0:
         attention = logits.softmax(token_dim, dtype=dtype)
         # Not a division: its backward takes twice as many passes.
         return attention * (attention.sum(slot_dim, keepdim=True) + L1_EPS).reciprocal()
     # On a CPU every new result of this size costs more than its arithmetic, and exp2 is several times as fast as exp.
     largest = logits.amax(token_dim, keepdim=True)
-    torch.add(largest.mul_(-math.log2(math.e)), logits, alpha=math.log2(math.e), out=logits)
+    torch.add(largest.mul_(-LOG2_E), logits, alpha=LOG2_E, out=logits)
     logits.exp2_()
     logits.div_(logits.sum(token_dim, keepdim=True))
     return logits.div_(logits.sum(slot_dim, keepdim=True).add_(L1_EPS))

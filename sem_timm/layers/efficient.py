@@ -38,10 +38,10 @@ class EfficientAttention(AttentionCore):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Map queries (..., N, d) to outputs (..., N, value_dim)."""
-        self.check_inputs(q, k, v)
+        leading = self.check_inputs(q, k, v)
         dtype = statistics_dtype(k.dtype)
         if attn_mask is not None:
-            k = k + self.key_padding(attn_mask, q, k.shape[-2], dtype).mT
+            k = k + self.key_padding(attn_mask, (*leading, q.shape[-2], k.shape[-2]), dtype).mT
         context = k.softmax(-2, dtype=dtype).to(v.dtype).mT @ v
         return q.softmax(-1, dtype=dtype).to(q.dtype) @ context
 
@@ -50,9 +50,10 @@ class LinearAttention(AttentionCore):
     """Linear attention as a core, https://arxiv.org/abs/2007.14902.
 
     The first-order approximation of the exponential in softmax attention: the weight of key j for query i is
-    ``1 + q_i . k_j``, both normalised to length one, so that sums over the keys are taken once for all queries. For
-    images the tokens may come from a grid of any height and width. Covered is the attention mechanism. Not covered are
-    the reference module's projections to an eighth of the channels and its residual connection with a learned scale.
+    ``1 + q_i . k_j``, both normalised to length one, so that sums over the keys are taken once for all queries. The
+    mean weight of a query counts as 1e-6 at least, or as the smallest step of a narrower type. For images the tokens
+    may come from a grid of any height and width. Covered is the attention mechanism. Not covered are the reference
+    module's projections to an eighth of the channels and its residual connection with a learned scale.
 
     A core has no parameters here: ``num_heads``, ``head_axis``, ``device`` and ``dtype`` change nothing but what inputs
     are checked for.
@@ -78,15 +79,16 @@ class LinearAttention(AttentionCore):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Map queries (..., N, d) to outputs (..., N, value_dim)."""
-        self.check_inputs(q, k, v)
+        leading = self.check_inputs(q, k, v)
         dtype = statistics_dtype(k.dtype)
-        root: Tensor | float = k.shape[-2] ** -0.5
+        # Not a power of -0.5, which fixes the number of tokens in an exported program.
+        root: Tensor | float = 1 / torch.sym_sqrt(max(k.shape[-2], 1))
         scale = root / _length(k, dtype)
         if attn_mask is None:
             mean = v.mean(-2, keepdim=True, dtype=dtype)
         else:
             # What is added to a logit multiplies a weight.
-            weight = self.key_padding(attn_mask, q, k.shape[-2], dtype).exp().mT
+            weight = self.key_padding(attn_mask, (*leading, q.shape[-2], k.shape[-2]), dtype).exp().mT
             weight = weight.expand(*weight.shape[:-2], k.shape[-2], 1)
             total = weight.sum(-2, keepdim=True).clamp(min=self.eps)
             mean, root = (v * weight).sum(-2, keepdim=True) / total, total.rsqrt()
@@ -99,6 +101,9 @@ class LinearAttention(AttentionCore):
         product = q @ context.to(q.dtype)
         # A matrix of one row, not of one column: products with the latter are slow on a CPU.
         denominator = length + (key.to(q.dtype) @ q.mT).mT
+        # Where all keys point away from the query, all weights are zero but for rounding.
+        floor = max(self.eps, torch.finfo(product.dtype).eps)
+        denominator = torch.maximum(denominator, floor * length)
         numerator = product.to(dtype).addcmul_(mean, length)
         out = numerator / denominator if numerator.requires_grad else numerator.div_(denominator)
         return out.to(product.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sem_timm.errors import OptionError, closest
 from sem_timm.layers.attention_core import AttentionCore, statistics_dtype
-from sem_timm.layers.double_norm import normalize_twice
+from sem_timm.layers.double_norm import may_write_in_place, normalize_twice
 from sem_timm.layers.excitation import check_at_least_one
 
 ExternalNorm: TypeAlias = Literal['double', 'softmax']
@@ -19,13 +19,6 @@ EXTERNAL_NORMS: tuple[ExternalNorm, ...] = ('double', 'softmax')
 
 # How much attention is computed at once where it is done by parts: what stays in the cache of a processor.
 PART_BYTES = 1 << 22
-
-
-def _may_write_in_place(q: Tensor) -> bool:
-    """Whether results may be written into memory at hand: eager inference on a CPU, in the type of the input."""
-    return q.is_cpu and not (
-        torch.is_grad_enabled() or torch.is_autocast_enabled('cpu') or torch.compiler.is_compiling()
-    )
 
 
 class ExternalAttention(AttentionCore):
@@ -101,7 +94,8 @@ class ExternalAttention(AttentionCore):
         tokens = q.movedim(self.head_axis, 0) if per_head else q.unsqueeze(0)
         mk, mv = (self.mk, self.mv) if per_head else (self.mk.unsqueeze(0), self.mv.unsqueeze(0))
         mask = None if attn_mask is None else self._token_mask(q, attn_mask)
-        if _may_write_in_place(q):
+        # Into memory of the type of the input, which is not that of products under autocast.
+        if not torch.is_grad_enabled() and not torch.is_autocast_enabled('cpu') and may_write_in_place(q, mk, mv):
             out = self._attend_by_parts(tokens, mk, mv, mask)
         else:
             out = torch.bmm(self._attention(tokens, mk, mask), mv)
@@ -136,7 +130,7 @@ class ExternalAttention(AttentionCore):
 
     def _token_mask(self, q: Tensor, attn_mask: Tensor) -> Tensor:
         """A mask (..., 1, N) as numbers (heads, ..., N, 1) to be added to logits."""
-        mask = self.key_padding(attn_mask, q, q.shape[-2], statistics_dtype(q.dtype)).mT
+        mask = self.key_padding(attn_mask, (*q.shape[:-1], q.shape[-2]), statistics_dtype(q.dtype)).mT
         return mask.movedim(self.head_axis, 0) if self.num_heads > 1 else mask.unsqueeze(0)
 
     def extra_repr(self) -> str:

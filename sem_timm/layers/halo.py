@@ -112,18 +112,19 @@ class HaloAttention(AttentionCore):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Map queries (..., N, d) to outputs (..., N, value_dim)."""
-        self.check_inputs(q, k, v)
+        leading = self.check_inputs(q, k, v)
         if k.shape[-2] != q.shape[-2]:
             raise OptionError(
                 f'HaloAttention got {q.shape[-2]} queries and {k.shape[-2]} keys; it needs one grid for both.'
             )
         height, width = self.grid(q.shape[-2])
         blocks = BlockGrid(height, width, self.block_size, self.halo_size)
+        q, k, v = (x.expand(*leading, -1, -1) for x in (q, k, v))
         mask = None
         if attn_mask is not None:
-            mask = self.key_padding(attn_mask, q, k.shape[-2], statistics_dtype(q.dtype))
-            mask = self.heads_first(mask.expand(*q.shape[:-2], -1, k.shape[-2])).to(q.dtype)
-        queries, keys, values = (self.heads_first(x.expand(*q.shape[:-2], -1, -1)) for x in (q, k, v))
+            mask = self.key_padding(attn_mask, (*q.shape[:-1], k.shape[-2]), statistics_dtype(q.dtype))
+            mask = self.heads_first(mask.expand(*leading, -1, k.shape[-2])).to(q.dtype)
+        queries, keys, values = (self.heads_first(x) for x in (q, k, v))
         out = self._attend_in_blocks(queries, keys, values, mask, blocks)
         if self.num_prefix_tokens:
             prefix = queries[..., : self.num_prefix_tokens, :]

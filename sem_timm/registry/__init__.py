@@ -25,7 +25,7 @@ from timm.models import (
 )
 from torch import nn
 
-from sem_timm.layers import SEM
+from sem_timm.layers import SEM, AttentionCore, ExternalAttention2d, MultiHeadExternalAttention
 from sem_timm.registry.kinds import Kind
 from sem_timm.registry.table import AttentionTable, read_table
 from sem_timm.registry.variant import create_variant
@@ -35,6 +35,9 @@ __all__ = ['register_variants']
 default_cfgs: dict[str, DefaultCfg] = {}  # where register_model looks for the pretrained cfgs of an entry point
 
 _DEFAULT_OPERATIONS = ('sem', 'external', 'eamlp')
+
+# Layers that look at their inputs before they go on, which feature_cls='fx' cannot follow; with their subclasses.
+_LEAVES = (SEM, AttentionCore, ExternalAttention2d, MultiHeadExternalAttention)
 
 
 def register_variants(*operations: str) -> None:
@@ -53,7 +56,8 @@ def register_variants(*operations: str) -> None:
     """
     kinds = [Kind(operation) for operation in operations or _DEFAULT_OPERATIONS]
     table = read_table()
-    register_notrace_module(SEM)  # a leaf for feature_cls='fx', which traces through everything else
+    for layer in _LEAVES:
+        register_notrace_module(layer)
     for architecture in timm.list_models():
         if model_entrypoint(architecture).__module__ != __name__:
             _register(architecture, [kind for kind in kinds if _serves(kind, architecture, table)])

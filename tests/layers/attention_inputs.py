@@ -5,12 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from sem_timm.layers.attention_core import AttentionCore
+from sem_timm.layers.attention_cores import attention_core_class, attention_core_names
 
 AnyModule = TypeVar('AnyModule', bound=nn.Module)
+
+NAMES = attention_core_names()
+OPTIONS: dict[str, dict[str, Any]] = {
+    'external': dict(memory=7),
+    'halo': dict(block_size=3, halo_size=1, grid_size=(5, 4), num_prefix_tokens=1),
+    'catt': dict(dictionary=9),
+}
+# PyTorch scripts the decompositions of its forward mode when that is first used, and warns of scripting.
+in_forward_mode = pytest.mark.filterwarnings('ignore:.*torch.jit.script.*')
+
+TOKENS = 21  # a grid of 5 by 4 and a class token
 
 
 def trained(module: AnyModule) -> AnyModule:
@@ -20,6 +33,12 @@ def trained(module: AnyModule) -> AnyModule:
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.7)
     return module
+
+
+def build(name: str, head_dim: int = 6, value_dim: int | None = 5, num_heads: int = 1, **options: Any) -> AttentionCore:
+    """A core of this name with parameters away from zero, in float64."""
+    options = {'dtype': torch.float64, **OPTIONS.get(name, {}), **options}
+    return trained(attention_core_class(name)(head_dim, value_dim, num_heads, **options))
 
 
 def inputs(

@@ -28,6 +28,12 @@ def test_branches_follow_the_published_equations(
         close(out, expected[0] + expected[1])
 
 
+def test_the_mix_is_a_sum_so_that_queries_without_a_choice_get_twice_the_mean_of_values() -> None:
+    core = CausalAttention(5, 3)
+    q, k, v = inputs(core, 2, queries=6)
+    close(core(0 * q, k, v), 2 * v.mean(-2, keepdim=True).expand(2, 6, 3))
+
+
 def test_masks_hold_in_both_branches() -> None:
     core = CausalAttention(5)
     q, k, v = inputs(core, 2, queries=6)

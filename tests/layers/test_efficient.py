@@ -106,6 +106,25 @@ def test_zero_vectors_have_no_direction() -> None:
     close(core(q, none, v) * (1 + 1e-6 * (q / q.norm(dim=-1, keepdim=True)).sum(-1, keepdim=True) / 5), average)
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('keys', [1, 7, 300])
+@pytest.mark.parametrize('masked', [False, True])
+def test_queries_that_all_keys_point_away_from_give_numbers_like_values(
+    dtype: torch.dtype, keys: int, masked: bool
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    core = LinearAttention(16, 8)
+    key = torch.randn(20, 1, 16, generator=generator).to(dtype)
+    q, k = -3 * key, key.expand(-1, keys, -1)
+    v = torch.randn(20, keys, 8, generator=generator).to(dtype)
+    mask = torch.ones(20, 1, keys, dtype=torch.bool) if masked else None
+    for out in both_modes(lambda: core(q, k, v, attn_mask=mask)):
+        assert torch.isfinite(out).all() and out.abs().max() <= v.abs().max()
+    q.requires_grad_()
+    core(q, k, v, attn_mask=mask).sum().backward()
+    assert q.grad is not None and torch.isfinite(q.grad).all()
+
+
 def test_they_have_no_parameters_and_write_into_no_input() -> None:
     for kind in (EfficientAttention, LinearAttention):
         core = kind(5, 3, 2)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, vmap
 
 from sem_timm.errors import OptionError
 from sem_timm.layers import external
 from sem_timm.layers.external import ExternalAttention
-from tests.layers.attention_inputs import both_modes, close, inputs, trained, without_tokens
+from tests.layers.attention_inputs import both_modes, close, in_forward_mode, inputs, trained, without_tokens
 
 
 def published(q: Tensor, mk: Tensor, mv: Tensor) -> Tensor:
@@ -144,6 +146,54 @@ def test_frozen_memories_still_pass_gradients_to_the_queries() -> None:
     core = trained(ExternalAttention(5, 3, 2, memory=4, dtype=torch.float64)).requires_grad_(False)
     q = inputs(core, 2, 2, queries=6)[0].requires_grad_()
     assert torch.autograd.gradcheck(core, (q,))
+
+
+@in_forward_mode
+def test_derivatives_of_memories_in_forward_mode_are_those_of_a_linear_map() -> None:
+    core = trained(ExternalAttention(5, 3, 2, memory=4, dtype=torch.float64))
+    (q,) = inputs(core, 2, 2, queries=6)
+    tangent = torch.randn_like(core.mv)
+    with torch.no_grad(), forward_ad.dual_level():
+        out = functional_call(core, {'mv': forward_ad.make_dual(core.mv.detach(), tangent)}, (q,))
+        derivative = forward_ad.unpack_dual(out).tangent
+        close(derivative, functional_call(core, {'mv': tangent}, (q,)))
+
+
+def test_compiled_maps_over_inputs() -> None:
+    torch.compiler.reset()
+    core = trained(ExternalAttention(5, 3, 2, memory=4, dtype=torch.float64)).requires_grad_(False)
+    (q,) = inputs(core, 3, 2, 2, queries=6)
+    with torch.no_grad():
+        mapped = torch.compile(vmap(core), fullgraph=True, backend='aot_eager')
+        close(mapped(q), torch.stack([core(x) for x in q]))
+
+
+class Watched(Tensor):
+    """A tensor that notes the operations that write into memory at hand."""
+
+    written: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (function.__name__.endswith('_') and not function.__name__.startswith('__')) or 'out' in (kwargs or {}):
+            cls.written.append(function.__name__)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize('watched', ['q', 'mk', 'mv'])
+def test_inference_writes_into_no_tensor_of_another_class(watched: str) -> None:
+    core = trained(ExternalAttention(5, 3, 2, memory=4, dtype=torch.float64))
+    (q,) = inputs(core, 2, 2, queries=6)
+    expected = core(q).detach()
+    if watched == 'q':
+        q = q.as_subclass(Watched)
+    else:
+        setattr(core, watched, nn.Parameter(core.get_parameter(watched).detach().as_subclass(Watched)))
+    Watched.written.clear()
+    with torch.inference_mode():
+        out = core(q)
+    assert isinstance(out, Watched) and not Watched.written
+    close(out.as_subclass(Tensor), expected)
 
 
 def test_parameters_are_two_memories_of_known_shape() -> None:

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.func import jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from sem_timm.errors import OptionError
 from sem_timm.layers.external2d import ExternalAttention2d
-from tests.layers.attention_inputs import both_modes, close, trained
+from tests.layers.attention_inputs import both_modes, close, in_forward_mode, trained
 
 
 def published(block: ExternalAttention2d, x: Tensor) -> Tensor:
@@ -107,6 +108,21 @@ def test_compiles_whole_exports_with_free_sizes_and_copies() -> None:
     assert torch.equal(copy.deepcopy(block)(x), expected)
     assert block(x[:0]).shape == (0, 6, 5, 4)
     assert "6, memory=4, init='paper'" in repr(block)
+
+
+@in_forward_mode
+@pytest.mark.parametrize('frozen', [False, True])
+@pytest.mark.parametrize('grad', [False, True])
+def test_function_transforms_give_what_they_should(frozen: bool, grad: bool) -> None:
+    block = trained(ExternalAttention2d(6, 4, dtype=torch.float64)).eval().requires_grad_(not frozen)
+    x = torch.randn(3, 2, 6, 5, 4, dtype=torch.float64)
+    tangent, step = torch.randn_like(x[0]), 1e-5
+    with torch.set_grad_enabled(grad):
+        close(vmap(block)(x), torch.stack([block(sample) for sample in x]))
+        derivative = jvp(block, (x[0],), (tangent,))[1]
+        numerical = (block(x[0] + step * tangent) - block(x[0] - step * tangent)) / (2 * step)
+    # The error of the difference quotient.
+    torch.testing.assert_close(derivative, numerical, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(('options', 'message'), [

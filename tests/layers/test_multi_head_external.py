@@ -10,10 +10,11 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, jvp, vmap
 
 from sem_timm.errors import OptionError
 from sem_timm.layers.multi_head_external import MultiHeadExternalAttention
-from tests.layers.attention_inputs import both_modes, close, trained
+from tests.layers.attention_inputs import both_modes, close, in_forward_mode, trained
 
 
 def published(layer: MultiHeadExternalAttention, x: Tensor) -> Tensor:
@@ -68,6 +69,96 @@ def test_weights_are_folded_for_many_tokens_only_and_only_where_a_layer_is_its_w
     wrapped = copy.deepcopy(layer)
     wrapped.q = nn.utils.parametrizations.weight_norm(wrapped.q)
     assert not wrapped._pays_to_fold(many)
+
+
+LAYERS = ('q', 'q_norm', 'mk', 'mv', 'norm', 'proj')
+
+
+@pytest.mark.parametrize('name', LAYERS)
+@pytest.mark.parametrize(
+    'kind', ['forward_hook', 'forward_pre_hook', 'full_backward_hook', 'full_backward_pre_hook', 'forward']
+)
+def test_layers_with_hooks_or_a_forward_of_their_own_are_called(name: str, kind: str) -> None:
+    layer = trained(MultiHeadExternalAttention(12, 3, memory=4))
+    x = torch.randn(2, 8, 12, requires_grad=True)
+    assert layer._pays_to_fold(x)
+    expected = layer(x).detach()
+    seen: list[str] = []
+    child = layer.get_submodule(name)
+    if kind == 'forward':
+        before = child.forward
+        child.forward = lambda *args: (seen.append(name), before(*args))[1]  # type: ignore[method-assign]
+    else:
+        getattr(child, f'register_{kind}')(lambda *_: seen.append(name))
+    assert not layer._pays_to_fold(x)
+    out = layer(x)
+    out.sum().backward()
+    assert seen == [name]
+    torch.testing.assert_close(out.detach(), expected)
+
+
+def test_what_a_hook_keeps_is_not_overwritten() -> None:
+    layer = trained(MultiHeadExternalAttention(12, 3, memory=4))
+    x = torch.randn(2, 40, 12)
+    kept: list[Tensor] = []
+    layer.mk.register_forward_hook(lambda *args: kept.append(args[2]))
+    with torch.no_grad():
+        layer(x)
+    layer(x)
+    torch.testing.assert_close(kept[0], kept[1])
+
+
+class Quantized(Tensor):
+    """A class of tensors that is not PyTorch's own."""
+
+
+@pytest.mark.parametrize('name', ['q.weight', 'q.bias', 'mk.weight', 'mv.bias', 'proj.weight'])
+def test_weights_are_folded_of_plain_tensors_only(name: str) -> None:
+    layer = MultiHeadExternalAttention(12, 3, memory=4)
+    x = torch.randn(2, 8, 12)
+    child, attribute = name.split('.')
+    weight = layer.get_parameter(name).detach()
+    assert layer._pays_to_fold(x)
+    setattr(layer.get_submodule(child), attribute, nn.Parameter(weight.as_subclass(Quantized)))
+    assert not layer._pays_to_fold(x)
+
+
+@pytest.mark.parametrize('tokens', [3, 29])
+def test_parametrized_weights_are_read_through_their_parametrization(tokens: int) -> None:
+    layer = trained(MultiHeadExternalAttention(12, 3, memory=4, dtype=torch.float64))
+    x = torch.randn(2, tokens, 12, dtype=torch.float64)
+    tripled = copy.deepcopy(layer)
+    with torch.no_grad():
+        tripled.mv.weight.mul_(3)
+
+    class Triple(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 3 * weight
+
+    nn.utils.parametrize.register_parametrization(layer.mv, 'weight', Triple())
+    assert not layer._pays_to_fold(x)
+    for out in both_modes(lambda: layer(x)):
+        close(out, tripled(x).detach())
+
+
+@in_forward_mode
+@pytest.mark.parametrize('tokens', [0, 3, 29])
+@pytest.mark.parametrize('frozen', [False, True])
+@pytest.mark.parametrize('grad', [False, True])
+def test_function_transforms_give_what_they_should(tokens: int, frozen: bool, grad: bool) -> None:
+    layer = trained(MultiHeadExternalAttention(6, 2, memory=3, dtype=torch.float64)).requires_grad_(not frozen)
+    x = torch.randn(3, 2, tokens, 6, dtype=torch.float64)
+    tangent, step = torch.randn_like(x[0]), 1e-5
+    states = {key: torch.stack([parameter, 2 * parameter]) for key, parameter in layer.named_parameters()}
+    with torch.set_grad_enabled(grad):
+        close(vmap(layer)(x), torch.stack([layer(sample) for sample in x]))
+        twice = functional_call(layer, {key: value[1] for key, value in states.items()}, (x[0],))
+        both = vmap(lambda state: functional_call(layer, state, (x[0],)))(states)
+        close(both, torch.stack([layer(x[0]), twice]))
+        derivative = jvp(layer, (x[0],), (tangent,))[1]
+        numerical = (layer(x[0] + step * tangent) - layer(x[0] - step * tangent)) / (2 * step)
+    # The error of the difference quotient.
+    torch.testing.assert_close(derivative, numerical, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize('tokens', [3, 29])

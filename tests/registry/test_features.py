@@ -9,7 +9,18 @@ import pytest
 import timm
 import torch
 from timm.models import FeatureDictNet
+from timm.models._features_fx import create_feature_extractor
+from torch import nn
 
+from sem_timm import (
+    AttentionCore,
+    CausalAttention,
+    ExternalAttention,
+    ExternalAttention2d,
+    HaloAttention,
+    MultiHeadExternalAttention,
+    patch_model,
+)
 from tests.registry.models import assert_equal, gates, image, outputs, train
 
 
@@ -85,3 +96,44 @@ def test_features_take_options_and_weights(base_weights: Callable[..., str]) -> 
     model = timm.create_model('test_resnet_sem', **kwargs, sem_target='layer[34].*')
     assert {name.split('.')[0] for name in gates(model)} == {'layer3', 'layer4'}
     assert_equal(outputs(model, image()), outputs(expected, image()))
+
+
+def test_models_with_the_layer_of_eamlp_are_traced_for_features() -> None:
+    options: dict[str, Any] = dict(img_size=64, attn_layer=MultiHeadExternalAttention)
+    model = timm.create_model('test_vit', **options).eval()
+    wrapped = timm.create_model('test_vit', **options, features_only=True, feature_cls='fx', out_indices=(1, 2)).eval()
+    assert sum(isinstance(module, MultiHeadExternalAttention) for module in wrapped.modules()) == 3
+    assert [tuple(feature.shape) for feature in wrapped(image())] == [(2, 17, 64)] * 2
+    with torch.no_grad():
+        features = create_feature_extractor(model, {'blocks.1': 'block', 'head': 'logits'})(image())
+        expected = [*model.forward_intermediates(image(), [1], output_fmt='NLC', norm=False)[1], model(image())]
+    assert_equal([features['block'][:, 1:], features['logits']], expected)
+
+
+class OwnCore(ExternalAttention):
+    """A core that was not there when leaves were named."""
+
+
+@pytest.mark.parametrize('kind', [ExternalAttention, HaloAttention, CausalAttention, OwnCore])
+def test_models_around_attention_cores_are_traced_for_features(kind: type[AttentionCore]) -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.core = kind(4)
+            self.norm = nn.LayerNorm(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.core(*(x,) * (3 if kind.reads_keys else 1)))
+
+    model, x = Around().eval(), torch.randn(2, 3, 16, 4)
+    with torch.no_grad():
+        assert_equal([create_feature_extractor(model, {'norm': 'norm'})(x)['norm']], [model(x)])
+
+
+def test_models_with_blocks_of_external_attention_are_traced_for_features() -> None:
+    model = patch_model(timm.create_model('test_resnet').eval(), 'external2d')
+    assert any(isinstance(module, ExternalAttention2d) for module in model.modules())
+    with torch.no_grad():
+        features = create_feature_extractor(model, {'layer2': 'stage', 'fc': 'logits'})(image())
+        assert features['stage'].dim() == 4
+        assert_equal([features['logits']], [model(image())])
