@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sem_timm.errors import OptionError, closest
 from sem_timm.layers.attention_core import AttentionCore, statistics_dtype
@@ -101,6 +102,39 @@ class ExternalAttention(AttentionCore):
             out = torch.bmm(self._attention(tokens, mk, mask), mv)
         out = out.unflatten(1, tokens.shape[1:-1])
         return out.movedim(0, self.head_axis) if per_head else out.squeeze(0)
+
+    def attend_folded(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """Outputs for queries that are a projection, by the product of its weight and the memory of keys.
+
+        Args:
+            x: Tokens (B, N, C).
+            weight: Weight (heads * d, C) of the projection.
+            bias: Its bias, (heads * d).
+
+        Returns:
+            (B, heads, N, value_dim); None where the product does not pay or queries have to be seen: with few tokens,
+            gradients or hooks, or while compiling.
+        """
+        if not self._pays_to_fold(x, weight):
+            return None
+        heads = self.mk if self.num_heads > 1 else self.mk.unsqueeze(0)
+        folded = (heads.mT @ weight.unflatten(0, (len(heads), -1))).flatten(0, 1)
+        folded_bias = None if bias is None else (bias.view(len(heads), 1, -1) @ heads).flatten()
+        logits = F.linear(x, folded, folded_bias).unflatten(-1, (len(heads), self.memory))
+        attention = normalize_twice(logits, -3, -1).to(x.dtype).flatten(0, 1).transpose(0, 1)
+        out = x.new_empty(attention.shape[1], len(heads), self.value_dim)
+        torch.bmm(attention, self.mv if self.num_heads > 1 else self.mv.unsqueeze(0), out=out.transpose(0, 1))
+        return out.unflatten(0, x.shape[:2]).transpose(1, 2)
+
+    def _pays_to_fold(self, x: Tensor, weight: Tensor) -> bool:
+        if torch.is_grad_enabled() or not may_write_in_place(x, weight, self.mk, self.mv):
+            return False
+        if self.norm != 'double' or self.head_axis != -3 or torch.is_autocast_enabled('cpu'):
+            return False
+        is_plain = type(self) is ExternalAttention and not (self._forward_hooks or self._forward_pre_hooks)
+        fits = weight.shape[0] == self.num_heads * self.head_dim and x.dtype == self.mk.dtype
+        # The product costs as much as so many tokens' logits.
+        return is_plain and fits and x.shape[:-1].numel() > weight.shape[1]
 
     def _attend_by_parts(self, tokens: Tensor, mk: Tensor, mv: Tensor, mask: Tensor | None) -> Tensor:
         """Outputs (heads, R, value_dim) for queries (heads, ..., N, d), R being the product of the axes between.

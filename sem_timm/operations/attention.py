@@ -86,6 +86,11 @@ class AttentionConfig:
         return not self.replaces_module and bool(self._class().reads_keys)
 
     @property
+    def folds_projection(self) -> bool:
+        """Whether it may take the projection of its queries together with a weight of its own."""
+        return not self.replaces_module and hasattr(self._class(), 'attend_folded')
+
+    @property
     def takes_pairwise_mask(self) -> bool:
         """Whether it honours a mask for pairs of tokens."""
         return not self.replaces_module and bool(self._class().takes_pairwise_mask)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 from collections.abc import Callable, Iterator
 from functools import cache
-from types import CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -43,14 +43,29 @@ def names_called_by(cls: type, method: str) -> frozenset[str]:
     """As `names_called`, for another of the class's methods."""
     waiting, seen = [method], {method}
     while waiting:
-        value = getattr(cls, waiting.pop(), None)
-        function = value.fget if isinstance(value, property) else value
-        if isinstance(function, FunctionType) and function is not getattr(nn.Module, function.__name__, None):
+        for function in _definitions(cls, waiting.pop()):
             for code in _reachable(function, {}):
                 names = {*code.co_names, *(constant for constant in code.co_consts if type(constant) is str)}
+                # Whatever name a function was imported under, its own counts too.
+                found = (function.__globals__.get(name) for name in code.co_names)
+                names |= {value.__name__ for value in found if isinstance(value, (BuiltinFunctionType, FunctionType))}
                 waiting += names - seen
                 seen |= names
     return frozenset(seen)
+
+
+def _definitions(cls: type, name: str) -> Iterator[FunctionType]:
+    """The function a class has under a name, and those of its bases as far as super() reaches."""
+    for base in cls.__mro__:
+        if name not in vars(base) or base is nn.Module:
+            continue
+        value = vars(base)[name]
+        function = value.fget if isinstance(value, property) else getattr(value, '__func__', value)
+        if not isinstance(function, FunctionType):
+            return
+        yield function
+        if 'super' not in function.__code__.co_names:
+            return
 
 
 @_cached

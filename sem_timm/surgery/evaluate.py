@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_map_only
 
-from sem_timm.surgery.graphs import ancestors
+from sem_timm.surgery.effects import needed_for
 from sem_timm.surgery.layout import LayoutMode
 from sem_timm.surgery.trace import Trace
 
@@ -59,17 +60,27 @@ class _Partial(_Recorder):
 
 
 def values_of(
-    graph: fx.Graph, module: nn.Module, arguments: Mapping[str, Any], nodes: list[fx.Node]
+    graph: fx.Graph,
+    module: nn.Module,
+    arguments: Mapping[str, Any],
+    nodes: list[fx.Node],
+    at_first: Collection[fx.Node] = (),
 ) -> dict[fx.Node, Any]:
-    """Runs as much of a graph as some of its nodes need, without gradients, and returns their values."""
-    return run_needed(_Partial(module, graph, arguments), nodes)
+    """Runs as much of a graph as some of its nodes need, without gradients, and returns their values.
+
+    Values are those at the end, if others write into them; for the nodes ``at_first`` they are copies of the first.
+    """
+    return run_needed(_Partial(module, graph, arguments), nodes, at_first)
 
 
-def run_needed(runner: fx.Interpreter, nodes: list[fx.Node]) -> dict[fx.Node, Any]:
-    """Lets an interpreter run what some nodes need and nothing else, and returns their values."""
-    needed = ancestors(nodes)
+def run_needed(runner: fx.Interpreter, nodes: list[fx.Node], at_first: Collection[fx.Node] = ()) -> dict[fx.Node, Any]:
+    """Lets an interpreter run what some nodes need and nothing else, and returns their values as `values_of` does."""
+    needed = needed_for(nodes, runner.module)
+    copies = {}
     with torch.no_grad():
         for node in nodes[0].graph.nodes:
             if node in needed:
                 runner.env[node] = runner.run_node(node)
-    return {node: runner.env[node] for node in nodes}
+                if node in at_first:
+                    copies[node] = tree_map_only(torch.Tensor, torch.clone, runner.env[node])
+    return {node: copies.get(node, runner.env[node]) for node in nodes}

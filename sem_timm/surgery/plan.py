@@ -56,6 +56,10 @@ class Swap(Protocol):
         """Whether the new core takes ``(q, k, v)``; otherwise ``(q)``. A mask may follow."""
 
     @property
+    def folds_projection(self) -> bool:
+        """Whether the new core has ``attend_folded(x, weight, bias)`` for queries that are a projection of ``x``."""
+
+    @property
     def takes_pairwise_mask(self) -> bool:
         """Whether it honours a mask for pairs of tokens, beside one of tokens to leave out."""
 

@@ -185,7 +185,8 @@ def _human_names(graph: fx.Graph, reserved: set[str]) -> dict[fx.Node, str]:
     for node, index in order.items():
         if node.op in ('placeholder', 'output'):
             continue
-        sources = node.all_input_nodes
+        # What is read at its use has no name to hand on.
+        sources = [source for source in node.all_input_nodes if source.op != 'get_attr' or len(source.users) > 1]
         if sources and last_use[sources[0]] == index and not _reads(node):
             names[node] = names[sources[0]]
         else:

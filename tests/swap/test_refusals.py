@@ -6,8 +6,9 @@ from functools import cache
 from typing import Any
 
 import pytest
+import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import sem_timm
 from sem_timm import RefusedError
@@ -15,7 +16,7 @@ from tests.families import Family
 from tests.refusals import refused
 from tests.swap import small_attention
 from tests.swap.classes import CLASSES
-from tests.swap.small_attention import Model
+from tests.swap.small_attention import WIDTH, Model, Projected
 from tests.swap.swapping import assert_all_learn, backward, outputs, swap
 
 _VIT: dict[str, Any] = {'img_size': 64, 'embed_dim': 64, 'depth': 2, 'num_heads': 2}
@@ -47,7 +48,7 @@ REFUSED: dict[str, tuple[Family, str, str]] = {
     'gcvit.WindowAttentionGlobal': (
         CLASSES['models.gcvit.WindowAttentionGlobal'],
         'stages.0.blocks.1.attn',
-        "its queries are not computed from the module's input but from q_global",
+        'its queries are computed from q_global, its keys and values from other inputs',
     ),
     'cait.TalkingHeadAttn': (_CAIT, 'blocks.0.attn', 'its logits are mixed before they are used'),
     'convit.GPSA': (CLASSES['models.convit.MHSA'], 'blocks.0.attn', 'its attention weights are mixed before they are'),
@@ -180,3 +181,68 @@ def test_the_order_of_axes_makes_no_difference(attention: type[nn.Module]) -> No
     assert_all_learn(model)
     (alone,) = outputs(model, images[:1])
     assert torch.allclose(alone, outputs(model, images)[0][:1], atol=1e-5)  # no image sees another
+
+
+class TwoReaders(Projected):
+    """Its attention weights have a second use."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__()
+        self.use = use
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        attention = (q @ k.mT).softmax(-1)
+        return attention @ v + (attention @ v.flip(-1) if self.use == 'matmul' else attention.mean())
+
+
+@pytest.mark.parametrize('use', ['matmul', 'mean'])
+def test_weights_that_are_used_twice(use: str) -> None:
+    model = Model(TwoReaders(use))
+    with refused(model, RefusedError, 'also used for something else', use):
+        sem_timm.plan_model(model, 'external', input_size=(3, 32, 32))
+
+
+class WithContext(Projected):
+    """Keys and values of tokens and of a context."""
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        both = torch.cat([x, context], 1)
+        out = self.attend(self.heads(self.q(x)), self.heads(self.k(both)), self.heads(self.v(both)))
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class ContextModel(Model):
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patches(images).flatten(2).mT
+        return self.head((tokens + self.attention(tokens, tokens.flip(1))).mean(1))
+
+
+def test_a_context_that_the_new_core_would_not_look_at() -> None:
+    model = ContextModel(WithContext())
+    with refused(model, RefusedError, 'also computed from context'):
+        sem_timm.plan_model(model, 'external', input_size=(3, 32, 32))
+    assert len(sem_timm.plan_model(model, 'efficient', input_size=(3, 32, 32))) == 1
+
+
+class Torchs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x, x, need_weights=False)[0]
+
+
+def test_attention_of_torch_itself_is_named() -> None:
+    model = Model(Torchs())
+    with refused(model, RefusedError, 'attention.inner', 'timm.layers.Attention'):
+        sem_timm.plan_model(model, 'external', input_size=(3, 32, 32))
+
+
+class Derived(timm.layers.Attention):
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        return 2 * super().forward(x, attn_mask, is_causal)
+
+
+def test_attention_behind_super_is_found() -> None:
+    assert [site.name for site in sem_timm.plan_model(Model(Derived(WIDTH, 2)), 'external', input_size=(3, 32, 32))]

@@ -77,7 +77,7 @@ class _Indices(fx.Interpreter):
         if axis is None:
             raise RuntimeError(f'the {self.counted} axis of a tensor {tuple(like.shape)} is not known')
         shape = [-1 if at == axis else 1 for at in range(like.ndim)]
-        return torch.arange(1, like.shape[axis] + 1, dtype=torch.float32).view(shape).expand(like.shape)
+        return torch.arange(1, like.shape[axis] + 1, dtype=torch.float32).view(shape).expand(like.shape).clone()
 
 
 def _ones(like: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from sem_timm.surgery.effects import looks_up
 from sem_timm.surgery.graphs import Values, operation_name
 from sem_timm.surgery.swap.nodes import (
     is_elementwise,
@@ -116,6 +117,7 @@ def _spelled_out(softmax: fx.Node, module: nn.Module, values: Values) -> Core:
         users = list(current.users)
         product = next((user for user in users if is_product(user)), None)
         if product is not None:
+            _check_read_by(product, users)
             break
         following = next((user for user in users if passes(user, module)), None)
         if following is None:
@@ -123,6 +125,7 @@ def _spelled_out(softmax: fx.Node, module: nn.Module, values: Values) -> Core:
             transposed ^= following is not None
         if following is None:
             raise NotACore(_mixed('its attention weights are', users))
+        _check_read_by(following, users)
         current = following
     left, right = _factors(product)
     if left is current and not transposed:
@@ -130,6 +133,13 @@ def _spelled_out(softmax: fx.Node, module: nn.Module, values: Values) -> Core:
     if right is current and transposed:
         return Core(product, query, key, left, scale, extras, key_transposed=True, transposed=True)
     raise NotACore('its attention weights meet the values in an order that is not read')
+
+
+def _check_read_by(reader: fx.Node, users: list[fx.Node]) -> None:
+    others = [user for user in users if user is not reader and not looks_up(user)]
+    if others:
+        names = ', '.join('returned' if user.op == 'output' else operation_name(user) for user in others)
+        raise NotACore(f'its attention weights are also used for something else ({names})')
 
 
 def _product_behind(softmax: fx.Node, module: nn.Module, values: Values) -> tuple[fx.Node, list[Step]]:

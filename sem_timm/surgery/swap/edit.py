@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import fx, nn
 
-from sem_timm.surgery.graphs import Values, operation_name
+from sem_timm.surgery.graphs import Values, ancestors, called_module, operation_name
 from sem_timm.surgery.layout import LayoutMode
+from sem_timm.surgery.plan import Swap
 from sem_timm.surgery.reading import Reading
 from sem_timm.surgery.swap.cores import Core, Extra
+from sem_timm.surgery.swap.folding import fold_projections
 from sem_timm.surgery.swap.nodes import is_matrix_transpose
 from sem_timm.surgery.swap.packed import Rows, slice_packed
 from sem_timm.surgery.swap.prune import prune
@@ -39,7 +41,7 @@ def swapped(
     graph: fx.Graph,
     cores: dict[str, Core],
     masks: list[Extra | None],
-    reads_keys: bool,
+    operation: Swap,
     module: nn.Module,
     values: Values,
 ) -> tuple[fx.Graph, dict[str, Rows]]:
@@ -49,7 +51,7 @@ def swapped(
         graph: The graph.
         cores: Its cores, by the names of the new children.
         masks: What each is handed as its mask.
-        reads_keys: Whether it is handed keys and values, and queries with the scale of the old logits.
+        operation: The operation; if it reads keys, queries are handed over with the scale of the old logits.
         module: The module.
         values: The value of every node.
     """
@@ -61,7 +63,7 @@ def swapped(
     for (attribute, core), mask in zip(cores.items(), masks, strict=True):
         output = copies[core.output]
         with edited.inserting_before(output):
-            arguments = list(_arguments(nodes, core, copies, reads_keys))
+            arguments = list(_arguments(nodes, core, copies, operation.reads_keys))
             if mask is not None:
                 arguments.append(_mask(edited, mask, copies))
             new = edited.call_module(attribute, tuple(arguments))
@@ -70,16 +72,20 @@ def swapped(
         output.replace_all_uses_with(new)
         edited.erase_node(output)
         copies = {old: new if copy is output else copy for old, copy in copies.items()}
-    _loosen_types(edited)
-    prune(edited)
-    return edited, slice_packed(edited, module, known)
+    _loosen_types(edited, module)
+    prune(edited, module)
+    sliced = slice_packed(edited, module, known)
+    if operation.folds_projection:
+        fold_projections(edited, cores, module, known)
+        prune(edited, module)
+    return edited, sliced
 
 
 # What passes a tensor on in another shape, so that its type can be asked of the tensor itself.
 _MOVES = {'view', 'reshape', 'permute', 'transpose', 'contiguous', 'unbind', 'getitem', 'chunk', 'split', 'unflatten'}
 
 
-def _loosen_types(graph: fx.Graph) -> None:
+def _loosen_types(graph: fx.Graph, module: nn.Module) -> None:
     """Lets a tensor that only lends its type be the one it was taken from, so that it need not be computed itself."""
     for node in graph.nodes:
         if node.op != 'call_method' or node.target != 'type_as':
@@ -90,7 +96,16 @@ def _loosen_types(graph: fx.Graph) -> None:
             if like.op not in ('call_method', 'call_function') or operation_name(like) not in _MOVES:
                 break
             like = like.args[0]
-        node.args, node.kwargs = (tensor, like), {}
+        node.args, node.kwargs = (tensor, _twin_behind(tensor, like, module)), {}
+
+
+def _twin_behind(tensor: fx.Node, like: fx.Node, module: nn.Module) -> fx.Node:
+    """The layer that a tensor comes from if another is of the same kind and reads the same: their types are equal."""
+    layer = called_module(like, module) if like.op == 'call_module' else None
+    for node in () if layer is None else ancestors([tensor]):
+        if node.op == 'call_module' and node.args == like.args and type(called_module(node, module)) is type(layer):
+            return node
+    return like
 
 
 class _Nodes(Arithmetic):

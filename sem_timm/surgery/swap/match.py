@@ -72,8 +72,8 @@ class _Matching:
             return
         if self.original.graph is not None:
             arguments = bound_arguments(module, Call(args, kwargs, None))
-            for attribute, (query, output) in self._old_cores(module, arguments).items():
-                self._scale([new[attribute]], new[attribute](query), output)
+            for attribute, (inputs, output) in self._old_cores(module, arguments).items():
+                self._scale([new[attribute]], new[attribute](*inputs), output)
         before = _first(module.forward(*args, **kwargs))
         module.__class__ = patched_class(self.edit)
         for attribute, child in new.items():
@@ -84,13 +84,20 @@ class _Matching:
                 break
         module.__class__ = self.edit.base
 
-    def _old_cores(self, module: nn.Module, arguments: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
-        """The queries of each old core and what comes out of it, by the new child."""
+    def _old_cores(self, module: nn.Module, arguments: dict[str, Any]) -> dict[str, tuple[list[Tensor], Tensor]]:
+        """What each old core gets, as far as the new one reads it, and what it returns, by the new child."""
         graph, cores = self.original.graph, self.original.cores
         assert graph is not None
-        values = values_of(graph, module, arguments, [n for core in cores.values() for n in (core.query, core.output)])
-        outputs = {name: values[c.output].mT if c.transposed else values[c.output] for name, c in cores.items()}
-        return {name: (values[core.query], outputs[name]) for name, core in cores.items()}
+        wanted = [node for c in cores.values() for node in (c.query, c.key, c.value, c.output)]
+        values = values_of(graph, module, arguments, wanted, [core.output for core in cores.values()])
+        found = {}
+        for name, core in cores.items():
+            key, value, output = values[core.key], values[core.value], values[core.output]
+            inputs = [values[core.query], key.mT if core.key_transposed else key]
+            inputs.append(value.mT if core.transposed else value)
+            read = inputs if self.operation.reads_keys else inputs[:1]
+            found[name] = read, output.mT if core.transposed else output
+        return found
 
     def _scale(self, new: list[nn.Module], present: Tensor, wanted: Tensor) -> float:
         """Scales new cores by how much larger one standard deviation is than another, where that has a meaning."""

@@ -108,15 +108,14 @@ def only_adds(node: fx.Node, module: nn.Module, values: Values) -> bool:
     if not isinstance(values[node], Tensor) or values[first].shape != values[node].shape:
         return False
     generator = torch.Generator().manual_seed(0)
+    given: Any = (node.args[1:], node.kwargs)
+    others, named = tree_map_only(Tensor, lambda t: _random(t, generator), map_arg(given, values.__getitem__))
     called: Any = None
-    others: Any = ()
     shape = tuple(values[first].shape)
     if node.op == 'call_function':  # such as one that timm marks as not traceable
-        if not isinstance(node.target, FunctionType) or node.target.__module__.startswith('torch') or node.kwargs:
-            return False
-        called = node.target
-        others = tree_map_only(Tensor, lambda t: _random(t, generator), map_arg(node.args[1:], values.__getitem__))
-    elif node.op == 'call_module' and len(node.args) == 1 and not node.kwargs:
+        is_foreign = isinstance(node.target, FunctionType) and not node.target.__module__.startswith('torch')
+        called = node.target if is_foreign else None
+    elif node.op == 'call_module':
         child = called_module(node, module)
         called = None if child is None else filled(child, generator)
         shape = (1, *shape[1:])
@@ -124,9 +123,9 @@ def only_adds(node: fx.Node, module: nn.Module, values: Values) -> bool:
         return False
     try:
         with torch.no_grad():
-            plain = called(torch.zeros(shape), *others)
+            plain = called(torch.zeros(shape), *others, **named)
             inputs = torch.rand(shape, generator=generator)
-            return bool(torch.allclose(called(inputs.clone(), *others), inputs + plain, atol=1e-4))
+            return bool(torch.allclose(called(inputs.clone(), *others, **named), inputs + plain, atol=1e-4))
     except Exception:  # it does not take a batch of one
         return False
 

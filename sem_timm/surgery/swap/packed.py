@@ -75,7 +75,7 @@ def slice_packed(graph: fx.Graph, module: nn.Module, values: Values) -> dict[str
                 with graph.inserting_before(addition):
                     addition.args = (addition.args[0], take_rows(graph, addend, rows, values)[0])
         sliced |= names
-    prune(graph)  # what only the other rows were computed from
+    prune(graph, module)  # what only the other rows were computed from
     return sliced
 
 

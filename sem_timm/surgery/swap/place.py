@@ -55,7 +55,7 @@ _ATTENTION_NAMES = {'softmax', 'scaled_dot_product_attention'}
 def may_attend(module: nn.Module) -> bool:
     """Whether a module's own forward may compute attention, or did before it was patched."""
     if type(module).__module__.startswith('torch.nn.'):
-        return False
+        return isinstance(module, nn.MultiheadAttention)
     if edit_of(module, inherited=True) is not None or any(isinstance(child, nn.Softmax) for child in module.children()):
         return True
     return bool(names_called(type(module)) & _ATTENTION_NAMES)
@@ -81,6 +81,10 @@ class Swapper:
             Refused: If it has none that the operation can replace.
         """
         check_editable(self.reader, name)
+        if isinstance(self.reader.modules[name], nn.MultiheadAttention):
+            raise Refused(
+                'it computes all of its attention in one call, which is not read; timm.layers.Attention can be'
+            )
         if not self.operation.replaces_module:
             return self._cores(name)
         if name not in self._attending:
@@ -145,7 +149,7 @@ class Swapper:
             raise Refused(CAUSAL)
         if self.operation.reads_keys and core.scale.refusal:
             raise Refused(core.scale.refusal)
-        check_sources(core, values)
+        check_sources(core, values, self.operation)
         found = core.query, tuple(query.shape)
         if found not in self._heads:
             self._heads[found] = heads_of(core, module, values)
@@ -191,8 +195,7 @@ class Swapper:
             found[mode] = dict(zip(attributes, cores))
             values = reading.values[mode]
             masks = [self._mask(core, module, values) for core in cores]
-            reads_keys = self.operation.reads_keys
-            graphs[mode], sliced = swapped(trace.graphs[mode], found[mode], masks, reads_keys, module, values)
+            graphs[mode], sliced = swapped(trace.graphs[mode], found[mode], masks, self.operation, module, values)
         guards = [*trace.guards, *guards_for_unread(reading, graphs)]
         unread = unread_arguments(trace.values, graphs) & self._tables(type(module))
         guards = [guard for guard in guards if guard.condition.split(' is ')[0] not in unread]

@@ -57,6 +57,13 @@ def projected_rows(
     return _normalize(norm, out.flatten(0, -2), rows).view_as(out)
 
 
+def rows_of_weights(module: nn.Module, first: int, last: int, period: int) -> tuple[Tensor, Tensor | None] | None:
+    """Some rows of the weight and the bias of a linear layer; None unless it is a plain one with one range of rows."""
+    if type(module) is not nn.Linear or _is_altered(module) or period != module.out_features:
+        return None
+    return module.weight[first:last], None if module.bias is None else module.bias[first:last]
+
+
 def layers_of(module: nn.Module | None) -> tuple[nn.Module, nn.Module] | None:
     """The two children of a module that may be a projection with a batch norm and nothing else."""
     children = () if module is None else tuple(module._modules.values())

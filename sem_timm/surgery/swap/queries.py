@@ -15,14 +15,17 @@ from sem_timm.surgery.swap.axes import changes_along_axes
 from sem_timm.surgery.swap.cores import Core, Extra
 
 
-def check_sources(core: Core, values: Values) -> None:
-    """Raises Refused unless the queries come from the same data as keys and values."""
+def check_sources(core: Core, values: Values, operation: Swap) -> None:
+    """Raises Refused unless the queries come from the same data as keys and values, for as far as those are read."""
     query, others = (_data_arguments(nodes, values) for nodes in ([core.query], [core.key, core.value]))
+    names = ', '.join(sorted(query))
     if not query:
         raise Refused("its queries are not computed from the module's input")
     if not query & others:
-        names = ', '.join(sorted(query))
-        raise Refused(f"its queries are not computed from the module's input but from {names}")
+        raise Refused(f'its queries are computed from {names}, its keys and values from other inputs')
+    if others - query and not operation.reads_keys:
+        more = ', '.join(sorted(others - query))
+        raise Refused(f'its keys and values are also computed from {more}, which {operation} would not look at')
 
 
 def _data_arguments(nodes: list[fx.Node], values: Values) -> set[str]:

@@ -7,6 +7,7 @@ scale, and the module's result the old result.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -48,7 +49,10 @@ def _verify_mode(placement: Placement, module: nn.Module, reads_keys: bool, trai
         arguments = tree_map_only(Tensor, lambda t: _random(t, numbers), reading.trace.values)
         output = next(iter(reversed(graph.nodes)))
         with torch.no_grad(), _WithoutDropout():
-            values = values_of(graph, copy, arguments, [output, *(n for core in cores.values() for n in _nodes(core))])
+            given = tree_map_only(Tensor, torch.clone, arguments)
+            outputs = [core.output for core in cores.values()]
+            values = values_of(graph, copy, given, [output, *chain(*map(_nodes, cores.values()))], outputs)
+            original = copy(**tree_map_only(Tensor, torch.clone, arguments))
             seen: dict[str, tuple[Any, ...]] = {}
             for attribute, core in cores.items():
                 copy.__dict__[attribute] = _stand_in(attribute, core, values, seen)
@@ -56,6 +60,8 @@ def _verify_mode(placement: Placement, module: nn.Module, reads_keys: bool, trai
             result = copy(**arguments)
     except Exception as error:
         raise TraceError(f'{name} cannot be checked by itself: {type(error).__name__}: {error}') from error
+    if not _caches_tensors(module) and not _all_alike(tree_leaves(original), tree_leaves(values[output])):
+        raise TraceError(f'{name}: its trace computes something else, perhaps for lack of what it changes in place')
     if not _all_alike(tree_leaves(result), tree_leaves(values[output])):
         raise TraceError(f'{name}: swapped, it computes something else around its core')
     for attribute, core in cores.items():
@@ -64,6 +70,13 @@ def _verify_mode(placement: Placement, module: nn.Module, reads_keys: bool, trai
             raise TraceError(f'{name}: swapped, its core gets something else')
         if reads_keys and not core.extras and not _attends_alike(core, values, inputs):
             raise TraceError(f'{name}: softmax(q k / sqrt(d)) v is not what its core computes')
+
+
+def _caches_tensors(module: nn.Module) -> bool:
+    """Whether a module keeps tensors that it once computed from its weights, which random weights would not fit."""
+    kept = (vars(part).items() for part in module.modules())
+    values = [value for pairs in kept for name, value in pairs if name not in ('_parameters', '_buffers', '_modules')]
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(values))
 
 
 def _nodes(core: Core) -> list[fx.Node]:
@@ -105,7 +118,7 @@ class _WithoutDropout(TorchFunctionMode):
 def _stand_in(attribute: str, core: Core, values: dict[fx.Node, Any], seen: dict[str, tuple[Any, ...]]) -> Any:
     def stand_in(*inputs: Any) -> Tensor:
         seen[attribute] = inputs
-        result: Tensor = values[core.output]
+        result: Tensor = values[core.output].clone()
         return result.mT if core.transposed else result
 
     return stand_in
