@@ -45,7 +45,8 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 def compact_model(model: nn.Module) -> nn.Module:
     """Drops the parameters that a swap of attention has made useless, for deployment; there is no undo after it.
 
-    Works in place. Keys of the dropped parameters leave the state_dict. Packed projections keep all their rows.
+    Works in place. Keys of the dropped parameters leave the state_dict. Packed projections keep all their rows. In
+    models with windows, methods that make tables of positions anew, such as ``set_input_size``, need what was dropped.
 
     Returns:
         The model.

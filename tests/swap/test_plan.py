@@ -6,6 +6,7 @@ import json
 import warnings
 
 import pytest
+import timm
 import torch
 
 import sem_timm
@@ -200,3 +201,15 @@ def test_the_record_of_a_swap() -> None:
     assert (record.name, record.class_name, record.inserted) == ('blocks.1.attn', 'DiffAttention', ('core1', 'core2'))
     assert record.position == 'core' and record.operation == AttentionConfig('external', memory=8)
     assert torch.is_tensor(model.blocks[1].attn.core2.mk)
+
+
+@pytest.mark.parametrize('architecture', ['vit_relpos_small_patch16_224', 'test_maxvit', 'test_vit'])
+def test_the_sites_do_not_depend_on_how_attention_is_spelled(architecture: str) -> None:
+    with torch.device('meta'):
+        fused = sem_timm.plan_model(timm.create_model(architecture), 'external')
+        timm.layers.set_fused_attn(False)
+        try:
+            spelled_out = sem_timm.plan_model(timm.create_model(architecture), 'external')
+        finally:
+            timm.layers.set_fused_attn(True)
+    assert [site.name for site in spelled_out] == [site.name for site in fused]

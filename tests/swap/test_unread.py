@@ -167,3 +167,9 @@ def test_a_table_that_two_modules_share_is_trained_while_one_reads_it(exclude: s
     assert without_gradient(model) == set()
     sem_timm.unpatch_model(model)
     assert first.relative_position_bias_table.requires_grad
+
+
+def test_values_that_only_lend_their_type_are_unread() -> None:
+    family = Family('eva02_base_patch14_448', 56, options={'img_size': 56, 'depth': 1, 'embed_dim': 64, 'num_heads': 2})
+    unread = assert_the_plan_agrees_with_autograd(family, 'external')
+    assert {'blocks.0.attn.v_proj.weight', 'blocks.0.attn.v_proj.bias', 'blocks.0.attn.k_proj.weight'} <= set(unread)
