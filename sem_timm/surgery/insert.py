@@ -10,24 +10,37 @@ import torch
 from torch import Tensor, fx
 
 from sem_timm.errors import TraceError
+from sem_timm.surgery.blocks import find_blocks
 from sem_timm.surgery.bytecode import iterates_children
 from sem_timm.surgery.layout import Layout, LayoutMode, layout_of, set_layout
-from sem_timm.surgery.placement import Placement, Refused, check_editable, check_hashable, compiled, free_names
+from sem_timm.surgery.placement import (
+    Aftermath,
+    Placement,
+    Refused,
+    check_editable,
+    check_hashable,
+    compiled,
+    free_names,
+)
 from sem_timm.surgery.plan import Insertion, Site
 from sem_timm.surgery.reading import Reader, Reading
 from sem_timm.surgery.residual import ResidualAdd, last_of_each_output, site_layout
 from sem_timm.surgery.rewrite import Edit
 from sem_timm.surgery.source import graph_source, output_source
 from sem_timm.surgery.trace import forward_signature
+from sem_timm.surgery.verify import verify
 
 
 class Inserter:
-    """Places one operation in modules of one probed model, making each distinct edit once."""
+    """Places the insertion of one operation in the blocks of one probed model."""
+
+    noun = 'blocks'
 
     def __init__(self, reader: Reader, operation: Insertion) -> None:
         self.reader = reader
         self.operation = operation
         check_hashable(operation)
+        self.candidates = find_blocks(reader)
 
     def place(self, name: str) -> Placement:
         """Finds the sites of one module.
@@ -43,6 +56,22 @@ class Inserter:
         last = self.reader.last_step(name)
         check_editable(self.reader, last)
         return self._at_output(last)
+
+    def verify(self, name: str, placement: Placement) -> None:
+        """Compares the edited forward with the original in numbers; raises TraceError if they differ."""
+        verify(placement.reading, self.reader.modules[name], self.reader.probe.calls[name], placement.edit)
+
+    def unreadable(self) -> dict[str, str]:
+        """Modules that might be blocks and could not be read, unless they are part of one or hold some."""
+
+        def related(name: str) -> bool:
+            return any(f'{name}.'.startswith(f'{block}.') or block.startswith(f'{name}.') for block in self.candidates)
+
+        return {name: str(error) for name, error in self.reader.failures.items() if name and not related(name)}
+
+    def rehearse(self, placements: dict[str, Placement]) -> Aftermath:
+        """Nothing changes around an insertion."""
+        return Aftermath()
 
     def _residual_reading(self, name: str) -> Reading | None:
         """The reading to edit, or None if the module is to be treated as a whole."""

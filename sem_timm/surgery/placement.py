@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FunctionType
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -34,6 +34,47 @@ class Placement:
     edit: Edit
     reading: Reading | None
     swapping: Any = None
+
+
+@dataclass(frozen=True)
+class Aftermath:
+    """What applying placements changes around them.
+
+    Attributes:
+        unread: Names of parameters that no longer reach the output.
+        sliced: The rows that are read of packed weights, by name.
+        originals: How the old attention is computed, by name of the module.
+        tables: Edits of the modules upstream whose results no module reads any more, by name.
+    """
+
+    unread: tuple[str, ...] = ()
+    sliced: dict[str, Any] = field(default_factory=dict)
+    originals: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, Edit] = field(default_factory=dict)
+
+
+class Placer(Protocol):
+    """Places one operation in the modules of one probed model.
+
+    Attributes:
+        noun: What the modules are that it looks for.
+        candidates: Their names.
+    """
+
+    noun: str
+    candidates: list[str]
+
+    def place(self, name: str) -> Placement:
+        """Finds the sites of one module, or raises Refused."""
+
+    def verify(self, name: str, placement: Placement) -> None:
+        """Compares the edited forward with the original in numbers; raises TraceError if they differ."""
+
+    def unreadable(self) -> dict[str, str]:
+        """Modules that might have been candidates and whose forward could not be read, with the reasons."""
+
+    def rehearse(self, placements: dict[str, Placement]) -> Aftermath:
+        """Looks at what all placements together change; the weightless copy may be used up by it."""
 
 
 def check_hashable(operation: Any) -> None:

@@ -15,24 +15,14 @@ import torch
 from torch import nn
 
 from sem_timm.errors import ModelError, RefusedError, TraceError
-from sem_timm.surgery.blocks import find_blocks
 from sem_timm.surgery.insert import Inserter
-from sem_timm.surgery.placement import Placement, Refused
+from sem_timm.surgery.placement import Placement, Placer, Refused
 from sem_timm.surgery.plan import Insertion, Plan, Refusal, Swap
 from sem_timm.surgery.reading import Reader
 from sem_timm.surgery.rewrite import Edit
 from sem_timm.surgery.select import Target, select
 from sem_timm.surgery.skeleton import dtype_of, probe
-from sem_timm.surgery.swap import (
-    Aftermath,
-    NoCore,
-    Swapper,
-    attention_modules,
-    may_attend,
-    rehearse_swap,
-    verify_swap,
-)
-from sem_timm.surgery.verify import verify
+from sem_timm.surgery.swap import NoCore, Swapper, may_attend
 
 
 def plan_insertion(
@@ -58,7 +48,7 @@ def plan_insertion(
         ModelError: If the model is wrapped, or its input size is not known.
         OptionError: If ``input_size`` does not fit the model.
     """
-    return _planned(model, operation, Inserter, find_blocks, 'blocks', target, exclude, input_size)
+    return _planned(model, operation, Inserter, target, exclude, input_size)
 
 
 def plan_swap(
@@ -83,16 +73,14 @@ def plan_swap(
     """
     check_model(model)
     if target is None and not any(map(may_attend, model.modules())):  # most convolutional networks, without a probe
-        raise RefusedError(_nothing(model, operation, 'attention', {}, False))
-    return _planned(model, operation, Swapper, attention_modules, 'attention', target, exclude, input_size)
+        raise RefusedError(_nothing(model, operation, Swapper.noun, {}, False))
+    return _planned(model, operation, Swapper, target, exclude, input_size)
 
 
 def _planned(
     model: nn.Module,
     operation: Any,
-    placer: Callable[[Reader, Any], Any],
-    find: Callable[[Reader], list[str]],
-    noun: str,
+    placer_of: Callable[[Reader, Any], Placer],
     target: Target | None,
     exclude: Target | None,
     input_size: tuple[int, ...] | None,
@@ -102,19 +90,21 @@ def _planned(
     unwanted = _excluded(model, exclude)
     with _kept_random_states(), _on_cpu():
         reader = Reader(probe(model, input_size))
-        found = [name for name in find(reader) if name not in unwanted]
-        work = _Work(placer(reader, operation))
+        placer = placer_of(reader, operation)
+        found = [name for name in placer.candidates if name not in unwanted]
+        work = _Work(placer)
         for entry, names in wanted or [('', found)]:
             kept = [name for name in names if name not in unwanted]
             work.place([name for name in found if name in set(kept)] or kept, entry)
-        work.verify(reader)
-        work.check()
-        if wanted is None and noun == 'blocks':
-            work.refusals.update(_unreadable(reader, found, unwanted))
+        work.verify()
+        work.check(operation)
+        if wanted is None:
+            failures = placer.unreadable().items()
+            work.refusals.update((name, reason) for name, reason in failures if name not in unwanted)
         if not work.placements:
-            raise RefusedError(_nothing(model, operation, noun, work.refusals, bool(unwanted)))
+            raise RefusedError(_nothing(model, operation, placer.noun, work.refusals, bool(unwanted)))
         order = {name: work.placements[name] for name in reader.modules if name in work.placements}
-        after = Aftermath() if noun == 'blocks' else rehearse_swap(reader, order, operation)
+        after = placer.rehearse(order)
     return Plan(
         operation=operation,
         model_name=type(model).__name__,
@@ -157,7 +147,7 @@ _DIGITS = re.compile(r'\b\d+\b')
 class _Work:
     """Placements and refusals gathered for one plan, and what each entry of the target came to."""
 
-    placer: Any
+    placer: Placer
     placements: dict[str, Placement] = field(default_factory=dict)
     refusals: dict[str, str] = field(default_factory=dict)
     entries: dict[str, list[str]] = field(default_factory=dict)
@@ -180,7 +170,7 @@ class _Work:
                 self.placements[placement.sites[0].name] = placement
                 found.append(placement.sites[0].name)
 
-    def verify(self, reader: Reader) -> None:
+    def verify(self) -> None:
         """Compares each distinct rewritten forward with the original, on the smallest block that uses it."""
         smallest: dict[Edit, tuple[int, str]] = {}
         for name, placement in self.placements.items():
@@ -194,7 +184,7 @@ class _Work:
             if reading is not None and form in reading.trace.verified:
                 continue
             try:
-                self._verify_one(reader, name)
+                self.placer.verify(name, self.placements[name])
             except TraceError as error:
                 for other in [n for n, placement in self.placements.items() if placement.edit == edit]:
                     del self.placements[other]
@@ -203,16 +193,8 @@ class _Work:
                 if reading is not None:
                     reading.trace.verified.add(form)
 
-    def _verify_one(self, reader: Reader, name: str) -> None:
-        placement, module = self.placements[name], reader.modules[name]
-        if placement.swapping is None:
-            verify(placement.reading, module, reader.probe.calls[name], placement.edit)
-        elif placement.reading is not None:
-            verify_swap(placement, module, self.placer.operation.reads_keys)
-
-    def check(self) -> None:
+    def check(self, operation: Any) -> None:
         """Raises RefusedError if all that an entry of the target selects is refused."""
-        operation = self.placer.operation
         for entry, names in self.entries.items():
             if not entry or any(name in self.placements for name in names):
                 continue
@@ -223,16 +205,6 @@ class _Work:
                 + ('\n  '.join(reasons[:5]) or 'all of them are excluded')
                 + more
             )
-
-
-def _unreadable(reader: Reader, blocks: list[str], unwanted: set[str]) -> dict[str, str]:
-    """Modules that might be blocks and whose forward could not be read, unless they are part of one or hold some."""
-
-    def related(name: str) -> bool:
-        return any(f'{name}.'.startswith(f'{block}.') or block.startswith(f'{name}.') for block in blocks)
-
-    failures = reader.failures.items()
-    return {name: str(error) for name, error in failures if name and name not in unwanted and not related(name)}
 
 
 @contextmanager
@@ -258,8 +230,7 @@ def _on_cpu() -> AbstractContextManager[object]:
 def _nothing(model: nn.Module, operation: Any, noun: str, refusals: dict[str, str], excluded: bool) -> str:
     reasons = [f'\n  {name}: {reason}' for name, reason in list(refusals.items())[:5]]
     found = f'exclude leaves no {noun}; exclude less.' if excluded else f'it has no {noun}, as far as can be seen.'
-    found = f'{len(refusals)} {noun} were found and refused:' if refusals and noun == 'blocks' else found
-    found = f'{len(refusals)} modules were found and refused:' if refusals and noun != 'blocks' else found
+    found = f'{len(refusals)} {noun} were found and refused:' if refusals else found
     return f'nothing in {type(model).__name__} can take {operation}; {found}{"".join(reasons)}'
 
 

@@ -16,7 +16,15 @@ from sem_timm.errors import TraceError
 from sem_timm.surgery.bytecode import names_called
 from sem_timm.surgery.graphs import Values, ancestors
 from sem_timm.surgery.layout import layout_of
-from sem_timm.surgery.placement import Placement, Refused, check_editable, check_hashable, compiled, free_names
+from sem_timm.surgery.placement import (
+    Aftermath,
+    Placement,
+    Refused,
+    check_editable,
+    check_hashable,
+    compiled,
+    free_names,
+)
 from sem_timm.surgery.plan import AttentionSite, Swap
 from sem_timm.surgery.reading import Reader, Reading, bound_arguments
 from sem_timm.surgery.rewrite import Edit, edit_of
@@ -26,7 +34,9 @@ from sem_timm.surgery.swap.edit import Swapping, guards_for_unread, swapped, unr
 from sem_timm.surgery.swap.grids import Grids
 from sem_timm.surgery.swap.packed import Rows
 from sem_timm.surgery.swap.queries import check_sources, heads_of, mask_of
+from sem_timm.surgery.swap.rehearsal import rehearse_swap
 from sem_timm.surgery.swap.trial import num_parameters_of
+from sem_timm.surgery.swap.verify import verify_swap
 from sem_timm.surgery.swap.whole import CAUSAL, place_whole
 
 
@@ -62,14 +72,16 @@ def may_attend(module: nn.Module) -> bool:
 
 
 class Swapper:
-    """Places one attention operation in modules of one probed model."""
+    """Places one attention operation in the attention modules of one probed model."""
+
+    noun = 'attention modules'
 
     def __init__(self, reader: Reader, operation: Swap) -> None:
         self.reader = reader
         self.operation = operation
         check_hashable(operation)
-        self._attending = attention_modules(reader)
-        self._grids = Grids(reader, self._attending)
+        self.candidates = attention_modules(reader)
+        self._grids = Grids(reader, self.candidates)
         self._buffers = {id(buffer) for buffer in reader.probe.skeleton.buffers()}
         self._tables_of: dict[type, frozenset[str]] = {}
         self._heads: dict[tuple[fx.Node, tuple[int, ...]], tuple[int, int]] = {}
@@ -87,9 +99,22 @@ class Swapper:
             )
         if not self.operation.replaces_module:
             return self._cores(name)
-        if name not in self._attending:
+        if name not in self.candidates:
             raise NoCore(self._no_core(name))
         return place_whole(self.reader, self.operation, name)
+
+    def verify(self, name: str, placement: Placement) -> None:
+        """Compares the edited forward with the original in numbers; raises TraceError if they differ."""
+        if placement.reading is not None:
+            verify_swap(placement, self.reader.modules[name], self.operation.reads_keys)
+
+    def unreadable(self) -> dict[str, str]:
+        """None: what may attend and cannot be read is refused by name."""
+        return {}
+
+    def rehearse(self, placements: dict[str, Placement]) -> Aftermath:
+        """Applies placements to the weightless copy and runs it: shapes must stay, parameters may become unread."""
+        return rehearse_swap(self.reader, placements, self.operation)
 
     def _read(self, name: str) -> tuple[Reading, list[Core]]:
         """The reading of a module in which its cores can be seen."""
@@ -113,7 +138,7 @@ class Swapper:
         raise NoCore(self._no_core(name))
 
     def _no_core(self, name: str) -> str:
-        inside = [other for other in self._attending if other.startswith(f'{name}.')]
+        inside = [other for other in self.candidates if other.startswith(f'{name}.')]
         hint = f'; {inside[0]} may have one' if inside else ''
         return f'its own forward has no attention core{hint}'
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,13 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 from sem_timm.errors import TraceError
 from sem_timm.surgery.layout import LayoutMode
-from sem_timm.surgery.placement import Placement
+from sem_timm.surgery.placement import Aftermath, Placement
 from sem_timm.surgery.plan import Swap
 from sem_timm.surgery.reading import Reader
 from sem_timm.surgery.rewrite import Edit, patched_class
 from sem_timm.surgery.skeleton import Call
 from sem_timm.surgery.swap.cores import Core
-from sem_timm.surgery.swap.packed import Rows
 from sem_timm.surgery.swap.tables import unread_tables
 from sem_timm.surgery.swap.unread import reached_parameters, unread_parameters, upstream_arguments
 
@@ -33,23 +32,6 @@ class Original:
 
     graph: fx.Graph | None
     cores: dict[str, Core]
-
-
-@dataclass(frozen=True)
-class Aftermath:
-    """What applying placements changes around them.
-
-    Attributes:
-        unread: Names of parameters that no longer reach the output.
-        sliced: Names of packed weights, with the first row read, the one behind the last, and the number of rows.
-        originals: How the old attention is computed, by name of the module.
-        tables: Edits of the modules upstream whose results no module reads any more, by name.
-    """
-
-    unread: tuple[str, ...] = ()
-    sliced: dict[str, Rows] = field(default_factory=dict)
-    originals: dict[str, Original] = field(default_factory=dict)
-    tables: dict[str, Edit] = field(default_factory=dict)
 
 
 def rehearse_swap(reader: Reader, placements: dict[str, Placement], operation: Swap) -> Aftermath:
