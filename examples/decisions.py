@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sem_timm
 
-NARROW = {'channels': (8, 16, 32, 64), 'stem_width': 8, 'in_chans': 1}
+NARROW: dict[str, Any] = {'channels': (8, 16, 32, 64), 'stem_width': 8, 'in_chans': 1}
 IMAGE_SIZE = 32
 EPOCHS = 20
 SEED = 0

@@ -47,7 +47,8 @@ class AttentionMap:
     def labels(self) -> tuple[str, ...]:
         """A name for each map."""
         return tuple(
-            f'slot {slot}' if head is None else f'head {head}, slot {slot}' for slot, head in zip(self.slots, self.heads)
+            f'slot {slot}' if head is None else f'head {head}, slot {slot}'
+            for slot, head in zip(self.slots, self.heads)
         )
 
     def overlay(self, path: str | Path, *, most: int = 15) -> Path:
@@ -70,7 +71,9 @@ class AttentionMap:
         shown = f'{len(order)} of {len(self.maps)} maps' if len(order) < len(self.maps) else f'{len(order)} maps'
         height, width = self.maps.shape[1:]
         title = f'{self.layer}: where its memory slots look, {shown} on {height} × {width} tokens'
-        overlays(path, self.image, [self.maps[index] for index in order], [self.labels[index] for index in order], title)
+        overlays(
+            path, self.image, [self.maps[index] for index in order], [self.labels[index] for index in order], title
+        )
         return path
 
     def __repr__(self) -> str:
@@ -151,7 +154,7 @@ def _as_batch(image: Any, model: nn.Module, config: dict[str, Any]) -> Tensor:
     if isinstance(image, Image.Image):
         size = probe(model).input_size
         transform: Any = create_transform(**{**config, 'input_size': size})
-        return transform(image.convert('L' if size[0] == 1 else 'RGB')).unsqueeze(0)  # type: ignore[no-any-return]
+        return transform(image.convert('L' if size[0] == 1 else 'RGB')).unsqueeze(0)
     if not isinstance(image, Tensor):
         raise OptionError(f'image is a {type(image).__name__}; give a PIL image or a normalised tensor (C, H, W).')
     image = image if image.ndim == 4 else image.unsqueeze(0)
@@ -201,10 +204,11 @@ def _on_grid(
         check_not_windowed(name, attention.shape[0], 1, attention.shape[1], attention.shape[1])
         attention = attention[0].transpose(0, 1)  # (heads, N, slots)
     else:
+        assert isinstance(module, ExternalAttention)
         samples, total = tokens_given(given)
         check_not_windowed(name, samples, parts, attention.shape[-2], total)
         if module.num_heads > 1:
-            attention = attention.movedim(module.head_axis, 0)  # type: ignore[arg-type]
+            attention = attention.movedim(module.head_axis, 0)
         attention = attention.reshape(-1, *attention.shape[-2:])
     grid = token_grid(attention.shape[1], given, image_size)
     if grid is None:

@@ -63,7 +63,7 @@ def _checked(images: Any) -> Tensor:
     if not isinstance(images, Tensor):
         raise OptionError(
             f'the loader yields images of type {type(images).__name__}; they are needed as a tensor (B, C, H, W), '
-            "as the transform of the model makes them: timm.data.create_transform(**resolve_data_config({}, model=m))."
+            'as the transform of the model makes them: timm.data.create_transform(**resolve_data_config({}, model=m)).'
         )
     if images.ndim != 4:
         hint = ' Is it a data set? torch.utils.data.DataLoader(dataset, 32) makes batches of it.' * (images.ndim == 3)

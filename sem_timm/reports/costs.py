@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,15 +58,18 @@ def measured(skeleton: nn.Module, input_size: tuple[int, ...], part_of: Callable
     for name, parameter in skeleton.named_parameters():
         part = part_of(name.rpartition('.')[0])
         parameters[part] = parameters.get(part, 0) + parameter.numel()
-    parts = _Parts(skeleton, part_of)
-    macs = _macs(skeleton, input_size, parts)
-    kept = _kept_bytes(skeleton, input_size, parts)
+    with _Parts(skeleton, part_of) as parts:
+        macs = _macs(skeleton, input_size, parts)
+        kept = _kept_bytes(skeleton, input_size, parts)
     names = dict.fromkeys(part_of(name) for name, _ in skeleton.named_modules())
     return {name: Cost(parameters.get(name, 0), macs.get(name, 0), kept.get(name, 0)) for name in names}
 
 
 class _Parts:
-    """Follows a model through a forward, so that it is known which part is running.
+    """Follows a model through its forwards while it is entered, so that it is known which part is running.
+
+    Listens to all modules of the process: hooks on the model's own would change what it does, as adapters on a packed
+    projection make it compute all its rows.
 
     Attributes:
         current: The part that is running.
@@ -76,17 +79,26 @@ class _Parts:
     def __init__(self, model: nn.Module, part_of: Callable[[str], str]) -> None:
         self.current = part_of('')
         self.on_change: Callable[[], None] | None = None
+        self._parts = {module: part_of(name) for name, module in model.named_modules()}
         self._outer: list[str] = []
-        for name, module in model.named_modules():
-            module.register_forward_pre_hook(partial(self._enter, part=part_of(name)))
-            module.register_forward_hook(self._leave)
+        self._handles: list[Any] = []
 
-    def _enter(self, module: nn.Module, args: Any, *, part: str) -> None:
-        self._outer.append(self.current)
-        self._change(part)
+    def __enter__(self) -> _Parts:
+        self._handles = [register_module_forward_pre_hook(self._enter), register_module_forward_hook(self._leave)]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if module in self._parts:
+            self._outer.append(self.current)
+            self._change(self._parts[module])
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._change(self._outer.pop())
+        if module in self._parts:
+            self._change(self._outer.pop())
 
     def _change(self, part: str) -> None:
         if part != self.current and self.on_change is not None:
@@ -155,8 +167,11 @@ class _FusedAttention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            given = {**dict(zip(('query', 'key', 'value', 'attn_mask', 'dropout_p', 'is_causal'), args)), **kwargs}
-            query, key, value, mask = (given.get(name) for name in ('query', 'key', 'value', 'attn_mask'))
+            given: dict[str, Any] = {
+                **dict(zip(('query', 'key', 'value', 'attn_mask', 'dropout_p', 'is_causal'), args)),
+                **kwargs,
+            }
+            query, key, value, mask = given['query'], given['key'], given['value'], given.get('attn_mask')
             learned = isinstance(mask, Tensor) and mask.requires_grad and torch.is_grad_enabled()
             alike = query.ndim == 4 and query.shape[:2] == key.shape[:2] and query.shape[-1] == value.shape[-1]
             if alike and not learned:

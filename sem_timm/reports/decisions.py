@@ -37,8 +37,8 @@ class Decisions:
         num_images: Number of images.
         mean: Mean decision: how much the operator's logits count, between 0 and 1.
         spread: Standard deviation of the decision over the images.
-        gate_mean: Mean of the operator's factor in the gate, over images and channels. An operator without a say has the
-            factor 1 in the identity form, 0.5 in the paper's.
+        gate_mean: Mean of the operator's factor in the gate, over images and channels. An operator without a say has
+            the factor 1 in the identity form, 0.5 in the paper's.
         gate_spread: Standard deviation over the images of that factor's mean over channels.
         gate_contrast: Standard deviation of the factor over the channels, as a mean over images: how differently the
             operator treats channels.
@@ -188,9 +188,7 @@ def decisions(
     if not ran:
         raise ModelError(f'none of the {len(modules)} SEM of this {type(model).__name__} was run by its forward.')
     name = type(model).__name__
-    classes = {
-        label: _statistics(name, ran, recorder.classes[label], per_class[label]) for label in _sorted(per_class)
-    }
+    classes = {label: _statistics(name, ran, recorder.classes[label], per_class[label]) for label in _sorted(per_class)}
     return _statistics(name, ran, recorder.everything, num_images, classes)
 
 
@@ -261,7 +259,8 @@ def _statistics(
         spread, gate_spread, _ = moments[name].std.chunk(3)
         columns[:, row, places] = torch.stack((mean, spread, gate_mean, gate_spread, contrast))
     forms = tuple(module.form for module in modules.values())
-    return Decisions(model_name, tuple(modules), operators, forms, num_images, *columns.unbind(), classes or {})
+    kept = columns.unbind()
+    return Decisions(model_name, tuple(modules), operators, forms, num_images, *kept[:4], kept[4], classes or {})
 
 
 def _sorted(labels: Mapping[Hashable, int]) -> list[Hashable]:

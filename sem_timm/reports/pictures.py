@@ -95,9 +95,7 @@ def _heatmap(figure: Any, axes: Any, panel: Panel, columns: Sequence[str]) -> No
             text = f'{value:.3f}' if panel.spread is None else f'{value:.2f} ±{float(panel.spread[row, column]):.2f}'
             red, green, blue, _ = image.cmap(image.norm(value))
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
-            axes.text(
-                column, row, text, ha='center', va='center', fontsize=8, color='white' if dark else 'black'
-            )
+            axes.text(column, row, text, ha='center', va='center', fontsize=8, color='white' if dark else 'black')
     bar = figure.colorbar(image, ax=axes, orientation='horizontal', location='bottom', shrink=0.9, aspect=28, pad=0.01)
     bar.set_label(panel.label, fontsize=8.5, color=_GREY)
     bar.ax.tick_params(labelsize=8, length=2)

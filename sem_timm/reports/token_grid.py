@@ -32,7 +32,7 @@ def token_grid(num_tokens: int, inputs: list[Any], image_size: tuple[int, int]) 
     """
     data = [value for value in inputs if isinstance(value, Tensor) and layout_of(value) is not None]
     prefixes = {layout.prefix for value in data if (layout := layout_of(value)) is not None and value.ndim == 3}
-    for prefix in (*sorted(prefixes, reverse=True), 0):
+    for prefix in sorted(prefixes or {0}, reverse=True):
         for height, width in (*_stated_sizes(inputs, data), _in_proportion(num_tokens - prefix, image_size)):
             if height > 0 and height * width == num_tokens - prefix:
                 return TokenGrid(prefix, height, width)
@@ -75,8 +75,8 @@ def check_not_windowed(name: str, samples: int, parts: int, num_tokens: int, tot
     if samples == 1 and (parts == 1 or num_tokens == total):
         return
     raise RefusedError(
-        f'{name} attends in {max(samples, parts)} windows of {num_tokens} tokens each, and its slots look at each window by '
-        'itself: there is no map of the whole image.\n'
+        f'{name} attends in {max(samples, parts)} windows of {num_tokens} tokens each, and its slots look at each '
+        'window by itself: there is no map of the whole image.\n'
         '  Choose a layer whose attention is global, or an image so small that one window covers it.'
     )
 
