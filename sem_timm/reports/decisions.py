@@ -259,8 +259,19 @@ def _statistics(
         spread, gate_spread, _ = moments[name].std.chunk(3)
         columns[:, row, places] = torch.stack((mean, spread, gate_mean, gate_spread, contrast))
     forms = tuple(module.form for module in modules.values())
-    kept = columns.unbind()
-    return Decisions(model_name, tuple(modules), operators, forms, num_images, *kept[:4], kept[4], classes or {})
+    return Decisions(
+        model_name=model_name,
+        blocks=tuple(modules),
+        operators=operators,
+        forms=forms,
+        num_images=num_images,
+        mean=columns[0],
+        spread=columns[1],
+        gate_mean=columns[2],
+        gate_spread=columns[3],
+        gate_contrast=columns[4],
+        classes=classes or {},
+    )
 
 
 def _sorted(labels: Mapping[Hashable, int]) -> list[Hashable]:
