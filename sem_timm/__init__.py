@@ -4,8 +4,12 @@ Importing the package registers variants of timm's architectures: ``*_sem`` of a
 have self-attention that can be replaced.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from sem_timm.errors import (
     GuardError,
+    MissingPackageError,
     ModelError,
     NoMatchError,
     OptionError,
@@ -56,16 +60,21 @@ from sem_timm.surgery import (
     unpatch_model,
 )
 
+if TYPE_CHECKING:
+    from sem_timm.reports import AttentionMap, Decisions, Summary, attention_map, decisions, summary
+
 __version__ = '0.1.0'
 
 __all__ = [
     'SEM',
     'AttentionConfig',
     'AttentionCore',
+    'AttentionMap',
     'AttentionSite',
     'CausalAttention',
     'ChannelsFirst',
     'CrossSampleAttention',
+    'Decisions',
     'EfficientAttention',
     'Excitation',
     'ExcitationConfig',
@@ -76,6 +85,7 @@ __all__ = [
     'HaloAttention',
     'InsertConfig',
     'LinearAttention',
+    'MissingPackageError',
     'ModelError',
     'MultiHeadExternalAttention',
     'NoMatchError',
@@ -88,10 +98,13 @@ __all__ = [
     'SEMConfig',
     'SemTimmError',
     'Site',
+    'Summary',
     'SwapWarning',
     'TimmAttentionConfig',
     'TraceError',
+    'attention_map',
     'compact_model',
+    'decisions',
     'excitation_names',
     'invariance_penalty',
     'operation_names',
@@ -100,8 +113,26 @@ __all__ = [
     'plan_model',
     'register_excitation',
     'register_variants',
+    'summary',
     'trainable_parameters',
     'unpatch_model',
 ]
+
+# Loaded when first asked for: importing the package stays cheap.
+_LAZY = {
+    'sem_timm.reports': ('AttentionMap', 'Decisions', 'Summary', 'attention_map', 'decisions', 'summary'),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for room, names in _LAZY.items():
+        if name in names:
+            return getattr(import_module(room), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 register_variants()

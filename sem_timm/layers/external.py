@@ -136,6 +136,15 @@ class ExternalAttention(AttentionCore):
         # The product costs as much as so many tokens' logits.
         return is_plain and fits and x.shape[:-1].numel() > weight.shape[1]
 
+    def attention(self, q: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """The share (..., N, S) of each slot in what each token reads, for queries (..., N, d)."""
+        self.check_query(q)
+        per_head = self.num_heads > 1
+        tokens, mk = (q.movedim(self.head_axis, 0), self.mk) if per_head else (q.unsqueeze(0), self.mk.unsqueeze(0))
+        mask = None if attn_mask is None else self._token_mask(q, attn_mask)
+        attention = self._attention(tokens, mk, mask).unflatten(1, tokens.shape[1:-1])
+        return attention.movedim(0, self.head_axis) if per_head else attention.squeeze(0)
+
     def _attend_by_parts(self, tokens: Tensor, mk: Tensor, mv: Tensor, mask: Tensor | None) -> Tensor:
         """Outputs (heads, R, value_dim) for queries (heads, ..., N, d), R being the product of the axes between.
 

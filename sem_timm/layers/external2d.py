@@ -81,6 +81,15 @@ class ExternalAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
+        attention = self._attention(x)
+        out = torch.bmm(self.mv.mT.expand(x.shape[0], -1, -1), attention).unflatten(2, x.shape[2:])
+        return self.activation(x + self.norm(self.conv2(out)))
+
+    def attention(self, x: Tensor) -> Tensor:
+        """The share (B, S, H, W) of each slot in what each position reads, for an input (B, C, H, W)."""
+        return self._attention(x).unflatten(2, x.shape[2:])
+
+    def _attention(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise OptionError(
                 f'ExternalAttention2d with channels={self.channels} got an input of shape {tuple(x.shape)}; '
@@ -88,9 +97,7 @@ class ExternalAttention2d(nn.Module):
             )
         q = self.conv1(x).flatten(2)
         logits = torch.bmm(self.mk.mT.expand(q.shape[0], -1, -1), q)
-        attention = normalize_twice(logits, -1, -2).to(logits.dtype)
-        out = torch.bmm(self.mv.mT.expand(q.shape[0], -1, -1), attention).unflatten(2, x.shape[2:])
-        return self.activation(x + self.norm(self.conv2(out)))
+        return normalize_twice(logits, -1, -2).to(logits.dtype)
 
     def extra_repr(self) -> str:
         return f'{self.channels}, memory={self.memory}, init={self.init!r}'

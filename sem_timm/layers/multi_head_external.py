@@ -83,22 +83,24 @@ class MultiHeadExternalAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Map tokens (B, N, C) to the same shape."""
-        if is_causal:
-            raise OptionError(
-                'MultiHeadExternalAttention cannot be causal: its softmax runs over all tokens at once. '
-                'Pass is_causal=False.'
-            )
-        mask = self._token_mask(x, attn_mask)
+        mask = self._token_mask(x, attn_mask, is_causal)
         if self._pays_to_fold(x):
             logits = self._folded_logits(x)
             attention = normalize_twice(logits, -3, -1, mask).to(logits.dtype)
             return self.proj_drop(self._folded_output(self.attn_drop(attention)))
+        attention = self._attention(x, mask)
+        return self.proj_drop(self.proj(self.norm(self.mv(self.attn_drop(attention)).flatten(-2))))
+
+    def attention(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """The share (B, N, heads, S) of each slot in what each token reads, for tokens (B, N, C)."""
+        return self._attention(x, self._token_mask(x, attn_mask, is_causal))
+
+    def _attention(self, x: Tensor, mask: Tensor | None) -> Tensor:
         # Heads stay behind the tokens, so that nothing is copied into another order.
         logits = self.mk(self.q_norm(self.q(x).unflatten(-1, (self.num_heads, self.head_dim))))
         if not torch.compiler.is_compiling() and not _is_plain(self.mk, nn.Linear):
             logits = logits.clone()  # a hook may have kept what is overwritten next
-        attention = normalize_twice(logits, -3, -1, mask).to(logits.dtype)
-        return self.proj_drop(self.proj(self.norm(self.mv(self.attn_drop(attention)).flatten(-2))))
+        return normalize_twice(logits, -3, -1, mask).to(logits.dtype)
 
     @torch.no_grad()
     def scale_output(self, factor: float) -> None:
@@ -136,8 +138,13 @@ class MultiHeadExternalAttention(nn.Module):
         bias = bias if self.proj.bias is None else bias + self.proj.bias
         return F.linear(attention.flatten(-2), weight.flatten(1), bias)
 
-    def _token_mask(self, x: Tensor, attn_mask: Tensor | None) -> Tensor | None:
+    def _token_mask(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
         """A mask (B, 1, 1, N) as numbers (B, N, 1, 1) to be added to logits (B, N, heads, S)."""
+        if is_causal:
+            raise OptionError(
+                'MultiHeadExternalAttention cannot be causal: its softmax runs over all tokens at once. '
+                'Pass is_causal=False.'
+            )
         if attn_mask is None:
             return None
         scores = (x.shape[0], 1, x.shape[1], x.shape[1])

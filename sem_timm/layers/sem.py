@@ -64,12 +64,25 @@ class SEM(ChannelGate):
         """The decision vector (B, n): how much each operator's logits count, between 0 and 1."""
         return self._decide_pooled(self.pool(x))
 
+    def operator_gates(self, x: Tensor) -> Tensor:
+        """The factor (B, n, C) that each operator contributes; their product is the gate.
+
+        It is ``2 sigmoid`` in the identity form and the sigmoid in the paper's, so an operator without a say, whose
+        logits or decision are zero, has the factor 1 or 0.5.
+        """
+        logits, weights = self._weighted_pooled(self.pool(x))
+        return torch.sigmoid(logits * weights) * (1.0 if self.form == 'paper' else 2.0)
+
     def _decide_pooled(self, pooled: Tensor) -> Tensor:
         return torch.sigmoid(self.decision(pooled))
 
-    def _gate_pooled(self, pooled: Tensor) -> Tensor:
+    def _weighted_pooled(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """The operators' logits (B, n, C), and the decision (B, n, 1) that weighs them."""
         logits = torch.stack([operator(pooled) for operator in self.operators.values()], dim=1)
-        weights = self._decide_pooled(pooled).unsqueeze(-1)
+        return logits, self._decide_pooled(pooled).unsqueeze(-1)
+
+    def _gate_pooled(self, pooled: Tensor) -> Tensor:
+        logits, weights = self._weighted_pooled(pooled)
         if not torch.is_grad_enabled():
             return logits.mul_(weights).sigmoid_().prod(1)
         # Not prod(1): its gradient looks for zeros, which makes a GPU wait. The product is the same, bit for bit.

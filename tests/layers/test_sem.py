@@ -281,3 +281,16 @@ def test_excitation_refuses_several_operators_and_unknown_forms() -> None:
 def test_inputs_without_positions_are_refused(gate: SEM, shape: tuple[int, ...]) -> None:
     with pytest.raises(OptionError, match='got an input of shape'):
         gate(torch.randn(shape))
+
+
+@pytest.mark.parametrize('init', ['identity', 'paper'])
+@pytest.mark.parametrize('operators', [('se',), ('se', 'eca', 'ie')])
+def test_gate_is_the_product_of_what_the_operators_contribute(init: Any, operators: tuple[str, ...]) -> None:
+    sem = SEM(12, operators=operators, init=init)
+    for parameter in sem.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(5, 12, 4, 3)
+    gates = sem.operator_gates(x)
+    assert gates.shape == (5, len(operators), 12)
+    torch.testing.assert_close(gates.prod(1), sem.gate(x))
+    assert gates.max() < (1 if init == 'paper' else 2)
