@@ -4,11 +4,16 @@ Importing the package registers variants of timm's architectures: ``*_sem`` of a
 have self-attention that can be replaced.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from sem_timm.errors import (
+    BaseWeightsWarning,
     GuardError,
     ModelError,
     NoMatchError,
     OptionError,
+    PatchFileError,
     PlanError,
     RefusedError,
     SemTimmError,
@@ -51,18 +56,29 @@ from sem_timm.surgery import (
     Refusal,
     Site,
     compact_model,
+    disabled,
     patched,
     trainable_parameters,
     unpatch_model,
 )
 
+if TYPE_CHECKING:
+    from sem_timm.persistence import load_patch, save_patch
+
 __version__ = '0.1.0'
+
+# Public names of rooms that are only imported when one of them is used.
+_LATER = {
+    'load_patch': 'sem_timm.persistence',
+    'save_patch': 'sem_timm.persistence',
+}
 
 __all__ = [
     'SEM',
     'AttentionConfig',
     'AttentionCore',
     'AttentionSite',
+    'BaseWeightsWarning',
     'CausalAttention',
     'ChannelsFirst',
     'CrossSampleAttention',
@@ -80,6 +96,7 @@ __all__ = [
     'MultiHeadExternalAttention',
     'NoMatchError',
     'OptionError',
+    'PatchFileError',
     'PatchedModule',
     'Plan',
     'PlanError',
@@ -92,16 +109,29 @@ __all__ = [
     'TimmAttentionConfig',
     'TraceError',
     'compact_model',
+    'disabled',
     'excitation_names',
     'invariance_penalty',
+    'load_patch',
     'operation_names',
     'patch_model',
     'patched',
     'plan_model',
     'register_excitation',
     'register_variants',
+    'save_patch',
     'trainable_parameters',
     'unpatch_model',
 ]
 
 register_variants()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(import_module(_LATER[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
