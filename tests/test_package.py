@@ -21,8 +21,8 @@ def code_blocks(language: str) -> list[str]:
     return re.findall(rf'^```{language}\n(.*?)^```', README, re.MULTILINE | re.DOTALL)
 
 
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, timeout=300)
+def run_python(code: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=folder, timeout=300)
 
 
 def test_version_is_the_installed_one() -> None:
@@ -85,12 +85,12 @@ def test_readme_uses_only_public_names() -> None:
 
 
 @pytest.mark.parametrize('index', range(len(code_blocks('python'))))
-def test_readme_code_runs(index: int) -> None:
+def test_readme_code_runs(index: int, tmp_path: Path) -> None:
     # The same calls without a download: the pretrained weights alone are left out.
     offline = (
         'import timm\n'
         'create_model = timm.create_model\n'
         'timm.create_model = lambda name, pretrained=False, **kwargs: create_model(name, **kwargs)\n'
     )
-    result = run_python(offline + code_blocks('python')[index])
+    result = run_python(offline + code_blocks('python')[index], tmp_path)  # what it saves goes there
     assert result.returncode == 0, result.stderr

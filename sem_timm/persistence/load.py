@@ -17,7 +17,7 @@ from sem_timm.errors import ModelError, PatchFileError, SemTimmError, SwapWarnin
 from sem_timm.operations import ExcitationConfig, SEMConfig, plan_model
 from sem_timm.persistence.base_check import check_base_weights
 from sem_timm.persistence.parts import Parts, check_tensors, parts_of
-from sem_timm.persistence.record import RECORD_NAME, PatchRecord, SiteRecord, Step, read_record, site_record
+from sem_timm.persistence.record import PARTS, RECORD_NAME, PatchRecord, SiteRecord, Step, read_record, site_record
 from sem_timm.persistence.save import base_of, class_name, steps_of
 from sem_timm.persistence.weights_file import read_tensors
 from sem_timm.surgery import Plan, apply_plan, check_choice, check_model, patched, unpatch_model
@@ -179,8 +179,8 @@ def _compare(plan: Plan, sites: tuple[SiteRecord, ...], place: str) -> None:
             )
         if found != site:
             here, there = asdict(found), asdict(site)
-            here.update(here.pop('widths'))
-            there.update(there.pop('widths'))
+            for told in (here, there):  # a number of parameters follows from the rest, so it is told last
+                told.update(told.pop('widths'), num_parameters=told.pop('num_parameters'))
             name = next(name for name in here if name != 'shape' and here[name] != there.get(name))
             raise PatchFileError(
                 f'{where}.{name}: {site.name} has {here[name]!r} in this {plan.model_name}, and {there.get(name)!r} in '
@@ -203,25 +203,25 @@ def _check_sizes(plan: Plan, record: PatchRecord, place: str) -> None:
 
 def _check_tensors_fit(parts: Parts, tensors: dict[str, Tensor], record: PatchRecord, file: Path) -> None:
     """Raises PatchFileError unless each part has the names, shapes and kinds of types that the model has there."""
-    for part in ('new', 'head', 'base'):
-        here = getattr(parts, part)
-        names = [name for name, tensor in record.tensors.items() if tensor.part == part]
-        for name in names:
-            if name not in here:
-                raise PatchFileError(f'{file}: tensors.{name}: no {part} tensor of the model. {closest(name, here)}')
-            if tensors[name].shape != here[name].shape:
-                hint = ' reset_classifier(num_classes) makes one that fits.' if part == 'head' else ''
-                raise PatchFileError(
-                    f'{file}: tensors.{name}.shape: {tuple(tensors[name].shape)}, and the model has '
-                    f'{tuple(here[name].shape)} there.{hint}'
-                )
-            if tensors[name].is_floating_point() != here[name].is_floating_point():
-                raise PatchFileError(
-                    f'{file}: tensors.{name}.dtype: {tensors[name].dtype}, and the model has {here[name].dtype} there.'
-                )
-        missing = sorted(here.keys() - names) if part == 'new' or (part == 'head' and names) else []
-        if missing:
-            raise PatchFileError(f'{file}: tensors: {missing[0]!r} is missing, and the model has it.')
+    here = {name: (part, tensor) for part in PARTS for name, tensor in getattr(parts, part).items()}
+    for name, tensor in tensors.items():
+        place, part = f'{file}: tensors.{name}', record.tensors[name].part
+        if name not in here:
+            raise PatchFileError(f'{place}: no tensor of the model. {closest(name, here)}')
+        own_part, own = here[name]
+        if part != own_part:
+            raise PatchFileError(f'{place}.part: the model has it in {own_part}, not in {part}.')
+        if tensor.shape != own.shape:
+            hint = ' reset_classifier(num_classes) makes one that fits.' if part == 'head' else ''
+            raise PatchFileError(
+                f'{place}.shape: {tuple(tensor.shape)}, and the model has {tuple(own.shape)} there.{hint}'
+            )
+        if tensor.is_floating_point() != own.is_floating_point():
+            raise PatchFileError(f'{place}.dtype: {tensor.dtype}, and the model has {own.dtype} there.')
+    whole = {'new', *(tensor.part for tensor in record.tensors.values())} - {'base'}
+    for name, (part, _) in here.items():
+        if part in whole and name not in tensors:
+            raise PatchFileError(f'{file}: tensors: {name!r} is missing, and the model has it.')
 
 
 def _set_values(model: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor], file: Path) -> None:
