@@ -18,7 +18,7 @@ from sem_timm.operations import ExcitationConfig, SEMConfig, plan_model
 from sem_timm.persistence.base_check import check_base_weights
 from sem_timm.persistence.parts import Parts, check_tensors, parts_of
 from sem_timm.persistence.record import PARTS, RECORD_NAME, PatchRecord, SiteRecord, Step, read_record, site_record
-from sem_timm.persistence.save import base_of, class_name, steps_of
+from sem_timm.persistence.save import base_of, steps_of
 from sem_timm.persistence.weights_file import read_tensors
 from sem_timm.surgery import Plan, apply_plan, check_choice, check_model, patched, unpatch_model
 
@@ -61,8 +61,7 @@ def load_patch(
     file, record = folder / RECORD_NAME, read_record(folder)
     _check_model_is(model, file, record)
     tensors = read_tensors(folder, record)
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices), _all_or_nothing(model):
+    with _all_or_nothing(model):
         if patched(model):
             _check_same_patch(model, file, record)
         else:
@@ -94,7 +93,7 @@ def _check_model_is(model: nn.Module, file: Path, record: PatchRecord) -> None:
 def _check_same_patch(model: nn.Module, file: Path, record: PatchRecord) -> None:
     if _by_site(steps_of(model)) != _by_site(record.steps):
         raise ModelError(
-            f'this {class_name(model)} is patched already, and not as {file} says: {_listed(steps_of(model))} here, '
+            f'this {type(model).__name__} is patched already, and not as {file} says: {_listed(steps_of(model))} here, '
             f'{_listed(record.steps)} there.\n  unpatch_model(model) first.'
         )
 
@@ -115,11 +114,16 @@ def _listed(steps: tuple[Step, ...]) -> str:
 
 @contextmanager
 def _all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Undoes patches and what they froze if anything fails; values are not touched before all is checked."""
+    """Undoes patches and what they froze if anything fails; draws no random number in any case.
+
+    Values are not touched before all is checked, and are put back where they are touched.
+    """
     had_patch = bool(patched(model))
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
-        yield
+        with torch.random.fork_rng(devices=devices):
+            yield
     except BaseException:
         if patched(model) and not had_patch:
             unpatch_model(model)
@@ -134,13 +138,13 @@ def _apply(model: nn.Module, step: Step, record: PatchRecord, place: str, input_
     for number, site in enumerate(step.sites):
         if site.name not in known:
             raise PatchFileError(
-                f'{place}.sites[{number}].name: {site.name!r} is no module of this {class_name(model)}. '
+                f'{place}.sites[{number}].name: {site.name!r} is no module of this {type(model).__name__}. '
                 f'{closest(site.name, known)}'
             )
     try:
         plan = _planned(model, step, input_size)
     except SemTimmError as error:
-        raise PatchFileError(f'{place} does not fit this {class_name(model)}: {error}') from error
+        raise PatchFileError(f'{place} does not fit this {type(model).__name__}: {error}') from error
     _compare(plan, step.sites, place)
     _check_sizes(plan, record, place)
     with warnings.catch_warnings():
@@ -154,13 +158,12 @@ def _planned(model: nn.Module, step: Step, input_size: tuple[int, ...] | None) -
     def chosen(name: str, module: nn.Module) -> bool:
         return name in names
 
-    target = None if '' in names else chosen  # no target selects the model itself
     try:
-        return plan_model(model, step.config, target=target, input_size=input_size)
+        return plan_model(model, step.config, target=chosen, input_size=input_size)
     except ModelError:
         if input_size is not None or not step.input_size:
             raise
-        return plan_model(model, step.config, target=target, input_size=step.input_size)  # where the model has none
+        return plan_model(model, step.config, target=chosen, input_size=step.input_size)  # where the model has none
 
 
 def _compare(plan: Plan, sites: tuple[SiteRecord, ...], place: str) -> None:
@@ -193,7 +196,7 @@ def _compare(plan: Plan, sites: tuple[SiteRecord, ...], place: str) -> None:
 def _check_sizes(plan: Plan, record: PatchRecord, place: str) -> None:
     """Raises PatchFileError if values are missing for what is to be built, before memory is given to it."""
     for site in plan:
-        prefix = f'{site.name}.{site.attribute}.' if site.name else f'{site.attribute}.'
+        prefix = f'{site.name}.{site.attribute}.'
         sizes = (torch.Size(tensor.shape).numel() for name, tensor in record.tensors.items() if name.startswith(prefix))
         if sum(sizes) < site.num_parameters:
             raise PatchFileError(
@@ -216,7 +219,7 @@ def _check_tensors_fit(parts: Parts, tensors: dict[str, Tensor], record: PatchRe
             raise PatchFileError(
                 f'{place}.shape: {tuple(tensor.shape)}, and the model has {tuple(own.shape)} there.{hint}'
             )
-        if tensor.is_floating_point() != own.is_floating_point():
+        if tensor.dtype != own.dtype and not (tensor.is_floating_point() and own.is_floating_point()):
             raise PatchFileError(f'{place}.dtype: {tensor.dtype}, and the model has {own.dtype} there.')
     whole = {'new', *(tensor.part for tensor in record.tensors.values())} - {'base'}
     for name, (part, _) in here.items():

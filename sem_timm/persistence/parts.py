@@ -57,14 +57,14 @@ def check_tensors(model: nn.Module, state: dict[str, Any]) -> None:
 
 
 def _new_names(modules: tuple[PatchedModule, ...]) -> tuple[str, ...]:
-    return tuple(f'{_dotted(part.name)}{child}.' for part in modules for child in part.inserted)
+    return tuple(f'{part.name}.{child}.' for part in modules for child in part.inserted)
 
 
 def _aliases_of_new(model: nn.Module, modules: tuple[PatchedModule, ...]) -> tuple[str, ...]:
     """New modules under the other names of a module that the model holds more than once."""
     inserted = {id(model.get_submodule(part.name)): part.inserted for part in modules}
     every = model.named_modules(remove_duplicate=False)
-    return tuple(f'{_dotted(name)}{child}.' for name, m in every for child in inserted.get(id(m), ()))
+    return tuple(f'{name}.{child}.' for name, m in every for child in inserted.get(id(m), ()))
 
 
 def _head(model: Any) -> list[nn.Module]:
@@ -82,7 +82,3 @@ def _prefixes(model: nn.Module, modules: list[nn.Module]) -> tuple[str, ...]:
     return tuple(
         f'{name}.' for name, module in model.named_modules(remove_duplicate=False) if name and id(module) in ids
     )
-
-
-def _dotted(name: str) -> str:
-    return f'{name}.' if name else ''

@@ -25,7 +25,7 @@ WEIGHTS_PATTERN = r'patch-[0-9a-f]{32}\.safetensors'
 # Whose tensors a patch holds: those of the new modules, of the trained head, and changed ones of the base.
 PARTS = ('new', 'head', 'base')
 
-_DTYPES = ('float64', 'float32', 'float16', 'bfloat16', 'int64', 'int32', 'int16', 'int8', 'uint8', 'bool')
+_DTYPES = sorted({dtype_name(dtype) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)})
 _DIGEST = '[0-9a-f]{32}'
 _MAX_SITES = 100_000
 _MAX_AXES = 16
@@ -62,14 +62,14 @@ _WIDTHS = {'core': ('head_dim', 'value_dim', 'num_heads', 'head_axis')}
 _INSERTED_WIDTHS = ('channels', 'channel_dim')
 
 
-def site_record(site: Any) -> SiteRecord:
-    """The record of a site of a plan."""
+def site_record(site: Any, name: str | None = None) -> SiteRecord:
+    """The record of a site of a plan, under the name that its module has now, if that is another."""
     if site.position == 'core':
         widths = [site.shape[-1], site.value_shape[-1], site.num_heads, site.head_axis]
     else:
         widths = [site.channels, site.channel_dim]
     named = dict(zip(_WIDTHS.get(site.position, _INSERTED_WIDTHS), widths))
-    where = (site.name, site.class_name, site.position, site.attribute)
+    where = (site.name if name is None else name, site.class_name, site.position, site.attribute)
     return SiteRecord(*where, site.num_prefix_tokens, site.num_parameters, named, tuple(site.shape))
 
 

@@ -77,16 +77,14 @@ def save_patch(
     kept = {name: tensor for name, tensor in parts.base.items() if name not in changed}
     tensors = {part: getattr(included, part) for part in PARTS}
     weights, data = encode({name: tensor for part in tensors.values() for name, tensor in part.items()})
-    record = PatchRecord(
-        versions={'sem_timm': sem_timm.__version__, 'timm': timm.__version__, 'torch': str(torch.__version__)},
-        base=base_of(model),
-        steps=steps,
-        tensors={name: tensor_record(part, t) for part, named in tensors.items() for name, t in named.items()},
-        fingerprints=fingerprints(kept),
-        weights=weights,
-    )
+    told = {name: tensor_record(part, tensor) for part, named in tensors.items() for name, tensor in named.items()}
+    record = PatchRecord(_versions(), base_of(model), steps, told, fingerprints(kept), weights)
     write(Path(folder), record, data)
     return Path(folder)
+
+
+def _versions() -> dict[str, str]:
+    return {'sem_timm': sem_timm.__version__, 'timm': timm.__version__, 'torch': str(torch.__version__)}
 
 
 def _unwrapped(model: Any) -> nn.Module:
@@ -119,6 +117,8 @@ def steps_of(model: nn.Module) -> tuple[Step, ...]:
         raise ModelError(f'its patch cannot be saved: {error}') from error
     steps: dict[Any, Step] = {}
     for part in sorted(patched(model), key=lambda part: part.number):
+        if part.inserted and not part.sites:
+            raise ModelError(f'{part.name} was patched by an older sem_timm, which noted no sites; patch it anew.')
         for site in part.sites:
             config = part.operation
             if isinstance(config, InsertionConfig) and site.position == 'output':
@@ -127,7 +127,7 @@ def steps_of(model: nn.Module) -> tuple[Step, ...]:
                 config = replace(config, position='output')
             key = part.number, config
             step = steps.get(key) or Step(config, tuple(part.input_size), ())
-            steps[key] = replace(step, sites=(*step.sites, site_record(site)))
+            steps[key] = replace(step, sites=(*step.sites, site_record(site, part.name)))
     return tuple(steps.values())
 
 
@@ -136,13 +136,7 @@ def base_of(model: nn.Module) -> Base:
     cfg: Any = getattr(model, 'pretrained_cfg', None) or {}
     cfg = cfg if isinstance(cfg, dict) else vars(cfg)
     architecture, tag = cfg.get('architecture'), cfg.get('tag')
-    return Base(base_architecture(architecture) if architecture else None, tag or None, class_name(model))
-
-
-def class_name(model: nn.Module) -> str:
-    """The class of a model, without what a patch of the model itself makes of it."""
-    (own,) = [part.class_name for part in patched(model) if not part.name] or [type(model).__name__]
-    return own
+    return Base(base_architecture(architecture) if architecture else None, tag or None, type(model).__name__)
 
 
 def _changed(parts: Parts, base: State | None, include: bool) -> dict[str, Tensor]:

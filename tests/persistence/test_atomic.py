@@ -136,7 +136,7 @@ print(sorted(seen))
 """
 
 
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='kills forked processes')
+@pytest.mark.slow
 def test_kill_at_any_moment_leaves_a_patch(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     command = [sys.executable, '-c', KILLING, str(tmp_path)]

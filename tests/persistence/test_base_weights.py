@@ -83,7 +83,7 @@ def test_a_base_that_was_rounded_is_said_to_be(folder: Path) -> None:
         sem_timm.load_patch(model, folder, check_base='error')
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.complex64, torch.int64, torch.bool])
 def test_fingerprints_are_of_values_in_logical_order(dtype: torch.dtype) -> None:
     tensor = torch.arange(24).view(2, 3, 4).to(dtype)
     strided = torch.empty(4, 3, 2, dtype=dtype).permute(2, 1, 0).copy_(tensor)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sem_timm import (
@@ -63,6 +63,7 @@ CONFIGS = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(CONFIGS)
 def test_every_option(config: Any) -> None:
     assert there_and_back(config) == config

@@ -132,6 +132,32 @@ def test_models_of_ones_own_with_shared_modules(tmp_path: Path) -> None:
     assert torch.equal(sem_timm.load_patch(plain, tmp_path, check_base='error')(images), model(images))
 
 
+class Detector(nn.Module):
+    """A model of one's own around one of timm's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = base()
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: Tensor = self.backbone.forward_features(x)
+        return features
+
+
+def test_a_backbone_that_was_patched_before_it_was_wrapped_or_after(tmp_path: Path) -> None:
+    before, after, plain = Detector(), Detector(), Detector()
+    patch(before.backbone)
+    patch(after)
+    for number, model in enumerate((before, after)):
+        sem_timm.save_patch(model, tmp_path / f'{number}')
+        sem_timm.load_patch(plain, tmp_path / f'{number}', check_base='error')
+        assert torch.equal(outputs(plain), outputs(model))
+        sem_timm.unpatch_model(plain)
+        sem_timm.save_patch(model.backbone, tmp_path / f'{number} backbone')
+        loaded = sem_timm.load_patch(base(), tmp_path / f'{number} backbone', check_base='error')
+        assert torch.equal(outputs(loaded), outputs(model.backbone))
+
+
 class Halving(nn.Module):
     """An excitation operator of one's own."""
 

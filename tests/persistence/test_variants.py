@@ -45,9 +45,9 @@ def run(model: Any) -> torch.Tensor:
 VARIANTS: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     (
         'test_resnet_sem',
-        {'sem_reduction': 8, 'sem_target': 'layer[24].*'},
+        {'sem_reduction': 8, 'sem_target': 'layer2.0'},
         'sem',
-        {'reduction': 8, 'target': 'layer[24].*'},
+        {'reduction': 8, 'target': 'layer2.0'},
     ),
     ('test_vit_ea', {'ea_memory': 8}, 'external', {'memory': 8}),
     ('test_vit_eamlp', {'eamlp_memory': 8}, 'eamlp', {'memory': 8}),
