@@ -8,11 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sem_timm.errors import (
+    BaseWeightsWarning,
     GuardError,
     MissingPackageError,
     ModelError,
     NoMatchError,
     OptionError,
+    PatchFileError,
     PlanError,
     RefusedError,
     SemTimmError,
@@ -55,15 +57,18 @@ from sem_timm.surgery import (
     Refusal,
     Site,
     compact_model,
+    disabled,
     patched,
     trainable_parameters,
     unpatch_model,
 )
 
 if TYPE_CHECKING:
+    from sem_timm.persistence import load_patch, save_patch
     from sem_timm.reports import AttentionMap, Decisions, Summary, attention_map, decisions, summary
 
 __version__ = '0.1.0'
+
 
 __all__ = [
     'SEM',
@@ -71,6 +76,7 @@ __all__ = [
     'AttentionCore',
     'AttentionMap',
     'AttentionSite',
+    'BaseWeightsWarning',
     'CausalAttention',
     'ChannelsFirst',
     'CrossSampleAttention',
@@ -90,6 +96,7 @@ __all__ = [
     'MultiHeadExternalAttention',
     'NoMatchError',
     'OptionError',
+    'PatchFileError',
     'PatchedModule',
     'Plan',
     'PlanError',
@@ -105,21 +112,25 @@ __all__ = [
     'attention_map',
     'compact_model',
     'decisions',
+    'disabled',
     'excitation_names',
     'invariance_penalty',
+    'load_patch',
     'operation_names',
     'patch_model',
     'patched',
     'plan_model',
     'register_excitation',
     'register_variants',
+    'save_patch',
     'summary',
     'trainable_parameters',
     'unpatch_model',
 ]
 
-# Loaded when first asked for: importing the package stays cheap.
+# Loaded when first asked for: importing the package stays cheap, and some of it needs the extra 'tools'.
 _LAZY = {
+    'sem_timm.persistence': ('load_patch', 'save_patch'),
     'sem_timm.reports': ('AttentionMap', 'Decisions', 'Summary', 'attention_map', 'decisions', 'summary'),
 }
 

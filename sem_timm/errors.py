@@ -34,6 +34,10 @@ class PlanError(SemTimmError):
     """A plan does not fit the model it is applied to."""
 
 
+class PatchFileError(SemTimmError, ValueError):
+    """A patch file cannot be read, or does not fit the model; the message names the file and the field."""
+
+
 class GuardError(SemTimmError, RuntimeError):
     """A rewritten forward was called in a way that differs from the call it was traced with."""
 
@@ -44,6 +48,10 @@ class MissingPackageError(SemTimmError, ImportError):
 
 class SwapWarning(UserWarning):
     """A model's attention was replaced: its outputs are others than before, and it needs training."""
+
+
+class BaseWeightsWarning(UserWarning):
+    """A patch was loaded onto other base weights than those it was trained with."""
 
 
 def closest(name: str, known: Iterable[str]) -> str:

@@ -49,6 +49,11 @@ def register_excitation(name: str, cls: ExcitationClass) -> None:
     _excitations[name] = cls
 
 
+def registered_name(cls: object) -> str | None:
+    """The name that a class was registered under, if it was."""
+    return next((name for name, known in _excitations.items() if known is cls), None)
+
+
 def build_operators(
     operators: Sequence[str | ExcitationClass],
     channels: int,
@@ -105,9 +110,9 @@ def _resolve(entry: str | ExcitationClass) -> tuple[str, ExcitationClass]:
     if isinstance(entry, nn.Module):
         raise OptionError(f'operator {type(entry).__name__} is a module; pass its class, which each SEM builds anew.')
     _check_constructor(entry)
-    for name, cls in _excitations.items():
-        if cls is entry:
-            return name, cls
+    registered = registered_name(entry)
+    if registered is not None:
+        return registered, entry
     name = getattr(getattr(entry, 'func', entry), '__name__', type(entry).__name__)
     if not name.isidentifier() or hasattr(nn.ModuleDict, name):
         raise OptionError(f'operator {name!r} cannot be a state_dict key; register_excitation gives it a better name.')

@@ -26,11 +26,12 @@ from timm.models import (
 from torch import nn
 
 from sem_timm.layers import SEM, AttentionCore, ExternalAttention2d, MultiHeadExternalAttention
+from sem_timm.operations import attention_kinds
 from sem_timm.registry.kinds import Kind
 from sem_timm.registry.table import AttentionTable, read_table
 from sem_timm.registry.variant import create_variant
 
-__all__ = ['register_variants']
+__all__ = ['base_architecture', 'register_variants']
 
 default_cfgs: dict[str, DefaultCfg] = {}  # where register_model looks for the pretrained cfgs of an entry point
 
@@ -61,6 +62,14 @@ def register_variants(*operations: str) -> None:
     for architecture in timm.list_models():
         if model_entrypoint(architecture).__module__ != __name__:
             _register(architecture, [kind for kind in kinds if _serves(kind, architecture, table)])
+
+
+def base_architecture(name: str) -> str:
+    """The architecture that a variant is made of; of one that is no variant, its own name."""
+    if not is_model(name) or model_entrypoint(name).__module__ != __name__:
+        return name
+    suffixes = (Kind(operation).suffix for operation in ('sem', *attention_kinds()))
+    return next(base for s in suffixes if name.endswith(s) and is_model(base := name.removesuffix(s)))
 
 
 def _serves(kind: Kind, architecture: str, table: AttentionTable) -> bool:

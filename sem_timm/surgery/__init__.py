@@ -1,9 +1,10 @@
 """Finds places in models and edits them; knows nothing of what is put there."""
 
+from sem_timm.surgery.disable import disabled
 from sem_timm.surgery.freeze import compact_model, trainable_parameters
-from sem_timm.surgery.patch import PatchedModule, apply_plan, patched, unpatch_model
+from sem_timm.surgery.patch import PatchedModule, apply_plan, check_undoable, patched, unpatch_model
 from sem_timm.surgery.plan import BRANCHES, POSITIONS, AttentionSite, Insertion, Plan, Refusal, Site, Swap, check_choice
-from sem_timm.surgery.planning import plan_insertion, plan_swap
+from sem_timm.surgery.planning import check_model, plan_insertion, plan_swap
 from sem_timm.surgery.select import Target
 
 __all__ = [
@@ -19,7 +20,10 @@ __all__ = [
     'Target',
     'apply_plan',
     'check_choice',
+    'check_model',
+    'check_undoable',
     'compact_model',
+    'disabled',
     'patched',
     'plan_insertion',
     'plan_swap',

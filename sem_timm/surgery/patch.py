@@ -7,7 +7,7 @@ and the operation. So a copy, an unpickled model and a wrapper around patched bl
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -33,6 +33,9 @@ class PatchedModule:
         inserted: Names of the children it got.
         position: Where they act: 'residual', 'output' or 'core'.
         operation: The configuration they were made from.
+        sites: The sites of the plan in this module; none if the module only lost what nobody reads any more.
+        input_size: Shape (C, H, W) of the plan's probe.
+        number: Which patch of the model it belongs to, counted from 0.
     """
 
     name: str
@@ -40,6 +43,13 @@ class PatchedModule:
     inserted: tuple[str, ...]
     position: str
     operation: Any
+    sites: tuple[Any, ...] = field(default=(), repr=False)
+    input_size: tuple[int, ...] = field(default=(), repr=False)
+    number: int = field(default=0, repr=False)
+
+
+# Kept on each patched module: number, probe and sites of the plan that was applied.
+_APPLIED = '_surgery_applied'
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
@@ -65,11 +75,15 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         for block, attribute, new in built:
             block.add_module(attribute, new)
             done.append((block, attribute))
+        number = 1 + max((part.number for part in patched(model)), default=-1)
         for name, cls in classes.items():
+            sites = tuple(site for site in plan if site.name == name)
+            modules[name].__dict__[_APPLIED] = (number, plan.input_size, sites)
             modules[name].__class__ = cls
     except BaseException:
         for name, edit in plan.edits.items():
             modules[name].__class__ = edit.base
+            modules[name].__dict__.pop(_APPLIED, None)
         for block, attribute in done:
             delattr(block, attribute)
         _set_rng_states(rng)
@@ -127,7 +141,9 @@ def patched(model: nn.Module) -> tuple[PatchedModule, ...]:
     for name, module in model.named_modules():
         edit = edit_of(module)
         if edit is not None:
-            found.append(PatchedModule(name, edit.base.__name__, edit.inserted, edit.position, edit.operation))
+            number, input_size, sites = module.__dict__.get(_APPLIED, (0, (), ()))
+            part = (name, edit.base.__name__, edit.inserted, edit.position, edit.operation)
+            found.append(PatchedModule(*part, sites, input_size, number))
     return tuple(found)
 
 
@@ -143,9 +159,10 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     check_model(model)
     if not any(edit_of(module, inherited=True) for module in model.modules()):
         raise ModelError(f'{type(model).__name__} is not patched; there is nothing to undo.')
-    _check_undoable(model)
+    check_undoable(model)
     unfreeze(model)
     for module in list(model.modules()):
+        module.__dict__.pop(_APPLIED, None)
         edit = edit_of(module)
         while edit is not None:
             module.__class__ = edit.base
@@ -155,7 +172,8 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_undoable(model: nn.Module) -> None:
+def check_undoable(model: nn.Module) -> None:
+    """Raises ModelError if a module of the model no longer is what the patch made of it."""
     check_not_compact(model)
     for name, module in model.named_modules():
         edit = edit_of(module, inherited=True)

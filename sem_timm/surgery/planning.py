@@ -19,7 +19,7 @@ from sem_timm.surgery.insert import Inserter
 from sem_timm.surgery.placement import Placement, Placer, Refused
 from sem_timm.surgery.plan import Insertion, Plan, Refusal, Swap
 from sem_timm.surgery.reading import Reader
-from sem_timm.surgery.rewrite import Edit
+from sem_timm.surgery.rewrite import DISABLED, Edit
 from sem_timm.surgery.select import Target, select
 from sem_timm.surgery.skeleton import dtype_of, probe
 from sem_timm.surgery.swap import NoCore, Swapper, may_attend
@@ -257,3 +257,5 @@ def check_model(model: Any) -> None:
     for name, module in model.named_modules():
         if getattr(module, '_compiled_call_impl', None) is not None:
             raise ModelError(f'{name or "the model"} was compiled in place; patch the model before compile().')
+        if module.__dict__.get(DISABLED) is not None:
+            raise ModelError(f'{name or "the model"} is switched off by disabled(model); leave its with block first.')

@@ -49,6 +49,10 @@ def edit_of(module: nn.Module, *, inherited: bool = False) -> Edit | None:
     return getattr(cls, '_surgery_edit', None) if inherited else cls.__dict__.get('_surgery_edit')
 
 
+# Kept on a module whose patch is switched off for the moment.
+DISABLED = '_surgery_disabled'
+
+
 @cache
 def patched_class(edit: Edit) -> Any:
     """The subclass of ``edit.base`` with the new forward; the same one for equal edits."""

@@ -67,7 +67,8 @@ class Structures:
         read = (
             state.keys() if mentioned & {'getattr', 'vars', '__dict__'} else mentioned & state.keys()
         ) - _INFRASTRUCTURE
-        attributes = tuple((name, plain(state[name])) for name in sorted(read))
+        noted = {name for name in read if name.startswith('_surgery_')}  # about a patch, and no forward looks at it
+        attributes = tuple((name, plain(state[name])) for name in sorted(read - noted))
         tensors = tuple((k, t is None) for store in ('_parameters', '_buffers') for k, t in state[store].items())
         children = tuple((k, None if m is None else self._number(m)) for k, m in module._modules.items())
         return type(module), attributes, tensors, children

@@ -1,0 +1,238 @@
+"""`load_patch`: plans a saved patch anew on a live model, and gives it the saved values; all of it or nothing."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sem_timm.errors import ModelError, PatchFileError, SemTimmError, SwapWarning, closest
+from sem_timm.operations import ExcitationConfig, SEMConfig, plan_model
+from sem_timm.persistence.base_check import check_base_weights
+from sem_timm.persistence.parts import Parts, check_tensors, parts_of
+from sem_timm.persistence.record import PARTS, RECORD_NAME, PatchRecord, SiteRecord, Step, read_record, site_record
+from sem_timm.persistence.save import base_of, steps_of
+from sem_timm.persistence.weights_file import read_tensors
+from sem_timm.surgery import Plan, apply_plan, check_choice, check_model, patched, unpatch_model
+
+CHECKS = ('warn', 'error', 'ignore')
+
+
+def load_patch(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    check_base: str = 'warn',
+    input_size: tuple[int, ...] | None = None,
+) -> nn.Module:
+    """Puts a saved patch into a model in place, all of it or nothing; `unpatch_model` takes it out again.
+
+    Nothing in the files is executed or unpickled: the operations are planned anew on the model, and what the plan
+    builds must be what the files describe. No random number is drawn. A saved classifier and changed base weights
+    overwrite the model's; undoing does not bring the old values back.
+
+    Args:
+        model: A model of the architecture that the patch was saved from. It has no patch, or, as timm's variants such
+            as ``resnet50_sem`` do, the same one with other values.
+        folder: What `save_patch` wrote.
+        check_base: What happens if the base weights, classifier aside, are not those that the patch was saved with:
+            'warn', 'error' or 'ignore'. Weights that were merely cast to another type are the same.
+        input_size: Shape (C, H, W) of one input image, where neither the model nor the patch knows a good one.
+
+    Returns:
+        The model.
+
+    Raises:
+        PatchFileError: If a file is missing, damaged or newer, or does not fit the model; or its base weights, with
+            ``check_base='error'``. The message names the file and the field.
+        ModelError: If the model is wrapped, on the meta device, or patched otherwise.
+    """
+    check_choice('check_base', check_base, CHECKS)
+    check_model(model)
+    check_tensors(model, model.state_dict())
+    folder = Path(folder)
+    file, record = folder / RECORD_NAME, read_record(folder)
+    _check_model_is(model, file, record)
+    tensors = read_tensors(folder, record)
+    with _all_or_nothing(model):
+        if patched(model):
+            _check_same_patch(model, file, record)
+        else:
+            for number, step in enumerate(record.steps):
+                _apply(model, step, record, f'{file}: operations[{number}]', input_size)
+        parts = parts_of(model)
+        _check_tensors_fit(parts, tensors, record, file)
+        check_base_weights(parts.base, record, file, check_base)
+        _set_values(model, {**parts.new, **parts.head, **parts.base}, tensors, file)
+    return model
+
+
+def _check_model_is(model: nn.Module, file: Path, record: PatchRecord) -> None:
+    """Raises PatchFileError for a model of another architecture, as far as architectures have names."""
+    there, here = record.base, base_of(model)
+    if there.architecture and here.architecture and there.architecture != here.architecture:
+        made = f'timm.create_model({there.architecture!r})'
+        raise PatchFileError(
+            f'{file}: base.architecture: the patch is for {there.architecture!r}, and this model is a '
+            f'{here.architecture!r}. Load it into {made}.'
+        )
+    if there.class_name != here.class_name:
+        raise PatchFileError(
+            f'{file}: base.class_name: the patch is for a {there.class_name!r}, and this model is a '
+            f'{here.class_name!r}.'
+        )
+
+
+def _check_same_patch(model: nn.Module, file: Path, record: PatchRecord) -> None:
+    if _by_site(steps_of(model)) != _by_site(record.steps):
+        raise ModelError(
+            f'this {type(model).__name__} is patched already, and not as {file} says: {_listed(steps_of(model))} here, '
+            f'{_listed(record.steps)} there.\n  unpatch_model(model) first.'
+        )
+
+
+def _by_site(steps: tuple[Step, ...]) -> dict[tuple[str, str], Any]:
+    found = {}
+    for step in steps:
+        config = step.config
+        if isinstance(config, (SEMConfig, ExcitationConfig)):
+            config = replace(config, init='identity')  # the form of a gate is among its values
+        found.update({(site.name, site.attribute): (config, site) for site in step.sites})
+    return found
+
+
+def _listed(steps: tuple[Step, ...]) -> str:
+    return ', '.join(f'{step.config} at {len(step.sites)} sites' for step in steps)
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Undoes patches and what they froze if anything fails; draws no random number in any case.
+
+    Values are not touched before all is checked, and are put back where they are touched.
+    """
+    had_patch = bool(patched(model))
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    except BaseException:
+        if patched(model) and not had_patch:
+            unpatch_model(model)
+        for parameter, required, gradient in before:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+        raise
+
+
+def _apply(model: nn.Module, step: Step, record: PatchRecord, place: str, input_size: tuple[int, ...] | None) -> None:
+    known = dict(model.named_modules())
+    for number, site in enumerate(step.sites):
+        if site.name not in known:
+            raise PatchFileError(
+                f'{place}.sites[{number}].name: {site.name!r} is no module of this {type(model).__name__}. '
+                f'{closest(site.name, known)}'
+            )
+    try:
+        plan = _planned(model, step, input_size)
+    except SemTimmError as error:
+        raise PatchFileError(f'{place} does not fit this {type(model).__name__}: {error}') from error
+    _compare(plan, step.sites, place)
+    _check_sizes(plan, record, place)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', SwapWarning)  # the weights that come have been trained
+        apply_plan(model, plan)
+
+
+def _planned(model: nn.Module, step: Step, input_size: tuple[int, ...] | None) -> Plan:
+    names = {site.name for site in step.sites}
+
+    def chosen(name: str, module: nn.Module) -> bool:
+        return name in names
+
+    try:
+        return plan_model(model, step.config, target=chosen, input_size=input_size)
+    except ModelError:
+        if input_size is not None or not step.input_size:
+            raise
+        return plan_model(model, step.config, target=chosen, input_size=step.input_size)  # where the model has none
+
+
+def _compare(plan: Plan, sites: tuple[SiteRecord, ...], place: str) -> None:
+    """Raises PatchFileError unless a plan has exactly the recorded sites."""
+    planned = {(site.name, site.attribute): site_record(site) for site in plan}
+    refusals = {refusal.name: refusal.reason for refusal in plan.refusals}
+    for number, site in enumerate(sites):
+        found, where = planned.pop((site.name, site.attribute), None), f'{place}.sites[{number}]'
+        if found is None:
+            others = [attribute for name, attribute in planned if name == site.name]
+            why = refusals.get(site.name) or (
+                f'the new child is named {others[0]!r} here' if others else 'it is no site'
+            )
+            raise PatchFileError(
+                f'{where}: {site.name}.{site.attribute} cannot be made in this {plan.model_name}: {why}.'
+            )
+        if found != site:
+            here, there = asdict(found), asdict(site)
+            for told in (here, there):  # a number of parameters follows from the rest, so it is told last
+                told.update(told.pop('widths'), num_parameters=told.pop('num_parameters'))
+            name = next(name for name in here if name != 'shape' and here[name] != there.get(name))
+            raise PatchFileError(
+                f'{where}.{name}: {site.name} has {here[name]!r} in this {plan.model_name}, and {there.get(name)!r} in '
+                'the patch.'
+            )
+    for name, attribute in planned:
+        raise PatchFileError(f'{place}.sites: lacks {name}.{attribute}, which the operation makes in this model.')
+
+
+def _check_sizes(plan: Plan, record: PatchRecord, place: str) -> None:
+    """Raises PatchFileError if values are missing for what is to be built, before memory is given to it."""
+    for site in plan:
+        prefix = f'{site.name}.{site.attribute}.'
+        sizes = (torch.Size(tensor.shape).numel() for name, tensor in record.tensors.items() if name.startswith(prefix))
+        if sum(sizes) < site.num_parameters:
+            raise PatchFileError(
+                f'{place}: {prefix[:-1]} has {site.num_parameters:,} parameters, and tensors has fewer values for it.'
+            )
+
+
+def _check_tensors_fit(parts: Parts, tensors: dict[str, Tensor], record: PatchRecord, file: Path) -> None:
+    """Raises PatchFileError unless each part has the names, shapes and kinds of types that the model has there."""
+    here = {name: (part, tensor) for part in PARTS for name, tensor in getattr(parts, part).items()}
+    for name, tensor in tensors.items():
+        place, part = f'{file}: tensors.{name}', record.tensors[name].part
+        if name not in here:
+            raise PatchFileError(f'{place}: no tensor of the model. {closest(name, here)}')
+        own_part, own = here[name]
+        if part != own_part:
+            raise PatchFileError(f'{place}.part: the model has it in {own_part}, not in {part}.')
+        if tensor.shape != own.shape:
+            hint = ' reset_classifier(num_classes) makes one that fits.' if part == 'head' else ''
+            raise PatchFileError(
+                f'{place}.shape: {tuple(tensor.shape)}, and the model has {tuple(own.shape)} there.{hint}'
+            )
+        if tensor.dtype != own.dtype and not (tensor.is_floating_point() and own.is_floating_point()):
+            raise PatchFileError(f'{place}.dtype: {tensor.dtype}, and the model has {own.dtype} there.')
+    whole = {'new', *(tensor.part for tensor in record.tensors.values())} - {'base'}
+    for name, (part, _) in here.items():
+        if part in whole and name not in tensors:
+            raise PatchFileError(f'{file}: tensors: {name!r} is missing, and the model has it.')
+
+
+def _set_values(model: nn.Module, old: dict[str, Tensor], new: dict[str, Tensor], file: Path) -> None:
+    before = {name: old[name].clone() for name in new}
+    try:
+        model.load_state_dict(new, strict=False)
+    except BaseException as error:
+        model.load_state_dict(before, strict=False)
+        if isinstance(error, Exception):  # a value that a module does not take
+            raise PatchFileError(f'{file}: the tensors cannot be loaded: {error}') from error
+        raise

@@ -1,0 +1,171 @@
+"""`save_patch`: what was put into a model, as two small files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import sem_timm
+from sem_timm.errors import ModelError, OptionError
+from sem_timm.operations import InsertionConfig
+from sem_timm.persistence.fingerprint import fingerprint, fingerprints, is_compared
+from sem_timm.persistence.parts import Parts, parts_of
+from sem_timm.persistence.record import PARTS, Base, PatchRecord, Step, site_record, tensor_record
+from sem_timm.persistence.weights_file import encode, write
+from sem_timm.registry import base_architecture
+from sem_timm.surgery import check_undoable, patched
+
+# Where wrappers keep the model; they change neither its classes nor its tensors.
+_INSIDE = {
+    'DistributedDataParallel': 'module',
+    'DataParallel': 'module',
+    'OptimizedModule': '_orig_mod',
+    'ModelEmaV2': 'module',
+    'ModelEmaV3': 'module',
+}
+_SPREAD = ('FullyShardedDataParallel', 'FSDPModule')
+
+State = nn.Module | Mapping[str, Tensor]
+
+
+def save_patch(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    include_head: bool = False,
+    base: State | None = None,
+    include_changed_base: bool = False,
+) -> Path:
+    """Saves what was put into a model, without the model: ``patch.json`` and one safetensors file.
+
+    `load_patch` puts it into any model of the same architecture. The files hold the options of the operations, their
+    sites, the tensors of the new modules, and fingerprints of the base weights, so that loading onto others is noticed.
+    They are replaced all at once: whatever goes wrong, the folder holds the new patch or the one it held before.
+
+    Args:
+        model: The patched model; one that is wrapped in DDP, ``torch.compile`` or timm's EMA is unwrapped. In a
+            distributed run, call it in one process.
+        folder: Where to; made if it is not there.
+        include_head: Whether to save the classifier too, as needed after training for other classes.
+        base: The model before training, or its state_dict. With it, base weights that have changed since are noticed;
+            without it, the patch is one for the base weights that the model has now.
+        include_changed_base: Whether to save those, such as statistics of batch norms; needs ``base``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError: If the model is not patched, made compact, sharded or on the meta device, or was patched with code
+            that a file cannot name.
+        OptionError: If the base weights have changed and are not included, or the arguments do not go together.
+        OSError: If the files cannot be written.
+    """
+    model = _unwrapped(model)
+    steps = steps_of(model)
+    parts = parts_of(model)
+    if include_head and not parts.head:
+        raise OptionError(f'include_head=True, but {type(model).__name__} has no classifier that timm could name.')
+    changed = _changed(parts, base, include_changed_base)
+    included = Parts(parts.new, parts.head if include_head else {}, changed)
+    kept = {name: tensor for name, tensor in parts.base.items() if name not in changed}
+    tensors = {part: getattr(included, part) for part in PARTS}
+    weights, data = encode({name: tensor for part in tensors.values() for name, tensor in part.items()})
+    told = {name: tensor_record(part, tensor) for part, named in tensors.items() for name, tensor in named.items()}
+    record = PatchRecord(_versions(), base_of(model), steps, told, fingerprints(kept), weights)
+    write(Path(folder), record, data)
+    return Path(folder)
+
+
+def _versions() -> dict[str, str]:
+    return {'sem_timm': sem_timm.__version__, 'timm': timm.__version__, 'torch': str(torch.__version__)}
+
+
+def _unwrapped(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f'a torch.nn.Module is needed, not {type(model).__name__}.')
+    while (
+        inside := next((_INSIDE[c.__name__] for c in type(model).__mro__ if c.__name__ in _INSIDE), None)
+    ) is not None:
+        model = getattr(model, inside)
+    for name, module in model.named_modules():
+        if any(cls.__name__ in _SPREAD for cls in type(module).__mro__):
+            raise ModelError(
+                f'{name or "the model"} is sharded by FSDP. Gather its state_dict, load that into an unsharded model '
+                'that is patched the same way, and save that one.'
+            )
+    return model
+
+
+def steps_of(model: nn.Module) -> tuple[Step, ...]:
+    """The operations on a model, in their order, as `load_patch` repeats them.
+
+    Raises:
+        ModelError: If it was not operated on, or no longer is what the operations made of it.
+    """
+    if not patched(model):
+        raise ModelError(f'{type(model).__name__} is not patched, or switched off; patch_model(model) first.')
+    try:
+        check_undoable(model)
+    except ModelError as error:
+        raise ModelError(f'its patch cannot be saved: {error}') from error
+    steps: dict[Any, Step] = {}
+    for part in sorted(patched(model), key=lambda part: part.number):
+        if part.inserted and not part.sites:
+            raise ModelError(f'{part.name} was patched by an older sem_timm, which noted no sites; patch it anew.')
+        for site in part.sites:
+            config = part.operation
+            if isinstance(config, InsertionConfig) and site.position == 'output':
+                # Asked for by the name of a sequence, 'auto' takes the output of its last block; by that block's own
+                # name it would take the branch.
+                config = replace(config, position='output')
+            key = part.number, config
+            step = steps.get(key) or Step(config, tuple(part.input_size), ())
+            steps[key] = replace(step, sites=(*step.sites, site_record(site, part.name)))
+    return tuple(steps.values())
+
+
+def base_of(model: nn.Module) -> Base:
+    """What timm calls the model under the patch."""
+    cfg: Any = getattr(model, 'pretrained_cfg', None) or {}
+    cfg = cfg if isinstance(cfg, dict) else vars(cfg)
+    architecture, tag = cfg.get('architecture'), cfg.get('tag')
+    return Base(base_architecture(architecture) if architecture else None, tag or None, type(model).__name__)
+
+
+def _changed(parts: Parts, base: State | None, include: bool) -> dict[str, Tensor]:
+    """The base tensors that have other values than in ``base``, if they are to be included."""
+    if base is None:
+        if include:
+            raise OptionError('include_changed_base=True needs base=, the model before training or its state_dict.')
+        return {}
+    before = dict(base.state_dict() if isinstance(base, nn.Module) else base)
+    changed = {name: tensor for name, tensor in parts.base.items() if _differs(name, tensor, before)}
+    seen = [name for name in changed if is_compared(name)]
+    if seen and not include:
+        raise OptionError(
+            f'{len(seen)} of {len(parts.base)} base tensors have changed since base, such as {seen[0]}, and the patch '
+            'alone would not give this model back.\n'
+            '  include_changed_base=True saves them too; without base= the patch is one for the weights of now.'
+        )
+    return changed
+
+
+def _differs(name: str, tensor: Tensor, before: dict[str, Any]) -> bool:
+    old = before.get(name)
+    if not isinstance(old, Tensor) or old.shape != tensor.shape:
+        found = (
+            'has none' if old is None else f'has {tuple(old.shape) if isinstance(old, Tensor) else type(old).__name__}'
+        )
+        raise OptionError(f'base is not the base of this model: for {name} {tuple(tensor.shape)} it {found}.')
+    if old.is_meta:
+        raise OptionError(f'base has no values: its {name} is on the meta device.')
+    if old.dtype == tensor.dtype:
+        return not torch.equal(old.to(tensor.device), tensor)
+    return fingerprint(old).compare(tensor) is not None

@@ -1,0 +1,224 @@
+"""A patch saved from one model and loaded into another gives the same outputs, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import sem_timm
+from sem_timm import ModelError, OptionError
+from tests.families import FAMILIES
+from tests.persistence.patches import CASES, base, edit_json, of_case, outputs, patch, weights_file
+from tests.refusals import refused
+from tests.snapshot import assert_same, snapshot
+from tests.twins import inserted
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_patch_comes_back(tmp_path: Path, case: str) -> None:
+    name, _ = CASES[case]
+    model, other = of_case(case), base(name)
+    before = snapshot(model)
+    assert sem_timm.save_patch(model, tmp_path) == tmp_path
+    assert_same(before, snapshot(model))
+    rng = torch.get_rng_state()
+    assert sem_timm.load_patch(other, tmp_path, check_base='error', input_size=FAMILIES[name].input_size) is other
+    assert torch.equal(rng, torch.get_rng_state())
+    assert torch.equal(outputs(other, name), outputs(model, name))
+    assert list(other.state_dict()) == list(model.state_dict())
+    here, there = sem_timm.patched(other), sem_timm.patched(model)
+    assert [(p.name, p.inserted, p.position) for p in here] == [(p.name, p.inserted, p.position) for p in there]
+    frozen = [[n for n, p in m.named_parameters() if not p.requires_grad] for m in (other, model)]
+    assert frozen[0] == frozen[1]
+    sem_timm.unpatch_model(other)
+    assert torch.equal(outputs(other, name), outputs(base(name), name))
+
+
+def test_two_patches_are_swapped_on_one_base(tmp_path: Path) -> None:
+    patches = [patch(base(), ('sem', {})), patch(base(), ('cbam', {'exclude': 'layer1'}))]
+    model = base()
+    for number, patched in enumerate(patches):
+        sem_timm.save_patch(patched, tmp_path / str(number))
+    for number in (0, 1, 0, 1):
+        sem_timm.load_patch(model, tmp_path / str(number), check_base='error')
+        assert torch.equal(outputs(model), outputs(patches[number]))
+        sem_timm.unpatch_model(model)
+    assert torch.equal(outputs(model), outputs(base()))
+
+
+def test_a_loaded_patch_is_saved_again_the_same(tmp_path: Path) -> None:
+    sem_timm.save_patch(of_case('two_attentions_and_sem'), tmp_path / 'one')
+    model = sem_timm.load_patch(base('vit_registers'), tmp_path / 'one')
+    sem_timm.save_patch(model, tmp_path / 'two')
+    contents = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ('one', 'two')]
+    assert contents[0] == contents[1]
+
+
+def test_patch_holds_the_new_tensors_and_no_others(tmp_path: Path) -> None:
+    model = of_case('sem')
+    sem_timm.save_patch(model, tmp_path)
+    tensors = json.loads((tmp_path / 'patch.json').read_text())['tensors']
+    assert {name for name in tensors if not name.endswith('_extra_state')} == set(inserted(model))
+    assert {tensor['part'] for tensor in tensors.values()} == {'new'}
+    size = sum(tensor.numel() * 4 for tensor in inserted(model).values())
+    assert size < weights_file(tmp_path).stat().st_size < size + 100 * len(tensors) + 1000
+
+
+def test_patch_of_a_trained_gate_keeps_its_form(tmp_path: Path) -> None:
+    model = patch(base(), ('sem', {'init': 'paper'}))
+    for module in model.modules():
+        if isinstance(module, sem_timm.SEM):
+            module.set_form('identity')
+    sem_timm.save_patch(model, tmp_path)
+    assert torch.equal(outputs(sem_timm.load_patch(base(), tmp_path)), outputs(model))
+
+
+def test_image_size_and_head_of_the_model_are_its_own(tmp_path: Path) -> None:
+    """The base weights differ then, in the position embedding alone, and the warning says so."""
+    sem_timm.save_patch(of_case('external'), tmp_path)
+    other = base('vit_registers')
+    other.set_input_size((96, 96))
+    other.reset_classifier(3)
+    with pytest.warns(sem_timm.BaseWeightsWarning, match='1 of .* tensors differ; pos_embed has the shape'):
+        sem_timm.load_patch(other, tmp_path)
+    assert other(torch.zeros(1, 3, 96, 96)).shape == (1, 3)
+
+
+def test_wrapped_models_are_unwrapped_for_saving(tmp_path: Path) -> None:
+    model = of_case('sem')
+    wrappers = [torch.nn.DataParallel(model), torch.compile(model), timm.utils.ModelEmaV3(model)]
+    for number, wrapped in enumerate(wrappers):
+        sem_timm.save_patch(wrapped, tmp_path / str(number))  # type: ignore[arg-type]
+        assert torch.equal(outputs(sem_timm.load_patch(base(), tmp_path / str(number))), outputs(model))
+
+
+def test_copies_and_pickles_can_be_saved(tmp_path: Path) -> None:
+    model = of_case('external')
+    torch.save(model, tmp_path / 'model.pt')
+    for number, other in enumerate([copy.deepcopy(model), torch.load(tmp_path / 'model.pt', weights_only=False)]):
+        sem_timm.save_patch(other, tmp_path / str(number))
+        loaded = sem_timm.load_patch(base('vit_registers'), tmp_path / str(number))
+        assert torch.equal(outputs(loaded, 'vit_registers'), outputs(model, 'vit_registers'))
+
+
+class Tower(nn.Module):
+    """A model that is none of timm's, holds a block under two names, and says nothing of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(5, 32, 3)
+        self.blocks = nn.ModuleList(timm.models.resnet.BasicBlock(32, 32) for _ in range(2))
+        self.last = self.blocks[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return x.mean((2, 3))
+
+
+def test_models_of_ones_own_with_shared_modules(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = Tower().eval()
+    model, images = patch(copy.deepcopy(plain), input_size=(5, 17, 17)), torch.randn(2, 5, 17, 17)
+    sem_timm.save_patch(model, tmp_path)
+    assert torch.equal(sem_timm.load_patch(plain, tmp_path, check_base='error')(images), model(images))
+
+
+class Detector(nn.Module):
+    """A model of one's own around one of timm's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = base()
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: Tensor = self.backbone.forward_features(x)
+        return features
+
+
+def test_a_backbone_that_was_patched_before_it_was_wrapped_or_after(tmp_path: Path) -> None:
+    before, after, plain = Detector(), Detector(), Detector()
+    patch(before.backbone)
+    patch(after)
+    for number, model in enumerate((before, after)):
+        sem_timm.save_patch(model, tmp_path / f'{number}')
+        sem_timm.load_patch(plain, tmp_path / f'{number}', check_base='error')
+        assert torch.equal(outputs(plain), outputs(model))
+        sem_timm.unpatch_model(plain)
+        sem_timm.save_patch(model.backbone, tmp_path / f'{number} backbone')
+        loaded = sem_timm.load_patch(base(), tmp_path / f'{number} backbone', check_base='error')
+        assert torch.equal(outputs(loaded), outputs(model.backbone))
+
+
+class Halving(nn.Module):
+    """An excitation operator of one's own."""
+
+    def __init__(self, channels: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return pooled * self.weight
+
+    def zero_last_weights(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
+class OwnCore(sem_timm.AttentionCore):
+    """An attention core of one's own."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        return v
+
+
+def test_code_of_ones_own_needs_a_name(tmp_path: Path) -> None:
+    group_norm = sem_timm.InsertConfig(lambda channels: nn.GroupNorm(4, channels))
+    cases: list[tuple[str, Any, dict[str, Any], str]] = [
+        ('resnet', 'sem', {'operators': ('se', Halving)}, '(operators=Halving)'),
+        ('resnet', group_norm, {}, '(InsertConfig)'),
+        ('resnet', sem_timm.ExcitationConfig(Halving), {}, '(operator=Halving)'),
+        ('vit_registers', OwnCore, {}, '(kind=OwnCore)'),
+        ('vit_registers', 'eamlp', {'norm_layer': nn.LayerNorm, 'qk_norm': True}, '(norm_layer=LayerNorm)'),
+    ]
+    for name, operation, options, shown in cases:
+        model = patch(base(name), (operation, options))
+        with refused(model, ModelError, shown, 'register_excitation', 'state_dict()'):
+            sem_timm.save_patch(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_registered_operators_are_saved_by_name(tmp_path: Path) -> None:
+    sem_timm.register_excitation('halving_in_patches', Halving)
+    by_class = patch(base(), ('sem', {'operators': ('se', Halving)}))
+    by_name = patch(base(), ('sem', {'operators': ('se', 'halving_in_patches')}))
+    for model in (by_class, by_name):
+        sem_timm.save_patch(model, tmp_path)
+        assert torch.equal(outputs(sem_timm.load_patch(base(), tmp_path)), outputs(model))
+    edit_json(tmp_path, lambda data: data['operations'][0]['options'].update(operators=['se', 'halfing']))
+    with refused(model := base(), sem_timm.PatchFileError, "'halfing' is unknown", 'register_excitation'):
+        sem_timm.load_patch(model, tmp_path)
+
+
+def test_what_cannot_be_saved(tmp_path: Path) -> None:
+    plain, meta, compact = base(), of_case('sem').to('meta'), of_case('external_in_windows')
+    sem_timm.compact_model(compact)
+    for model, parts in ((plain, ('ResNet is not patched',)), (meta, ('meta device',)), (compact, ('compact_model',))):
+        with refused(model, ModelError, *parts):
+            sem_timm.save_patch(model, tmp_path)
+    model = of_case('sem')
+    with sem_timm.disabled(model), refused(model, ModelError, 'switched off'):
+        sem_timm.save_patch(model, tmp_path)
+    with pytest.raises(ModelError, match='not dict'):
+        sem_timm.save_patch({}, tmp_path)  # type: ignore[arg-type]
+    headless = patch(base(num_classes=0))
+    with refused(headless, OptionError, 'include_head=True'):
+        sem_timm.save_patch(headless, tmp_path, include_head=True)
+    assert not list(tmp_path.iterdir())
