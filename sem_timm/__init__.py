@@ -4,6 +4,9 @@ Importing the package registers variants of timm's architectures: ``*_sem`` of a
 have self-attention that can be replaced.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from sem_timm.errors import (
     GuardError,
     ModelError,
@@ -56,7 +59,25 @@ from sem_timm.surgery import (
     unpatch_model,
 )
 
+if TYPE_CHECKING:
+    from sem_timm.attention_transfer import (
+        TransferOptions,
+        TransferResult,
+        initialize_memories,
+        match_layers,
+        transfer,
+    )
+
 __version__ = '0.1.0'
+
+# Public names of rooms that are only imported when one of them is used.
+_LATER = {
+    'TransferOptions': 'sem_timm.attention_transfer',
+    'TransferResult': 'sem_timm.attention_transfer',
+    'initialize_memories': 'sem_timm.attention_transfer',
+    'match_layers': 'sem_timm.attention_transfer',
+    'transfer': 'sem_timm.attention_transfer',
+}
 
 __all__ = [
     'SEM',
@@ -91,9 +112,13 @@ __all__ = [
     'SwapWarning',
     'TimmAttentionConfig',
     'TraceError',
+    'TransferOptions',
+    'TransferResult',
     'compact_model',
     'excitation_names',
+    'initialize_memories',
     'invariance_penalty',
+    'match_layers',
     'operation_names',
     'patch_model',
     'patched',
@@ -101,7 +126,18 @@ __all__ = [
     'register_excitation',
     'register_variants',
     'trainable_parameters',
+    'transfer',
     'unpatch_model',
 ]
 
 register_variants()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(import_module(_LATER[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
