@@ -3,8 +3,8 @@
     python benchmarks/transfer.py --data FOLDER --weights vit.pt
 
 Trains the original once, or reads it from the file of weights, swaps its attention for External Attention, and compares
-ways to initialise the memories and to train them on a tenth of the training images. Writes docs/transfer.json and
-docs/transfer.md. With a GPU: ``--device cuda --depth 12 --dim 192``.
+ways to initialise the memories and to train them on a tenth of the training images. Writes docs/transfer.json,
+which docs/transfer.md explains. With a GPU: ``--device cuda --depth 12 --dim 192``.
 """
 
 from __future__ import annotations

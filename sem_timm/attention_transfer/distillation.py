@@ -28,28 +28,10 @@ def distill(
     Raises:
         ModelError: If the model is no classifier of timm.
     """
-    student: Any = pair.student
-    missing = [name for name in ('pretrained_cfg', 'num_classes') if not getattr(student, name, None)]
-    if missing:
-        raise ModelError(
-            f"timm's distillation task needs a classifier of timm; this {type(student).__name__} has no {missing[0]}. "
-            "stages=('initialize', 'match') does without."
-        )
     steps = number_of_steps(loader, options.distill_epochs, options.distill_steps)
     parameters = pair.parameters(options.distill_train or options.train)
     optimizer, scheduler = training_parts(parameters, options, options.distill_learning_rate, steps)
-    weight = parameters[0]
-    task = LogitDistillationTask(
-        student,
-        pair.teacher,
-        criterion=torch.nn.CrossEntropyLoss(),
-        distill_loss_weight=1.0,
-        task_loss_weight=0.0,
-        temperature=options.temperature,
-        device=weight.device,
-        dtype=weight.dtype,
-        verbose=False,
-    )
+    task = _task(pair, options.temperature)
     losses: list[float] = []
     images_seen = 0
     for step, (images, _) in enumerate(drawn(loader, steps, pair.model)):
@@ -65,3 +47,25 @@ def distill(
         if progress is not None:
             progress('distill', step + 1, steps, losses[-1])
     return losses, images_seen
+
+
+def _task(pair: Pair, temperature: float) -> LogitDistillationTask:
+    student: Any = pair.student
+    missing = [name for name in ('pretrained_cfg', 'num_classes') if not getattr(student, name, None)]
+    if missing:
+        raise ModelError(
+            f"timm's distillation task needs a classifier of timm; this {type(student).__name__} has no {missing[0]}. "
+            "stages=('initialize', 'match') does without."
+        )
+    weight = next(student.parameters())
+    return LogitDistillationTask(
+        student,
+        pair.teacher,
+        criterion=torch.nn.CrossEntropyLoss(),
+        distill_loss_weight=1.0,
+        task_loss_weight=0.0,
+        temperature=temperature,
+        device=weight.device,
+        dtype=weight.dtype,
+        verbose=False,
+    )

@@ -68,12 +68,7 @@ def match(
 ) -> tuple[list[float], int]:
     """Trains the student's swapped layers on the original's inputs and outputs.
 
-    Args:
-        pair: The swapped model and its original.
-        loader: What yields the images.
-        options: How.
-        variances: Variance of each layer's original output for each kind of tokens, by which its loss is divided.
-        progress: Called after each step.
+    The loss of a layer is divided by ``variances``, one for each kind of tokens.
 
     Returns:
         The loss of each step, as a mean over the layers, and the number of images drawn.

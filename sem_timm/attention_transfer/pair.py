@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from sem_timm.errors import ModelError, OptionError, RefusedError
 from sem_timm.layers import ExternalAttention
-from sem_timm.surgery.freeze import check_not_compact, trainable_parameters
+from sem_timm.surgery.freeze import check_not_compact, trainable_parameters, unread_parameters
 from sem_timm.surgery.planning import check_model, plan_swap
 from sem_timm.surgery.rewrite import Edit, edit_of
 from sem_timm.surgery.skeleton import shadow, weightless
@@ -138,9 +138,7 @@ def names_to_train(model: nn.Module, layers: Iterable[SwappedLayer], which: str)
     for layer in layers:
         children = [*layer.edit.inserted, *(layer.projections() if which == 'projection' else ())]
         prefixes += [f'{layer.name}.'] if which == 'module' else [f'{layer.name}.{child}.' for child in children]
-    unread = {
-        f'{name}.{key}' for name, module in model.named_modules() for key in module.__dict__.get('_surgery_unread', ())
-    }
+    unread = unread_parameters(model)
     found = [name for name, p in model.named_parameters() if name.startswith(tuple(prefixes)) and p.is_floating_point()]
     return [name for name in found if name not in unread]
 
@@ -157,7 +155,7 @@ def make_pair(model: nn.Module, images: Tensor, trained: Iterable[str]) -> Pair:
         ModelError: If the model is wrapped, has no swapped attention, or lost its old weights.
         OptionError: If the model is in a narrower type than float32, in which training is not precise.
     """
-    edits = _swaps(model)
+    edits = swaps_of(model)
     teacher, student = shadow(model), shadow(model)
     _put_back(teacher)
     layers = _layers(model, edits, teacher, student, tuple(images.shape[1:]))
@@ -173,7 +171,8 @@ def make_pair(model: nn.Module, images: Tensor, trained: Iterable[str]) -> Pair:
     return Pair(model, student, teacher, layers, tuple(names_in_order(student, names)))
 
 
-def _swaps(model: nn.Module) -> dict[str, Edit]:
+def swaps_of(model: nn.Module) -> dict[str, Edit]:
+    """The edits of a model's swapped modules by name; raises what `make_pair` raises."""
     check_model(model)
     edits = {name: edit for name, module in model.named_modules() if (edit := edit_of(module)) is not None}
     swaps = {name: edit for name, edit in edits.items() if edit.position == 'core' and edit.inserted}

@@ -15,7 +15,7 @@ from sem_timm.attention_transfer.matching import Progress, match
 from sem_timm.attention_transfer.measure import error_of, spreads, top1
 from sem_timm.attention_transfer.memories import check_memories, initialize
 from sem_timm.attention_transfer.options import TransferOptions
-from sem_timm.attention_transfer.pair import Pair, make_pair
+from sem_timm.attention_transfer.pair import Pair, make_pair, swaps_of
 from sem_timm.attention_transfer.result import Stage, TransferResult
 from sem_timm.attention_transfer.undisturbed import undisturbed
 from sem_timm.errors import OptionError, RefusedError, closest
@@ -34,7 +34,7 @@ def transfer(
 
     The old weights are still in a swapped model, so that it is its own teacher: 'initialize' fills the memories of
     external attention from the original's keys and outputs, 'match' trains each new layer to give its original's
-    outputs on the original's inputs, and 'distill' trains the whole of it on the original's logits. Dropout is off and
+    outputs on the original's inputs, and 'distill' trains end to end on the original's logits. Dropout is off and
     running statistics stand still. With the default ``train='new'`` the base's weights stay as they are, so that
     `unpatch_model` gives exactly the original; other choices train some of them too.
 
@@ -55,6 +55,7 @@ def transfer(
             attention cannot take, OptionError for options and loaders. The model is then unchanged.
     """
     options = _options(options, fields)
+    swaps_of(model)  # its errors come before those of the loader
     with undisturbed(options.seed):
         calibration = first_batches(loader, options.calibration_batches, model)
         pair = make_pair(model, calibration[0], _trained(options).values())
@@ -62,9 +63,7 @@ def transfer(
         for stage in run.stages:
             run.do(stage, loader, progress)
         pair.write_back()
-    operation = ', '.join(dict.fromkeys(str(layer.edit.operation) for layer in pair.layers))
-    count = sum(model.get_parameter(name).numel() for name in pair.trained)
-    return TransferResult(type(model).__name__, operation, options, tuple(run.done), count)
+    return run.result()
 
 
 def initialize_memories(
@@ -76,6 +75,7 @@ def initialize_memories(
         SemTimmError: As `transfer`. The model is then unchanged.
     """
     options = replace(_options(options, fields), stages=('initialize',))
+    swaps_of(model)
     with undisturbed(options.seed):
         images = first_batches(batches, None, model)
     return transfer(model, images, replace(options, calibration_batches=len(images)))
@@ -145,6 +145,13 @@ class _Run:
         seconds = time.perf_counter() - start
         stage = Stage(name, images_seen=seen, seconds=seconds, losses=tuple(losses), sharpness=sharpness)
         self._measure(stage)
+
+    def result(self) -> TransferResult:
+        """All that was measured."""
+        model, options = self.pair.model, self.options
+        operation = ', '.join(dict.fromkeys(str(layer.edit.operation) for layer in self.pair.layers))
+        count = sum(model.get_parameter(name).numel() for name in self.pair.trained)
+        return TransferResult(type(model).__name__, operation, options, tuple(self.done), count)
 
     def _measure(self, stage: Stage) -> None:
         found = spreads(self.pair, self.measured)

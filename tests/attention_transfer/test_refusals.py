@@ -21,6 +21,11 @@ def test_a_model_in_which_nothing_is_swapped() -> None:
         sem_timm.transfer(model, batches())
 
 
+def test_what_is_no_model() -> None:
+    with pytest.raises(ModelError, match=r'a torch\.nn\.Module is needed, not str'):
+        sem_timm.transfer('vit_tiny_patch16_224', batches())  # type: ignore[arg-type]
+
+
 def test_a_model_with_insertions_only() -> None:
     model = sem_timm.patch_model(create(), 'sem')
     with refused(model, ModelError, 'was swapped'):
