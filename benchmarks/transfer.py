@@ -52,6 +52,8 @@ def trainings(passes: int) -> dict[str, dict[str, Any]]:
         'new parameters, 1 pass': {},
         'with the output projection, 1 pass': {'train': 'projection'},
         'all of the swapped modules, 1 pass': {'train': 'module'},
+        'the same, from k-means of keys, 1 pass': {'train': 'module', 'keys': 'keys'},
+        f'with the output projection, {passes} passes': {**longest, 'train': 'projection', 'stages': stages[:2]},
         f'all of the swapped modules, {passes} passes': {**longest, **gently},
     }
 
@@ -78,6 +80,7 @@ def main() -> None:
     parser.add_argument('--batch-size', type=int, default=64)
     parser.add_argument('--passes', type=int, default=14, help='passes over them in the longest training')
     parser.add_argument('--test-images', type=int, default=5000, help='test images that accuracy is measured on')
+    parser.add_argument('--only', default='', help='run the ways whose name has this text, and keep other figures')
     given = parser.parse_args()
     if given.device == 'cpu':
         torch.set_num_threads(1)
@@ -87,11 +90,12 @@ def main() -> None:
     loader = DataLoader(Subset(train, range(given.images)), given.batch_size, shuffle=True)
     evaluation = DataLoader(Subset(test, range(given.test_images)), 500)
     start = time.perf_counter()
-    figures: dict[str, Any] = {'starts': {}, 'trainings': {}}
+    kept = json.loads((DOCS / 'transfer.json').read_text()) if given.only else {}
+    figures: dict[str, Any] = {part: kept.get(part, {}) for part in ('starts', 'trainings')}
     plans = {'starts': {name: {**how, 'stages': ('initialize',)} for name, how in STARTS.items()}}
     plans['trainings'] = trainings(given.passes)
     for part, ways in plans.items():
-        for name, how in ways.items():
+        for name, how in [(name, how) for name, how in ways.items() if given.only in name]:
             result = measured(base, loader, evaluation, given.memory, **how)
             print(f'{name}\n{result}\n', flush=True)
             figures[part][name] = result.to_dict()
@@ -102,15 +106,26 @@ def main() -> None:
         'sem_timm': sem_timm.__version__,
         'python': sys.version.split()[0],
         'original': {**asdict(recipe), 'training_seconds': round(seconds, 1), 'training_images': len(train)},
-        'seconds': round(time.perf_counter() - start, 1),
+        'seconds': round(kept.get('seconds', 0) + time.perf_counter() - start, 1),
         **figures,
     }
-    (DOCS / 'transfer.json').write_text(json.dumps(figures, indent=1) + '\n')
+    (DOCS / 'transfer.json').write_text(json.dumps(rounded(figures)) + '\n')
+
+
+def rounded(figures: Any) -> Any:
+    """Figures with five decimals."""
+    if isinstance(figures, dict):
+        return {name: rounded(entry) for name, entry in figures.items()}
+    if isinstance(figures, (list, tuple)):
+        return [rounded(entry) for entry in figures]
+    return round(figures, 5) if isinstance(figures, float) else figures
 
 
 def shown(given: argparse.Namespace) -> dict[str, Any]:
     """The arguments that figures depend on; where files lie is not one of them."""
-    return {name.replace('_', '-'): value for name, value in vars(given).items() if name not in ('data', 'weights')}
+    return {
+        name.replace('_', '-'): value for name, value in vars(given).items() if name not in ('data', 'weights', 'only')
+    }
 
 
 if __name__ == '__main__':
