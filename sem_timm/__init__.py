@@ -64,11 +64,11 @@ from sem_timm.surgery import (
 )
 
 if TYPE_CHECKING:
+    from sem_timm.attention_transfer import TransferOptions, TransferResult, initialize_memories, match_layers, transfer
     from sem_timm.persistence import load_patch, save_patch
     from sem_timm.reports import AttentionMap, Decisions, Summary, attention_map, decisions, summary
 
 __version__ = '0.1.0'
-
 
 __all__ = [
     'SEM',
@@ -109,13 +109,17 @@ __all__ = [
     'SwapWarning',
     'TimmAttentionConfig',
     'TraceError',
+    'TransferOptions',
+    'TransferResult',
     'attention_map',
     'compact_model',
     'decisions',
     'disabled',
     'excitation_names',
+    'initialize_memories',
     'invariance_penalty',
     'load_patch',
+    'match_layers',
     'operation_names',
     'patch_model',
     'patched',
@@ -125,11 +129,19 @@ __all__ = [
     'save_patch',
     'summary',
     'trainable_parameters',
+    'transfer',
     'unpatch_model',
 ]
 
 # Loaded when first asked for: importing the package stays cheap, and some of it needs the extra 'tools'.
 _LAZY = {
+    'sem_timm.attention_transfer': (
+        'TransferOptions',
+        'TransferResult',
+        'initialize_memories',
+        'match_layers',
+        'transfer',
+    ),
     'sem_timm.persistence': ('load_patch', 'save_patch'),
     'sem_timm.reports': ('AttentionMap', 'Decisions', 'Summary', 'attention_map', 'decisions', 'summary'),
 }
@@ -138,7 +150,12 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     for room, names in _LAZY.items():
         if name in names:
-            return getattr(import_module(room), name)
+            try:
+                return getattr(import_module(room), name)
+            except ModuleNotFoundError as error:
+                raise MissingPackageError(
+                    f"sem_timm.{name} needs {error.name}, which is not installed. Do: pip install 'sem_timm[tools]'"
+                ) from error
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 

@@ -36,6 +36,15 @@ def unfreeze(model: nn.Module) -> None:
                 parameter.requires_grad_(True)
 
 
+def unread_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters that a swap has made useless."""
+    return {
+        f'{name}.{key}' if name else key
+        for name, module in model.named_modules()
+        for key in module.__dict__.get(_UNREAD, ())
+    }
+
+
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters to give to an optimizer: those that require gradients and still reach the output."""
     useless = {id(module._parameters[key]) for module in model.modules() for key in module.__dict__.get(_UNREAD, ())}

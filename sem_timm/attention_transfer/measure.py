@@ -1,0 +1,109 @@
+"""How well a swapped model does: the error of each layer on the original's inputs, and accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.utils import AverageMeter, accuracy
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from sem_timm.attention_transfer.batches import images_and_labels
+from sem_timm.attention_transfer.pair import Pair, SwappedLayer
+
+Visit = Callable[[SwappedLayer, tuple[Any, ...], dict[str, Any], Tensor], None]
+
+
+@contextmanager
+def visiting(pair: Pair, visit: Visit) -> Iterator[nn.Module]:
+    """The teacher, which shows each swapped layer's inputs and output to a function while it runs."""
+    handles = []
+    for layer in pair.layers:
+
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any, layer: SwappedLayer = layer) -> None:
+            visit(layer, args, kwargs, first_tensor(output))
+
+        handles.append(layer.teacher.register_forward_hook(hook, with_kwargs=True))
+    try:
+        yield pair.teacher
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The first tensor of what a module returns."""
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+@dataclass
+class Spread:
+    """Sums over the outputs of one layer for one kind of tokens, in float64.
+
+    Attributes:
+        count: Number of tokens.
+        total: Sum of the original's outputs.
+        squares: Sum of their squares.
+        missed: Sum over all channels of the squared differences to the original.
+    """
+
+    count: int = 0
+    total: Tensor | float = 0.0
+    squares: Tensor | float = 0.0
+    missed: float = 0.0
+
+    def add(self, wanted: Tensor, given: Tensor) -> None:
+        rows = wanted.flatten(0, -2).float()
+        self.count += len(rows)
+        self.total = self.total + rows.sum(0).cpu().double()
+        self.squares = self.squares + rows.square().sum(0).cpu().double()
+        self.missed += float((given - wanted).float().square().sum())
+
+    @property
+    def variance(self) -> float:
+        """Mean squared distance of the original's outputs to their mean, per number."""
+        squares, total = torch.as_tensor(self.squares), torch.as_tensor(self.total)
+        return float((squares - total.square() / self.count).mean() / self.count)
+
+    @property
+    def missed_part(self) -> float:
+        """The missed part of the variance; 1 is what the best constant would give."""
+        numbers = self.count * torch.as_tensor(self.total).numel()
+        return self.missed / numbers / max(self.variance, 1e-30)
+
+
+@torch.no_grad()
+def spreads(pair: Pair, batches: Iterable[Tensor]) -> dict[str, list[Spread]]:
+    """Compares each swapped layer with its original on the original's inputs, by name and for each kind of tokens."""
+    found: dict[str, list[Spread]] = {layer.name: [Spread(), Spread()] for layer in pair.layers}
+
+    def visit(layer: SwappedLayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        given = layer.token_groups(first_tensor(layer.student(*args, **kwargs)))
+        for spread, wanted, tokens in zip(found[layer.name], layer.token_groups(output), given):
+            spread.add(wanted, tokens)
+
+    with visiting(pair, visit) as teacher:
+        for images in batches:
+            teacher(images)
+    return {name: [spread for spread in kinds if spread.count] for name, kinds in found.items()}
+
+
+def error_of(kinds: list[Spread]) -> float:
+    """The relative error of a layer: the root of the missed part of the variance, as a mean over kinds of tokens."""
+    return (sum(spread.missed_part for spread in kinds) / len(kinds)) ** 0.5
+
+
+@torch.no_grad()
+def top1(model: nn.Module, loader: Iterable[Any] | None) -> float | None:
+    """The part of a loader's images whose class a model names, in percent; None without labels."""
+    meter = AverageMeter()
+    for batch in loader or ():
+        images, labels = images_and_labels(batch, model)
+        if labels is None:
+            return None
+        meter.update(accuracy(model(images), labels)[0].item(), len(images))
+    return float(meter.avg) if meter.count else None

@@ -1,0 +1,108 @@
+"""What attention transfer can be told, as one frozen dataclass that a command line can be made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sem_timm.errors import OptionError, closest
+
+STAGES = ('initialize', 'match', 'distill')
+KEYS = ('swap', 'keys', 'queries')
+VALUES = ('least-squares', 'means')
+TRAINED = ('new', 'projection', 'module', 'all')
+
+
+@dataclass(frozen=True)
+class TransferOptions:
+    """How a swapped model gets the skill of its original back.
+
+    Attributes:
+        stages: Which of 'initialize', 'match' and 'distill', in this order; by default the first two, or 'match' alone
+            where the new attention has no memories to initialise.
+        calibration_batches: Batches that memories are initialised from, and that errors of layers are measured on.
+        keys: What the memories of keys start from: 'swap' for what they are already, which measured best with
+            values by least squares, 'keys' for centres of the original's keys, 'queries' for centres of its queries.
+        values: What the memories of values start from: 'least-squares' for what gives the original's outputs best, or
+            'means' for the means of the clusters.
+        sharpness: Factors on the memories of keys that are tried; the best is kept for each head.
+        iterations: Of k-means.
+        train: What the layers are matched with: the 'new' parameters, or these and the output 'projection' of each
+            swapped module, or all that the 'module' still reads.
+        epochs: Passes over the loader when layers are matched.
+        steps: Batches drawn then, instead of passes; needed where the loader has no length.
+        optimizer: Name of timm's optimizer.
+        learning_rate: Its peak.
+        weight_decay: Its weight decay.
+        scheduler: Name of timm's schedule.
+        warmup: The part of the steps with a rising learning rate.
+        distill_train: As ``train``, for the distillation; also 'all' for the whole model. By default as ``train``.
+        distill_epochs: As ``epochs``, for the distillation.
+        distill_steps: As ``steps``, for the distillation.
+        distill_learning_rate: Peak of its learning rate.
+        temperature: Of the softmax over classes in the distillation.
+        seed: Of the order of images and the choice of first centres.
+
+    Raises:
+        OptionError: If an option is unknown or out of range.
+    """
+
+    stages: tuple[str, ...] | None = None
+    calibration_batches: int = 4
+    keys: str = 'swap'
+    values: str = 'least-squares'
+    sharpness: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    iterations: int = 10
+    train: str = 'new'
+    epochs: int = 1
+    steps: int | None = None
+    optimizer: str = 'adamw'
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.0
+    scheduler: str = 'cosine'
+    warmup: float = 0.05
+    distill_train: str | None = None
+    distill_epochs: int = 1
+    distill_steps: int | None = None
+    distill_learning_rate: float = 1e-3
+    temperature: float = 2.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ('stages', 'sharpness'):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        self._check_stages()
+        for name, choices in (('keys', KEYS), ('values', VALUES), ('train', TRAINED[:-1]), ('distill_train', TRAINED)):
+            value = getattr(self, name)
+            if value not in choices and not (name == 'distill_train' and value is None):
+                raise OptionError(f'{name}={value!r} is unknown. {closest(str(value), choices)}')
+        if (self.keys, self.values) == ('swap', 'means'):
+            raise OptionError("values='means' needs clusters: keys='keys' or keys='queries'.")
+        for name in ('calibration_batches', 'iterations', 'epochs', 'distill_epochs', 'steps', 'distill_steps'):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+                raise OptionError(f'{name}={value!r}: give a whole number of at least 1.')
+        for name in ('learning_rate', 'distill_learning_rate', 'temperature'):
+            if not _is_positive(getattr(self, name)):
+                raise OptionError(f'{name}={getattr(self, name)!r}: give a number above 0.')
+        if not self.sharpness or not isinstance(self.sharpness, tuple) or not all(map(_is_positive, self.sharpness)):
+            raise OptionError(f'sharpness={self.sharpness!r}: give numbers above 0, such as (1.0, 2.0).')
+        if not isinstance(self.warmup, (int, float)) or not 0 <= self.warmup < 1:
+            raise OptionError(f'warmup={self.warmup!r}: give a part of the steps, from 0 to below 1.')
+
+    def _check_stages(self) -> None:
+        if self.stages is None:
+            return
+        if not isinstance(self.stages, tuple) or not self.stages:
+            raise OptionError(f'stages={self.stages!r} is no list of stages, such as {STAGES[:2]}.')
+        for stage in self.stages:
+            if stage not in STAGES:
+                raise OptionError(f'stage {stage!r} is unknown. {closest(str(stage), STAGES)}')
+        if self.stages != tuple(stage for stage in STAGES if stage in self.stages):
+            raise OptionError(f'stages={self.stages!r}: each once, in the order {", ".join(STAGES)}.')
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float('inf')

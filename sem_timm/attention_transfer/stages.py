@@ -1,0 +1,170 @@
+"""Attention transfer: a swapped model learns from its original what the original's attention did."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from sem_timm.attention_transfer.batches import first_batches
+from sem_timm.attention_transfer.distillation import distill
+from sem_timm.attention_transfer.matching import Progress, match
+from sem_timm.attention_transfer.measure import error_of, spreads, top1
+from sem_timm.attention_transfer.memories import check_memories, initialize
+from sem_timm.attention_transfer.options import TransferOptions
+from sem_timm.attention_transfer.pair import Pair, make_pair, swaps_of
+from sem_timm.attention_transfer.result import Stage, TransferResult
+from sem_timm.attention_transfer.undisturbed import undisturbed
+from sem_timm.errors import OptionError, RefusedError, closest
+
+
+def transfer(
+    model: nn.Module,
+    loader: Iterable[Any],
+    options: TransferOptions | None = None,
+    *,
+    evaluation: Iterable[Any] | None = None,
+    progress: Progress | None = None,
+    **fields: Any,
+) -> TransferResult:
+    """Gives a model whose attention was swapped the skill of its original back, as far as that goes.
+
+    The old weights are still in a swapped model, so that it is its own teacher: 'initialize' fills the memories of
+    external attention from the original's keys and outputs, 'match' trains each new layer to give its original's
+    outputs on the original's inputs, and 'distill' trains end to end on the original's logits. Dropout is off and
+    running statistics stand still. With the default ``train='new'`` the base's weights stay as they are, so that
+    `unpatch_model` gives exactly the original; other choices train some of them too.
+
+    Args:
+        model: A model after ``patch_model(model, 'external')`` or with another attention; trained in place.
+        loader: Images that the model is for: batches (B, C, H, W), pairs of these and labels, or dictionaries. Labels
+            are not used.
+        options: How; or give the fields of `TransferOptions` by name.
+        evaluation: Images with labels, to measure accuracy on, and errors on the first of them.
+        progress: Called after each step with the stage, the step, the number of steps and the loss.
+        **fields: Fields of `TransferOptions`, in place of ``options``.
+
+    Returns:
+        Errors of layers and accuracies: original, swapped, after each stage; printing it shows a table.
+
+    Raises:
+        SemTimmError: ModelError if nothing is swapped or the old weights are gone, RefusedError for a stage that this
+            attention cannot take, OptionError for options and loaders. The model is then unchanged.
+    """
+    options = _options(options, fields)
+    swaps_of(model)  # its errors come before those of the loader
+    with undisturbed(options.seed):
+        calibration = first_batches(loader, options.calibration_batches, model)
+        pair = make_pair(model, calibration[0], _trained(options).values())
+        run = _Run(pair, options, calibration, evaluation)
+        for stage in run.stages:
+            run.do(stage, loader, progress)
+        pair.write_back()
+    return run.result()
+
+
+def initialize_memories(
+    model: nn.Module, batches: Iterable[Any], options: TransferOptions | None = None, **fields: Any
+) -> TransferResult:
+    """The stage 'initialize' of `transfer` alone, on all of some batches.
+
+    Raises:
+        SemTimmError: As `transfer`. The model is then unchanged.
+    """
+    options = replace(_options(options, fields), stages=('initialize',))
+    swaps_of(model)
+    with undisturbed(options.seed):
+        images = first_batches(batches, None, model)
+    return transfer(model, images, replace(options, calibration_batches=len(images)))
+
+
+def match_layers(
+    model: nn.Module,
+    loader: Iterable[Any],
+    options: TransferOptions | None = None,
+    *,
+    progress: Progress | None = None,
+    **fields: Any,
+) -> TransferResult:
+    """The stage 'match' of `transfer` alone, from the parameters as they are.
+
+    Raises:
+        SemTimmError: As `transfer`. The model is then unchanged.
+    """
+    return transfer(model, loader, replace(_options(options, fields), stages=('match',)), progress=progress)
+
+
+def _options(options: TransferOptions | None, given: dict[str, Any]) -> TransferOptions:
+    known = [field.name for field in fields(TransferOptions)]
+    for name in given:
+        if name not in known:
+            raise OptionError(f'option {name!r} of transfer is unknown. {closest(name, known)}')
+    return replace(options or TransferOptions(), **given)
+
+
+def _trained(options: TransferOptions) -> dict[str, str]:
+    """What each stage changes, in words of `TRAINED`."""
+    each = {'initialize': 'new', 'match': options.train, 'distill': options.distill_train or options.train}
+    return {stage: each[stage] for stage in options.stages or ('initialize', 'match')}
+
+
+class _Run:
+    """The stages of one transfer, measured one after another."""
+
+    def __init__(
+        self, pair: Pair, options: TransferOptions, calibration: list[Tensor], evaluation: Iterable[Any] | None
+    ) -> None:
+        self.pair, self.options, self.calibration, self.evaluation = pair, options, calibration, evaluation
+        self.stages = options.stages or _possible(pair)
+        if 'initialize' in self.stages:
+            check_memories(pair)
+        for stage, which in _trained(options).items():
+            if stage != 'initialize':
+                pair.names(which)
+        self.measured = calibration
+        if evaluation is not None:
+            self.measured = first_batches(evaluation, options.calibration_batches, pair.model)
+        self.done = [Stage('original', accuracy=top1(pair.teacher, evaluation))]
+        self._measure(Stage('swap'))
+
+    def do(self, name: str, loader: Iterable[Any], progress: Progress | None) -> None:
+        """Runs one stage, and measures what came of it."""
+        start = time.perf_counter()
+        losses: list[float] = []
+        sharpness: dict[str, list[float]] = {}
+        if name == 'initialize':
+            sharpness = initialize(self.pair, self.calibration, self.options)
+            seen = sum(map(len, self.calibration))
+        elif name == 'match':
+            losses, seen = match(self.pair, loader, self.options, self.variances, progress)
+        else:
+            losses, seen = distill(self.pair, loader, self.options, progress)
+        seconds = time.perf_counter() - start
+        stage = Stage(name, images_seen=seen, seconds=seconds, losses=tuple(losses), sharpness=sharpness)
+        self._measure(stage)
+
+    def result(self) -> TransferResult:
+        """All that was measured."""
+        model, options = self.pair.model, self.options
+        operation = ', '.join(dict.fromkeys(str(layer.edit.operation) for layer in self.pair.layers))
+        count = sum(model.get_parameter(name).numel() for name in self.pair.trained)
+        return TransferResult(type(model).__name__, operation, options, tuple(self.done), count)
+
+    def _measure(self, stage: Stage) -> None:
+        found = spreads(self.pair, self.measured)
+        self.variances = {name: [kind.variance for kind in kinds] for name, kinds in found.items()}
+        errors = {name: error_of(kinds) for name, kinds in found.items()}
+        accuracy = top1(self.pair.student, self.evaluation)
+        self.done.append(replace(stage, errors=errors, accuracy=accuracy))
+
+
+def _possible(pair: Pair) -> tuple[str, ...]:
+    """The first two stages, or the second alone where there are no memories to initialise."""
+    try:
+        check_memories(pair)
+    except RefusedError:
+        return ('match',)
+    return ('initialize', 'match')

@@ -1,0 +1,193 @@
+"""What cannot be transferred is refused with what to do instead, and the model is what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sem_timm
+from sem_timm import ModelError, OptionError, RefusedError
+from tests.attention_transfer.small_transformer import batches, create, swapped
+from tests.refusals import refused
+
+
+def test_a_model_in_which_nothing_is_swapped() -> None:
+    model = create()
+    with refused(model, ModelError, 'was swapped', "patch_model(model, 'external')"):
+        sem_timm.transfer(model, batches())
+
+
+def test_what_is_no_model() -> None:
+    with pytest.raises(ModelError, match=r'a torch\.nn\.Module is needed, not str'):
+        sem_timm.transfer('vit_tiny_patch16_224', batches())  # type: ignore[arg-type]
+
+
+def test_a_model_with_insertions_only() -> None:
+    model = sem_timm.patch_model(create(), 'sem')
+    with refused(model, ModelError, 'was swapped'):
+        sem_timm.transfer(model, batches())
+
+
+def test_a_compact_model_has_no_original_any_more() -> None:
+    model = sem_timm.compact_model(swapped('external', model=create(qk_norm=True)))
+    with refused(model, ModelError, 'compact_model', 'transfer first'):
+        sem_timm.transfer(model, batches())
+
+
+def test_a_wrapped_model_is_to_be_unwrapped() -> None:
+    model = torch.nn.DataParallel(swapped())
+    with refused(model, ModelError, 'model.module'):
+        sem_timm.transfer(model, batches())
+
+
+def test_a_model_without_weights() -> None:
+    model = swapped().to('meta')
+    with refused(model, ModelError, 'meta'):
+        sem_timm.transfer(model, batches())
+
+
+def test_a_narrow_type_is_too_coarse() -> None:
+    model = swapped().bfloat16()
+    with refused(model, OptionError, 'bfloat16', 'model.float()'):
+        sem_timm.transfer(model, batches())
+
+
+def test_whole_modules_have_no_memories_to_initialise() -> None:
+    model = swapped('eamlp')
+    with refused(model, RefusedError, 'blocks.0.attn', 'eamlp', "stages=('match',)"):
+        sem_timm.transfer(model, batches(), stages=('initialize', 'match'))
+
+
+def test_whole_modules_are_matched() -> None:
+    result = sem_timm.transfer(swapped('eamlp'), batches(), epochs=20)
+    assert [stage.name for stage in result.stages] == ['original', 'swap', 'match']
+    assert result['match'].mean_error < 0.9 * result['swap'].mean_error  # type: ignore[operator]
+
+
+def test_other_attentions_are_matched_with_what_they_have() -> None:
+    # Its cross-sample part starts at zero, so that there is nothing to win back, and nothing moves.
+    result = sem_timm.transfer(swapped('catt'), batches())
+    assert [stage.name for stage in result.stages] == ['original', 'swap', 'match']
+    assert result['match'].mean_error == result['swap'].mean_error < 1e-5  # type: ignore[operator]
+
+
+def test_attention_without_parameters_has_nothing_new_to_train() -> None:
+    model = swapped('efficient')
+    with refused(model, RefusedError, 'efficient', "train='projection'"):
+        sem_timm.transfer(model, batches())
+    result = sem_timm.transfer(model, batches(), train='projection', epochs=10)
+    assert result['match'].mean_error < result['swap'].mean_error  # type: ignore[operator]
+
+
+def test_memories_are_asked_for_where_there_are_none() -> None:
+    model = swapped('efficient')
+    with refused(model, RefusedError, 'no memories', "'external'"):
+        sem_timm.initialize_memories(model, batches())
+
+
+@pytest.mark.parametrize(
+    'loader, parts',
+    [
+        ([], ['yields no batch']),
+        (iter([]), ['yields no batch']),
+        (None, ['NoneType']),
+        (torch.zeros(4, 1, 16, 16), ['[images]']),
+        (['cat.png'], ['no images']),
+        ([{'picture': torch.zeros(1, 1, 16, 16)}], ['no images', '"image"']),
+        ([torch.zeros(0, 1, 16, 16)], ['no images']),
+    ],
+)
+def test_loaders_without_images(loader: Any, parts: list[str]) -> None:
+    model = swapped()
+    with refused(model, OptionError, *parts):
+        sem_timm.transfer(model, loader)
+
+
+def test_an_evaluation_without_images() -> None:
+    model = swapped()
+    with refused(model, OptionError, 'yields no batch'):
+        sem_timm.transfer(model, batches(), evaluation=[])
+
+
+def test_images_of_another_size() -> None:
+    model = swapped()
+    with refused(model, OptionError, 'input_size=(3, 16, 16)'):
+        sem_timm.transfer(model, [torch.zeros(2, 3, 16, 16)])
+
+
+def test_fewer_tokens_than_slots() -> None:
+    model = swapped(memory=64)
+    with refused(model, OptionError, '64 slots', '34 tokens', 'more images'):
+        sem_timm.transfer(model, batches(1, size=2), keys='keys')
+
+
+def test_a_stream_needs_a_number_of_steps_and_a_generator_runs_dry() -> None:
+    class Stream:
+        def __iter__(self) -> Iterator[Tensor]:
+            return iter(batches())
+
+    model = swapped()
+    with refused(model, OptionError, 'Stream has no length', 'steps='):
+        sem_timm.transfer(model, Stream())
+    with refused(model, OptionError, 'passed over again', '2 of 6', 'generator'):
+        sem_timm.transfer(model, iter([*batches(), *batches()]), steps=6)
+    assert len(sem_timm.transfer(model, Stream(), steps=6)['match'].losses) == 6
+
+
+def test_a_loader_that_fails_half_way() -> None:
+    class Broken:
+        def __len__(self) -> int:
+            return 8
+
+        def __iter__(self) -> Iterator[Tensor]:
+            yield from batches()
+            raise OSError('image 65 cannot be read')
+
+    model = swapped()
+    with refused(model, OSError, 'image 65'):
+        sem_timm.transfer(model, Broken(), train='module')
+
+
+def test_a_learning_rate_at_which_training_diverges() -> None:
+    model = swapped()
+    with refused(model, ModelError, 'core', 'learning_rate'):
+        sem_timm.transfer(model, batches(), optimizer='sgd', learning_rate=1e30, epochs=4)
+
+
+@pytest.mark.parametrize(
+    'options, parts',
+    [
+        ({'stages': ('match', 'initialize')}, ['in the order']),
+        ({'stages': ('matching',)}, ["'matching' is unknown", 'match']),
+        ({'stages': ()}, ['stages=()']),
+        ({'keys': 'centers'}, ["keys='centers'"]),
+        ({'values': 'mean'}, ["values='mean'", 'means']),
+        ({'values': 'means'}, ['needs clusters']),
+        ({'train': 'all'}, ["train='all'"]),
+        ({'epochs': 0}, ['epochs=0']),
+        ({'steps': True}, ['steps=True']),
+        ({'learning_rate': -1.0}, ['learning_rate=-1.0']),
+        ({'learning_rate': float('nan')}, ['learning_rate=nan']),
+        ({'sharpness': ()}, ['sharpness=()']),
+        ({'warmup': 1.0}, ['warmup=1.0']),
+        ({'optimizer': 'adamv'}, ["optimizer='adamv'", 'adamw']),
+        ({'scheduler': 'cosin'}, ["scheduler='cosin'", 'cosine']),
+        ({'scheduler': 'none'}, ['constant rate']),
+        ({'epoch': 2}, ["option 'epoch'", 'epochs']),
+    ],
+)
+def test_options_without_a_meaning(options: dict[str, Any], parts: list[str]) -> None:
+    model = swapped()
+    with refused(model, OptionError, *parts):
+        sem_timm.transfer(model, batches(), **options)
+
+
+def test_distillation_needs_a_classifier_of_timm() -> None:
+    model = swapped()
+    del model.pretrained_cfg
+    with refused(model, ModelError, 'pretrained_cfg', "stages=('initialize', 'match')"):
+        sem_timm.transfer(model, batches(), stages=('distill',))
