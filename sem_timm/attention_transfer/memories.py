@@ -152,7 +152,7 @@ def _over_cores(pair: Pair, batches: list[Tensor], visit: Any) -> None:
 def _recorded(layer: SwappedLayer, child: str, old: Core, arguments: dict[str, Any]) -> Recorded:
     graph = layer.original.graph
     assert graph is not None
-    extras = list(old.extras[:1]) if child in layer.masked else []
+    extras = [extra.node for extra in old.extras[:1]] if child in layer.masked else []
     found = values_of(graph, layer.teacher, arguments, [old.query, old.key, old.value, old.output, *extras])
     key = found[old.key].mT if old.key_transposed else found[old.key]
     value, output = (found[node].mT if old.transposed else found[node] for node in (old.value, old.output))
