@@ -4,8 +4,14 @@ Importing the package registers variants of timm's architectures: ``*_sem`` of a
 have self-attention that can be replaced.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from sem_timm.errors import (
     GuardError,
+    MissingPackageError,
     ModelError,
     NoMatchError,
     OptionError,
@@ -56,6 +62,9 @@ from sem_timm.surgery import (
     unpatch_model,
 )
 
+if TYPE_CHECKING:
+    from sem_timm.finetuning import FinetuneOptions, FinetuneResult, finetune
+
 __version__ = '0.1.0'
 
 __all__ = [
@@ -72,6 +81,8 @@ __all__ = [
     'ExternalAttention',
     'ExternalAttention2d',
     'ExternalAttention2dConfig',
+    'FinetuneOptions',
+    'FinetuneResult',
     'GuardError',
     'HaloAttention',
     'InsertConfig',
@@ -93,6 +104,7 @@ __all__ = [
     'TraceError',
     'compact_model',
     'excitation_names',
+    'finetune',
     'invariance_penalty',
     'operation_names',
     'patch_model',
@@ -103,5 +115,28 @@ __all__ = [
     'trainable_parameters',
     'unpatch_model',
 ]
+
+# Imported when they are first used: they need the packages of the extra 'tools', which take time to import.
+_LATER = {
+    'FinetuneOptions': 'sem_timm.finetuning',
+    'FinetuneResult': 'sem_timm.finetuning',
+    'finetune': 'sem_timm.finetuning',
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    try:
+        return getattr(import_module(_LATER[name]), name)
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"sem_timm.{name} needs {error.name}, which is not installed. Do: pip install 'sem_timm[tools]'"
+        ) from error
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 register_variants()

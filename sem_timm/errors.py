@@ -38,6 +38,10 @@ class GuardError(SemTimmError, RuntimeError):
     """A rewritten forward was called in a way that differs from the call it was traced with."""
 
 
+class MissingPackageError(SemTimmError, ImportError):
+    """Something needs a package that is installed on request only."""
+
+
 class SwapWarning(UserWarning):
     """A model's attention was replaced: its outputs are others than before, and it needs training."""
 

@@ -147,7 +147,9 @@ def _run_folder(options: FinetuneOptions, accelerator: Accelerator) -> Path:
 def _prepare_folder(run: Path, options: FinetuneOptions, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise OptionError(f'{run} exists and is not empty; continue it with --resume {run}, or name another --output.')
+            raise OptionError(
+                f'{run} exists and is not empty; continue it with --resume {run}, or name another --output.'
+            )
         with explained(run):
             run.mkdir(parents=True, exist_ok=True)
         write_whole(run / _OPTIONS, lambda path: path.write_text(options.to_json(), encoding='utf-8'))

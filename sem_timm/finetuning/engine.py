@@ -73,7 +73,7 @@ class Trainer:
             if self.state.step >= self.total:
                 break
             self._train_epoch()
-        self.accelerator.end_training()
+        self._finish_logs()
 
     def _is_unmeasured(self) -> bool:
         step = self.state.step
@@ -154,7 +154,11 @@ class Trainer:
         """Accuracy and loss of the averaged weights where there are some; or stops."""
         parts = self.parts
         values = evaluate(
-            self.accelerator, parts.measured_model(), parts.validation, parts.in_layout, lambda: self._agreed_signal() > 0
+            self.accelerator,
+            parts.measured_model(),
+            parts.validation,
+            parts.in_layout,
+            lambda: self._agreed_signal() > 0,
         )
         if values is None:
             raise self._stopped()
@@ -182,6 +186,10 @@ class Trainer:
     def _progress(self) -> tuple[int, int]:
         return self.state.step, len(self.state.history)
 
+    def _finish_logs(self) -> None:
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
     def _agreed_signal(self) -> int:
         """The signal that any process got, or 0."""
         own = self.stop.signal_number or 0
@@ -201,6 +209,6 @@ class Trainer:
         if self.state.before is None:
             return StoppedError(number, 'before the first step; nothing was done yet')
         self._save()
-        self.accelerator.end_training()
+        self._finish_logs()
         way = f'it goes on with: sem-timm finetune --resume {self.run}'
         return StoppedError(number, f'after step {self.state.step}, which is saved; {way}')

@@ -42,7 +42,9 @@ class Freezing:
     def _stages(model: nn.Module, names: list[str]) -> list[list[nn.Parameter]]:
         """Parameters by the coarse groups of timm's ``group_matcher``, those nearest to the head first."""
         if not hasattr(model, 'group_matcher'):
-            raise OptionError(f'{type(model).__name__} has no group_matcher, which tells its stages; use --freeze-base.')
+            raise OptionError(
+                f'{type(model).__name__} has no group_matcher, which tells its stages; use --freeze-base.'
+            )
         layers = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
         order = sorted({layers[name] for name in names}, reverse=True)
         return [[model.get_parameter(name) for name in names if layers[name] == layer] for layer in order]

@@ -24,7 +24,9 @@ Batch = tuple[Tensor, Tensor]
 class TrainingLoader:
     """Training batches of one process, from any update of any epoch on."""
 
-    def __init__(self, data: Data, options: FinetuneOptions, config: dict[str, Any], share: Share, device: torch.device):
+    def __init__(
+        self, data: Data, options: FinetuneOptions, config: dict[str, Any], share: Share, device: torch.device
+    ):
         self.share = share
         self._device = device
         self._loader = _create(data.train, options, config, share.part_size, device, is_training=True)
@@ -57,7 +59,9 @@ class TrainingLoader:
 class ValidationLoader:
     """Validation batches of one process, with the number of samples that count in each."""
 
-    def __init__(self, data: Data, options: FinetuneOptions, config: dict[str, Any], share: Share, device: torch.device):
+    def __init__(
+        self, data: Data, options: FinetuneOptions, config: dict[str, Any], share: Share, device: torch.device
+    ):
         self._device = device
         self._loader = _create(data.validation, options, config, share.part_size, device, is_training=False)
         self._batches: ValidationBatches | None = None

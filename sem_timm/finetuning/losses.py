@@ -27,7 +27,9 @@ def create_mixup(options: FinetuneOptions, num_classes: int) -> Any:
 def check_pairs(options: FinetuneOptions, part_size: int) -> None:
     """Raises OptionError if images are to be mixed and a process computes an odd number at a time."""
     if (options.mixup or options.cutmix) and part_size % 2:
-        raise OptionError(f'mixup and cutmix need an even number of images at a time, not {part_size}; see --batch-size.')
+        raise OptionError(
+            f'mixup and cutmix need an even number of images at a time, not {part_size}; see --batch-size.'
+        )
 
 
 def create_loss(options: FinetuneOptions) -> nn.Module:

@@ -40,7 +40,7 @@ class FinetuneOptions:
     )
     model_options: dict[str, Any] = _option(None, 'Model', 'Further argument key=value of the model; repeatable.')
 
-    operation: str = _option('sem', 'Operation', "What is put into the model, such as sem, external or cbam; or 'none'.")
+    operation: str = _option('sem', 'Operation', "What is put into the model, such as sem or external; or 'none'.")
     target: str | tuple[str, ...] | None = _option(
         None, 'Operation', 'Where: a regular expression over module names, or repeated, exact names.'
     )
@@ -71,7 +71,7 @@ class FinetuneOptions:
     cutmix: float = _option(0.0, 'Augmentation', 'Alpha of cutmix.')
     smoothing: float = _option(0.1, 'Augmentation', 'Label smoothing.')
 
-    epochs: int = _option(10, 'Training', 'Passes over the training images.')
+    epochs: int = _option(12, 'Training', 'Passes over the training images.')
     batch_size: int = _option(64, 'Training', 'Images of one update: of all processes and accumulated steps together.')
     accumulate: int = _option(1, 'Training', 'Parts in which the images of an update are computed, to save memory.')
     optimizer: str = _option('adamw', 'Training', "Name of one of timm's optimizers.")
@@ -84,7 +84,7 @@ class FinetuneOptions:
     min_lr: float = _option(1e-6, 'Training', 'Learning rate at the end.')
     loss: str = _option('cross-entropy', 'Training', f'One of {", ".join(LOSSES)}.')
     clip: float | None = _option(None, 'Training', 'Largest norm of the gradient; longer ones are shortened.')
-    freeze_base: bool = _option(False, 'Training', 'Train only what was put in and the head; norms of the base in eval.')
+    freeze_base: bool = _option(False, 'Training', 'Train only what was put in, and the head; base norms in eval.')
     unfreeze_every: float | None = _option(
         None, 'Training', 'Begin as with --freeze-base; then free one more stage, the last first, each N epochs.'
     )
@@ -97,7 +97,7 @@ class FinetuneOptions:
     sync_bn: bool = _option(False, 'Machine', 'Batch norms count the images of all processes; needs GPUs.')
     cpu: bool = _option(False, 'Machine', 'Train on the CPU, also where there is a GPU.')
 
-    output: str | None = _option(None, 'Run', 'Folder of the run, a new one; by default in runs/, named by date and time.')
+    output: str | None = _option(None, 'Run', 'New folder for the run; by default in runs/, named by date and time.')
     resume: str | None = _option(None, 'Run', 'Folder of a run, or one of its checkpoints, to continue.')
     checkpoint_every: int | None = _option(None, 'Run', 'Steps between checkpoints; by default one after each epoch.')
     keep: int = _option(2, 'Run', 'How many of the last checkpoints to keep, beside the best.')
@@ -125,7 +125,7 @@ class FinetuneOptions:
 
     def _check_together(self) -> None:
         if self.operation == NO_OPERATION and (self.target or self.exclude or self.operation_options):
-            raise OptionError("operation='none' takes no target, exclude and options; name an operation, such as 'sem'.")
+            raise OptionError("operation='none' takes no target, exclude and options; name an operation.")
         if self.freeze_base and self.unfreeze_every is not None:
             raise OptionError('freeze_base and unfreeze_every exclude each other; unfreeze_every begins frozen too.')
         if self.ema is not None and not 0 < self.ema < 1:

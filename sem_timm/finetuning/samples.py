@@ -36,7 +36,12 @@ class Samples(Dataset[Any]):
     transform: Callable[[Image.Image], Any] | None = None  # set by timm's create_loader
 
     def __init__(
-        self, dataset: Any, seed: int, indices: Sequence[int] | None = None, mode: str = 'RGB', skip_bad_images: bool = False
+        self,
+        dataset: Any,
+        seed: int,
+        indices: Sequence[int] | None = None,
+        mode: str = 'RGB',
+        skip_bad_images: bool = False,
     ) -> None:
         self.dataset = dataset
         self.seed = seed
