@@ -188,7 +188,8 @@ def _random_file(process: int) -> str:
 
 
 def _random_states() -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state()
+    state: Any = np.random.get_state()
+    kind, keys, *rest = state
     return {
         'python': random.getstate(),
         'numpy': (kind, keys.tolist(), *rest),

@@ -59,13 +59,13 @@ def open_data(options: FinetuneOptions, mode: str = 'RGB', part_size: int = 1) -
     if options.data == BUILT_IN:
         from sem_timm.finetuning.builtin import Digits
 
-        train, validation = Digits(train=True), Digits(train=False)
-        return _samples(options, train, validation, None, mode)
-    opened = [_open(options, split, part_size) for split in (options.train_split, options.validation_split)]
-    if all(isinstance(dataset, IterableDataset) for dataset in opened):
-        return Data(options.data, *opened, num_classes=_num_classes(options, opened[0]))
-    same = _root(opened[0]) is not None and _root(opened[0]) == _root(opened[1])
-    return _samples(options, *opened, 'train' if same else None, mode)
+        return _samples(options, Digits(train=True), Digits(train=False), False, mode)
+    train = _open(options, options.train_split, part_size)
+    validation = _open(options, options.validation_split, part_size)
+    if isinstance(train, IterableDataset):
+        return Data(options.data, train, validation, _num_classes(options, train))
+    same = _root(train) is not None and _root(train) == _root(validation)
+    return _samples(options, train, validation, same, mode)
 
 
 def _open(options: FinetuneOptions, split: str, part_size: int) -> Any:
@@ -97,7 +97,7 @@ def _root(dataset: Any) -> Any:
     return getattr(reader, 'root', None)
 
 
-def _samples(options: FinetuneOptions, train: Any, validation: Any, same: str | None, mode: str) -> Data:
+def _samples(options: FinetuneOptions, train: Any, validation: Any, same: bool, mode: str) -> Data:
     """Samples of two datasets, or of two parts of one."""
     parts: Sequence[Sequence[int] | None] = (None, None)
     if same:
@@ -115,7 +115,7 @@ def _samples(options: FinetuneOptions, train: Any, validation: Any, same: str | 
         )
     if not len(samples[1]):
         raise DataError(f'{options.data} has no images for validation; try a larger --validation-fraction.')
-    return Data(options.data, *samples, num_classes=_num_classes(options, train), held_out=bool(same))
+    return Data(options.data, samples[0], samples[1], _num_classes(options, train), held_out=same)
 
 
 def _held_out(options: FinetuneOptions, number: int) -> tuple[list[int], list[int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from timm.models import group_parameters
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -45,7 +47,8 @@ class Freezing:
             raise OptionError(
                 f'{type(model).__name__} has no group_matcher, which tells its stages; use --freeze-base.'
             )
-        layers = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+        staged: Any = model
+        layers = group_parameters(model, staged.group_matcher(coarse=True), reverse=True)
         order = sorted({layers[name] for name in names}, reverse=True)
         return [[model.get_parameter(name) for name in names if layers[name] == layer] for layer in order]
 

@@ -19,7 +19,8 @@ def parameter_groups(model: nn.Module, options: FinetuneOptions) -> list[dict[st
     The learning rate of a group is that of the schedule times its ``lr_scale``: the factor of its layer, and for new
     modules ``new_lr_scale`` beside it. Its ``name`` says what it holds.
     """
-    unwanted = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else ()
+    told: Any = getattr(model, 'no_weight_decay', None)
+    unwanted = told() if told is not None else ()
     if options.layer_decay is None:
         groups = param_groups_weight_decay(model, options.weight_decay, no_weight_decay_list=unwanted)
     else:

@@ -26,7 +26,7 @@ class TrainingLoader:
 
     def __init__(
         self, data: Data, options: FinetuneOptions, config: dict[str, Any], share: Share, device: torch.device
-    ):
+    ) -> None:
         self.share = share
         self._device = device
         self._loader = _create(data.train, options, config, share.part_size, device, is_training=True)
@@ -61,7 +61,7 @@ class ValidationLoader:
 
     def __init__(
         self, data: Data, options: FinetuneOptions, config: dict[str, Any], share: Share, device: torch.device
-    ):
+    ) -> None:
         self._device = device
         self._loader = _create(data.validation, options, config, share.part_size, device, is_training=False)
         self._batches: ValidationBatches | None = None
@@ -130,13 +130,14 @@ def _with_batches(loader: Any, batches: Sampler[Any]) -> Any:
 class _WorkerInit:
     """Lets the training process decide what a signal means; it ends its workers itself."""
 
-    def __init__(self, then: Callable[[int], None]) -> None:
+    def __init__(self, then: Callable[[int], None] | None) -> None:
         self.then = then
 
     def __call__(self, worker: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        self.then(worker)
+        if self.then is not None:
+            self.then(worker)
 
 
 def _read(loader: Any, device: torch.device) -> Iterator[Batch]:

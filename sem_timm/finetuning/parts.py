@@ -126,7 +126,7 @@ def build_parts(options: FinetuneOptions, accelerator: Accelerator, network: nn.
     data, model, config = _data_and_model(options, accelerator, network, share)
     operate(model, options, config['input_size'])
     memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
-    model = model.to(device=accelerator.device, memory_format=memory_format)
+    model = model.to(device=accelerator.device).to(memory_format=memory_format)
     freezing = Freezing(model, options)
     optimizer = create_optimizer(model, options)
     freezing.start()
@@ -135,16 +135,26 @@ def build_parts(options: FinetuneOptions, accelerator: Accelerator, network: nn.
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if options.compile:
         model.compile()
-    loaders = [cls(data, options, config, share, accelerator.device) for cls in (TrainingLoader, ValidationLoader)]
+    training = TrainingLoader(data, options, config, share, accelerator.device)
+    validation = ValidationLoader(data, options, config, share, accelerator.device)
     model, optimizer = accelerator.prepare(model, optimizer)
     if average is not None:
         accelerator.register_for_checkpointing(average)
-    scheduler = _create_scheduler(options, optimizer, loaders[0].num_updates)
+    scheduler = _create_scheduler(options, optimizer, training.num_updates)
     set_seed(options.seed + 1 + accelerator.process_index)  # dropout differs between processes
-    mixup = create_mixup(options, data.num_classes)
-    loss = create_loss(options)
     return Parts(
-        accelerator, data, model, optimizer, scheduler, freezing, average, *loaders, loss, mixup, memory_format
+        accelerator=accelerator,
+        data=data,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        freezing=freezing,
+        average=average,
+        training=training,
+        validation=validation,
+        loss=create_loss(options),
+        mixup=create_mixup(options, data.num_classes),
+        memory_format=memory_format,
     )
 
 
@@ -173,6 +183,7 @@ def _data_and_model(
 
 
 def _create_scheduler(options: FinetuneOptions, optimizer: Any, num_updates: int) -> Any:
+    warmup: Any = min(options.warmup_epochs, options.epochs / 2)  # timm counts in updates, so that parts are fine
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,
@@ -183,7 +194,7 @@ def _create_scheduler(options: FinetuneOptions, optimizer: Any, num_updates: int
             decay_rate=1.0 if options.schedule == 'poly' else 0.1,
             min_lr=options.min_lr,
             warmup_lr=options.lr / 100,
-            warmup_epochs=min(options.warmup_epochs, options.epochs / 2),
+            warmup_epochs=warmup,
             step_on_epochs=False,
             updates_per_epoch=num_updates,
         )

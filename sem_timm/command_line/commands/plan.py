@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import timm
 import torch
@@ -61,7 +61,7 @@ def _as_list(target: str | tuple[str, ...] | None) -> str | list[str] | None:
     return list(target) if isinstance(target, tuple) else target
 
 
-def _create(name: str, options: dict[str, object]) -> nn.Module:
+def _create(name: str, options: dict[str, Any]) -> nn.Module:
     if not timm.is_model(name.split('.')[0]):
         raise OptionError(f'model {name!r} is unknown. {closest(name, timm.list_models())}')
     try:
