@@ -113,7 +113,7 @@ class FinetuneOptions:
         object.__setattr__(self, 'trackers', tuple(name for name in self.trackers if name != 'none'))
         for name, lowest in _LOWEST.items():
             value = getattr(self, name)
-            if value is not None and not value >= lowest:  # also where it is not a number at all
+            if value is not None and not (isinstance(value, (int, float)) and value >= lowest):
                 raise OptionError(f'{name}={value} is out of range: it must be at least {lowest}.')
         for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:
@@ -154,13 +154,21 @@ class FinetuneOptions:
             raise OptionError(f'these are no options of a run: {error}.') from error
         if unknown:
             raise OptionError(f'option {unknown[0]!r} is unknown. {closest(unknown[0], known)}')
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        made: dict[str, Any] = {name: _tuples(value) for name, value in values.items()}
+        return cls(**made)
 
     def given(self) -> dict[str, Any]:
         """The options that differ from their defaults."""
         default = FinetuneOptions()
         pairs = ((option.name, getattr(self, option.name)) for option in fields(self))
         return {name: value for name, value in pairs if value != getattr(default, name)}
+
+
+def _tuples(value: Any) -> Any:
+    """A value from JSON, which knows only lists, with tuples in place of them."""
+    if isinstance(value, dict):
+        return {key: _tuples(entry) for key, entry in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 _LOWEST = {
