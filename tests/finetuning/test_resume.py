@@ -41,7 +41,6 @@ def forget() -> None:
     torch.manual_seed(77)
 
 
-@pytest.mark.filterwarnings('ignore:Detected call of:UserWarning')
 @pytest.mark.parametrize('case', CASES)
 def test_resumed_run_has_the_losses_and_weights_of_the_uninterrupted_one(
     case: str, images: Path, tmp_path: Path
