@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -134,8 +135,10 @@ class _WorkerInit:
         self.then = then
 
     def __call__(self, worker: int) -> None:
+        # In a group of its own a worker does not get what a terminal or launcher sends to the whole group.
+        os.setpgid(0, 0)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.then is not None:
             self.then(worker)
 

@@ -14,7 +14,15 @@ ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
 
 def arguments(data: Path | str, run: Path, *given: str) -> list[str]:
     """The command line of a small run."""
-    small = 'finetune test_resnet --no-pretrained --image-size 16 --batch-size 8 --trackers none --cpu'.split()
+    small = [
+        'finetune',
+        'test_resnet',
+        '--no-pretrained',
+        '--image-size=16',
+        '--batch-size=8',
+        '--trackers=none',
+        '--cpu',
+    ]
     return [sys.executable, '-m', 'sem_timm', *small, '--data', str(data), '--output', str(run), *given]
 
 

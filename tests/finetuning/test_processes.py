@@ -28,7 +28,7 @@ def vit(command: list[str]) -> list[str]:
     return ['test_vit' if word == 'test_resnet' else word for word in command]
 
 
-@pytest.mark.parametrize('case', ['plain', 'stages'])
+@pytest.mark.parametrize('case', ['plain', pytest.param('stages', marks=pytest.mark.slow)])
 def test_two_processes_have_the_losses_of_one(case: str, images: Path, tmp_path: Path) -> None:
     """On a transformer, which has no batch norm: that would see the images of its own process only."""
     one, two = tmp_path / 'one', tmp_path / 'two'
@@ -46,6 +46,7 @@ def test_two_processes_have_the_losses_of_one(case: str, images: Path, tmp_path:
     assert column(two, 'accuracy', 'validation') == column(one, 'accuracy', 'validation')
 
 
+@pytest.mark.slow
 def test_two_processes_stop_and_go_on_exactly(images: Path, tmp_path: Path) -> None:
     """Batch norm, drop path and mixup differ between the processes, and all are restored."""
     given = ('--epochs', '2', '--model-options', 'drop_path_rate=0.2', '--mixup', '0.5', '--no-progress')

@@ -108,7 +108,7 @@ def test_damaged_checkpoint_is_named_with_the_others(file: str, images: Path, tm
     stop_small(images, tmp_path / 'run', 8)
     damaged = sorted((tmp_path / 'run' / 'checkpoints').glob('step-*'))[-1]
     (damaged / file).write_bytes((damaged / file).read_bytes()[:20])
-    with pytest.raises(CheckpointError, match='step-000000008 is damaged.*Others: step-000000006-epoch-1') as caught:
+    with pytest.raises(CheckpointError, match=r'step-000000008 is damaged.*Others: step-000000006-epoch-1') as caught:
         finetune(resume=str(tmp_path / 'run'), progress=False)
     assert str(damaged) in str(caught.value)
 
