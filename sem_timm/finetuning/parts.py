@@ -106,6 +106,8 @@ def create_accelerator(options: FinetuneOptions) -> Accelerator:
         accelerator = Accelerator(cpu=options.cpu, mixed_precision=options.precision)
     except ValueError as error:
         raise OptionError(f'precision={options.precision!r}: {error} Use bf16, or no.') from error
+    if options.precision == 'fp16' and accelerator.device.type == 'cpu':
+        raise OptionError("precision='fp16' needs a GPU. Use bf16, or no.")
     if options.sync_bn and accelerator.device.type == 'cpu':
         raise OptionError('sync_bn needs GPUs: torch synchronises batch norms only there.')
     if accelerator.distributed_type == DistributedType.FSDP and (options.ema or options.unfreeze_every is not None):
