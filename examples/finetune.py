@@ -16,4 +16,6 @@ options = sem_timm.FinetuneOptions(
 
 if __name__ == '__main__':  # worker processes and launchers import this file
     result = sem_timm.finetune(options)
-    print(f'accuracy {result.before:.1%} before, {result.after:.1%} after {result.num_steps} steps; see {result.folder}')
+    print(
+        f'accuracy {result.before:.1%} before, {result.after:.1%} after {result.num_steps} steps; see {result.folder}'
+    )
