@@ -93,6 +93,7 @@ def _open(options: FinetuneOptions, split: str, part_size: int) -> Any:
 
 
 def _root(dataset: Any) -> Any:
+    """Where the images of a dataset of timm come from, for finding that two splits are the same."""
     reader = getattr(dataset, 'reader', None)
     return getattr(reader, 'root', None)
 
@@ -126,7 +127,8 @@ def _held_out(options: FinetuneOptions, number: int) -> tuple[list[int], list[in
 
 def _class_names(dataset: Any) -> list[str] | None:
     holder = getattr(dataset, 'reader', dataset)
-    names = getattr(holder, 'class_to_idx', None) or getattr(holder, 'classes', None)
+    found = (getattr(holder, name, None) for name in ('class_to_idx', 'class_name_to_idx', 'classes'))
+    names = next(filter(None, found), None)
     return None if names is None else [str(name) for name in names]
 
 

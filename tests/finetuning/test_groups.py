@@ -42,6 +42,7 @@ def test_new_modules_have_their_own_learning_rate_within_each_layer() -> None:
     ]
 
 
+@pytest.mark.filterwarnings('ignore::sem_timm.SwapWarning')
 def test_parameters_that_nothing_reads_are_in_no_group() -> None:
     model = patched_model('test_vit', 'eamlp', target=r'blocks\.0\.attn')
     unread = [name for name, p in model.named_parameters() if not p.requires_grad]
