@@ -15,7 +15,7 @@ from PIL import Image
 
 import sem_timm
 
-USUAL_PLACE = Path('/usr/share/dataset-fashion-mnist')
+USUAL_PLACE = Path('/usr/share/datasets/fashion-mnist')
 CLASSES = ('t-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'ankle-boot')
 SPLITS = {'train': 'train', 'validation': 't10k'}
 
