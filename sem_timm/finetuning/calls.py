@@ -95,12 +95,8 @@ def finetune(
         SemTimmError: OptionError, DataError, CheckpointError or WriteError, each saying what to do; DivergedError
             for a loss that is not finite; StoppedError after Ctrl-C or SIGTERM, when the state is saved.
     """
-    try:
-        asked = replace(options or FinetuneOptions(), **given)
-    except TypeError as error:
-        raise OptionError(f'{error}; the options are the fields of FinetuneOptions.') from error
     began = time.perf_counter()
-    asked, checkpoint = _resumed(asked)
+    asked, checkpoint = _resumed(_asked(options, given))
     accelerator = create_accelerator(asked)
     run = _run_folder(asked, accelerator)
     with StopRequest(patient=accelerator.num_processes > 1) as stop:
@@ -109,13 +105,20 @@ def finetune(
         if checkpoint is None:
             _prepare_folder(run, asked, accelerator)
         else:
-            state = _load(parts, checkpoint, asked)
+            state = _load(parts, checkpoint)
         start_logs(accelerator, run, asked.trackers, state.step)
         total = asked.epochs * parts.training.num_updates
         with ProgressDisplay(total, asked.epochs, asked.progress and accelerator.is_main_process) as display:
             display.say(describe(parts, asked, run, state))
             Trainer(asked, parts, state, run, stop, display).train()
     return _finish(parts, state, asked, run, time.perf_counter() - began)
+
+
+def _asked(options: FinetuneOptions | None, given: dict[str, Any]) -> FinetuneOptions:
+    try:
+        return replace(options or FinetuneOptions(), **given)
+    except TypeError as error:
+        raise OptionError(f'{error}; the options are the fields of FinetuneOptions.') from error
 
 
 def _resumed(options: FinetuneOptions) -> tuple[FinetuneOptions, Path | None]:
@@ -156,7 +159,7 @@ def _prepare_folder(run: Path, options: FinetuneOptions, accelerator: Accelerato
     accelerator.wait_for_everyone()
 
 
-def _load(parts: Parts, checkpoint: Path, options: FinetuneOptions) -> State:
+def _load(parts: Parts, checkpoint: Path) -> State:
     return Checkpoints(checkpoint.parents[1]).load(parts.accelerator, checkpoint)
 
 

@@ -116,18 +116,12 @@ def create_accelerator(options: FinetuneOptions) -> Accelerator:
 
 
 def build_parts(options: FinetuneOptions, accelerator: Accelerator, network: nn.Module | None = None) -> Parts:
-    """Builds everything a run needs, on all processes alike.
-
-    Args:
-        options: Those of the run.
-        accelerator: From `create_accelerator`.
-        network: A model to train, instead of one that timm creates by name.
-    """
+    """Builds everything a run needs, on all processes alike; ``network`` takes the place of a model by name."""
     share = _share(options, accelerator)
     set_seed(options.seed)
     data, model, config = _data_and_model(options, accelerator, network, share)
     operate(model, options, config['input_size'])
-    memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
+    memory_format = _memory_format(options)
     model = model.to(device=accelerator.device).to(memory_format=memory_format)
     freezing = Freezing(model, options)
     optimizer = create_optimizer(model, options)
@@ -158,6 +152,10 @@ def build_parts(options: FinetuneOptions, accelerator: Accelerator, network: nn.
         mixup=create_mixup(options, data.num_classes),
         memory_format=memory_format,
     )
+
+
+def _memory_format(options: FinetuneOptions) -> torch.memory_format:
+    return torch.channels_last if options.channels_last else torch.contiguous_format
 
 
 def _share(options: FinetuneOptions, accelerator: Accelerator) -> Share:
