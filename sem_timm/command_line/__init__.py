@@ -1,0 +1,50 @@
+"""The command ``sem-timm``: one file per command in `sem_timm.command_line.commands`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from sem_timm.errors import SemTimmError
+
+__all__ = ['main']
+
+_USAGE = 2
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; what goes wrong on purpose is one line on the standard error.
+
+    Args:
+        arguments: What was typed behind ``sem-timm``; by default that of this process.
+
+    Returns:
+        The exit code: 0, 2 for errors, 130 and 143 after Ctrl-C and SIGTERM.
+    """
+    try:
+        from sem_timm.command_line.application import create_application
+    except ImportError as error:
+        return _fail(f"{error.name} is not installed. Do: pip install 'sem_timm[tools]'")
+    try:
+        code = create_application()(arguments, prog_name='sem-timm', standalone_mode=False)
+    except SemTimmError as error:
+        return _fail(' '.join(str(error).split()), getattr(error, 'exit_code', _USAGE))
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:  # such as of ``sem-timm list | head``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        # What typer says of wrong usage has other classes in other versions.
+        told = getattr(error, 'format_message', None)
+        if told is None:
+            raise
+        return _fail(f'{told()} See: sem-timm --help')
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, code: int = _USAGE) -> int:
+    print(f'sem-timm: {message}', file=sys.stderr)
+    return code

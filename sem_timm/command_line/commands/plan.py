@@ -1,0 +1,71 @@
+"""``sem-timm plan``: what an operation would do to a model."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import timm
+import torch
+import typer
+from torch import nn
+
+from sem_timm.command_line.values import complete_model, complete_operation, parse_pairs, parse_target
+from sem_timm.errors import OptionError, closest
+from sem_timm.operations import plan_model
+
+
+def command(
+    model: Annotated[str, typer.Argument(help='Name of a timm model.', autocompletion=complete_model)],
+    operation: Annotated[
+        str, typer.Option('--operation', '-o', help='What to put in.', autocompletion=complete_operation)
+    ] = 'sem',
+    target: Annotated[
+        list[str] | None, typer.Option(help='Where: a regular expression over module names, or repeated, exact names.')
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help='Where not, by the same rules.')] = None,
+    options: Annotated[
+        list[str] | None, typer.Option('--set', help='Option key=value of the operation; repeatable.')
+    ] = None,
+    model_options: Annotated[
+        list[str] | None, typer.Option('--model-options', help='Argument key=value of the model; repeatable.')
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help='Height and width of the input in pixels.', min=1)] = None,
+    code: Annotated[str | None, typer.Option(metavar='SITE', help='Print the new forward of a site instead.')] = None,
+    as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False,
+) -> None:
+    """Show what an operation would do to a model: sites, new parameters, and what is refused and why.
+
+    Needs no weights: nothing is downloaded or computed.
+
+    Examples: `sem-timm plan resnet50`, `sem-timm plan vit_small_patch16_224 -o external --set memory=32`,
+    `sem-timm plan resnet50 --target 'layer[34].*' --code layer3.0`.
+    """
+    network = _create(model, parse_pairs(model_options, '--model-options'))
+    channels = getattr(network, 'pretrained_cfg', {}).get('input_size', (3,))[0]
+    plan = plan_model(
+        network,
+        operation,
+        target=_as_list(parse_target(target)),
+        exclude=_as_list(parse_target(exclude)),
+        input_size=(channels, image_size, image_size) if image_size else None,
+        **parse_pairs(options, '--set'),
+    )
+    if code is not None:
+        print(plan.code(code).rstrip())
+    else:
+        print(json.dumps(plan.to_dict(), indent=1) if as_json else plan)
+
+
+def _as_list(target: str | tuple[str, ...] | None) -> str | list[str] | None:
+    return list(target) if isinstance(target, tuple) else target
+
+
+def _create(name: str, options: dict[str, Any]) -> nn.Module:
+    if not timm.is_model(name.split('.')[0]):
+        raise OptionError(f'model {name!r} is unknown. {closest(name, timm.list_models())}')
+    try:
+        with torch.device('meta'):
+            return timm.create_model(name, **options)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise OptionError(f'model {name!r} cannot be created: {error}') from error

@@ -1,0 +1,215 @@
+"""`finetune`: from options to a trained model, in one call."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import save_model
+from torch import nn
+
+from sem_timm.errors import OptionError
+from sem_timm.finetuning.checkpoints import Checkpoints, State, find_checkpoint
+from sem_timm.finetuning.engine import Trainer
+from sem_timm.finetuning.errors import CheckpointError
+from sem_timm.finetuning.files import explained, write_whole
+from sem_timm.finetuning.logs import start_logs
+from sem_timm.finetuning.models import inserted_parameters
+from sem_timm.finetuning.options import NO_OPERATION, FinetuneOptions
+from sem_timm.finetuning.parts import Parts, build_parts, create_accelerator
+from sem_timm.finetuning.progress import ProgressDisplay
+from sem_timm.finetuning.stopping import StopRequest
+from sem_timm.surgery import patched
+
+_OPTIONS, _RESULT, _WEIGHTS = 'options.json', 'result.json', 'model.safetensors'
+_MAY_CHANGE = {'resume', 'stop_at', 'progress', 'workers', 'keep', 'checkpoint_every'}
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What came out of a run.
+
+    Attributes:
+        model: The trained model, the averaged one with ``ema``.
+        options: What the run was told.
+        folder: Folder of the run: options, logs, checkpoints, ``model.safetensors`` and ``result.json``.
+        before: Accuracy on the validation images before the first update, from 0 to 1.
+        after: Accuracy at the end.
+        best: Highest accuracy after an epoch.
+        best_checkpoint: The checkpoint of that epoch.
+        num_images: Images for training and for validation.
+        num_parameters: Parameters of the model.
+        num_new_parameters: Those that the operation added.
+        num_trained_parameters: Those that were trained.
+        num_steps: Updates.
+        seconds: Time of this process; of a run that was resumed, since then.
+        bad_images: Images that could not be read and were skipped.
+        history: Step, epoch, accuracy and loss of each measurement.
+    """
+
+    model: nn.Module = field(repr=False)
+    options: FinetuneOptions = field(repr=False)
+    folder: Path
+    before: float
+    after: float
+    best: float
+    best_checkpoint: Path | None
+    num_images: tuple[int, int]
+    num_parameters: int
+    num_new_parameters: int
+    num_trained_parameters: int
+    num_steps: int
+    seconds: float
+    bad_images: tuple[str, ...] = ()
+    history: tuple[dict[str, float], ...] = field(default=(), repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as data that `json.dumps` takes, without the model."""
+        values = {name: value for name, value in vars(self).items() if name not in ('model', 'options')}
+        values['folder'], values['best_checkpoint'] = str(self.folder), str(self.best_checkpoint)
+        return {'model': self.options.model, 'operation': self.options.operation, 'data': self.options.data, **values}
+
+
+def finetune(
+    options: FinetuneOptions | None = None, *, network: nn.Module | None = None, **given: Any
+) -> FinetuneResult:
+    """Trains a model with an operation applied to it; by default a small one with SEM, on handwritten digits.
+
+    Works under ``torchrun`` and ``accelerate launch`` unchanged: then all processes call it.
+
+    Args:
+        options: All options; or give them by name.
+        network: A model to train, instead of one that timm creates by name; it must have a head for the data. If it
+            has been operated on, no operation is applied.
+        **given: Fields of `FinetuneOptions`, in place of those of ``options``.
+
+    Returns:
+        The trained model, and what was gained.
+
+    Raises:
+        SemTimmError: OptionError, DataError, CheckpointError or WriteError, each saying what to do; DivergedError
+            for a loss that is not finite; StoppedError after Ctrl-C or SIGTERM, when the state is saved.
+    """
+    began = time.perf_counter()
+    asked, checkpoint = _resumed(_asked(options, given))
+    accelerator = create_accelerator(asked)
+    run = _run_folder(asked, accelerator)
+    with StopRequest(patient=accelerator.num_processes > 1) as stop:
+        parts = build_parts(asked, accelerator, network)
+        state = State(num_processes=accelerator.num_processes)
+        if checkpoint is None:
+            _prepare_folder(run, asked, accelerator)
+        else:
+            state = _load(parts, checkpoint)
+        start_logs(accelerator, run, asked.trackers, state.step)
+        total = asked.epochs * parts.training.num_updates
+        with ProgressDisplay(total, asked.epochs, asked.progress and accelerator.is_main_process) as display:
+            display.say(describe(parts, asked, run, state))
+            Trainer(asked, parts, state, run, stop, display).train()
+    return _finish(parts, state, asked, run, time.perf_counter() - began)
+
+
+def _asked(options: FinetuneOptions | None, given: dict[str, Any]) -> FinetuneOptions:
+    try:
+        return replace(options or FinetuneOptions(), **given)
+    except TypeError as error:
+        raise OptionError(f'{error}; the options are the fields of FinetuneOptions.') from error
+
+
+def _resumed(options: FinetuneOptions) -> tuple[FinetuneOptions, Path | None]:
+    """The options of the run that is to go on, and the checkpoint to go on from."""
+    if options.resume is None:
+        return options, None
+    run, checkpoint = find_checkpoint(Path(options.resume))
+    given = options.given()
+    fixed = [name for name in given if name not in _MAY_CHANGE]
+    if fixed:
+        raise OptionError(f'a resumed run has its options already; leave out {", ".join(fixed)}.')
+    try:
+        saved = FinetuneOptions.from_json((run / _OPTIONS).read_text(encoding='utf-8'))
+    except (OSError, OptionError) as error:
+        raise CheckpointError(f'the options of the run cannot be read from {run / _OPTIONS}: {error}') from error
+    return replace(saved, **{'stop_at': None, **given, 'output': str(run)}), checkpoint
+
+
+def _run_folder(options: FinetuneOptions, accelerator: Accelerator) -> Path:
+    """The folder of a run, which all processes agree on."""
+    label = options.model.rsplit('/', 1)[-1].replace(':', '-')
+    name = f'runs/{label}-{options.operation}-{time.strftime("%Y%m%d-%H%M%S")}'
+    names = [options.output or name]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(names)
+    return Path(names[0])
+
+
+def _prepare_folder(run: Path, options: FinetuneOptions, accelerator: Accelerator) -> None:
+    if accelerator.is_main_process:
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise OptionError(
+                f'{run} exists and is not empty; continue it with --resume {run}, or name another --output.'
+            )
+        with explained(run):
+            run.mkdir(parents=True, exist_ok=True)
+        write_whole(run / _OPTIONS, lambda path: path.write_text(options.to_json(), encoding='utf-8'))
+    accelerator.wait_for_everyone()
+
+
+def _load(parts: Parts, checkpoint: Path) -> State:
+    return Checkpoints(checkpoint.parents[1]).load(parts.accelerator, checkpoint)
+
+
+def describe(parts: Parts, options: FinetuneOptions, run: Path, state: State) -> str:
+    """What is about to be trained, on what, and where it is written."""
+    model, data = parts.bare_model, parts.data
+    new, all_parameters = inserted_parameters(model).values(), list(model.parameters())
+    trained = sum(p.numel() for group in parts.optimizer.param_groups for p in group['params'])
+    operation = options.operation if patched(model) else NO_OPERATION
+    kept = ' (held out of the training images)' if data.held_out else ''
+    lines = [
+        f'{options.model} with operation {operation} at {len({m.name for m in patched(model)})} modules: '
+        f'{sum(p.numel() for p in all_parameters):,} parameters, {sum(p.numel() for p in new):,} of them new, '
+        f'{trained:,} trained',
+        f'{options.data}: {_length(data.train)} images for training, {_length(data.validation)} for validation{kept}, '
+        f'{data.num_classes} classes',
+        *(f'  {group["name"]}: {sum(p.numel() for p in group["params"]):,}' for group in parts.optimizer.param_groups),
+        f'{run}: ' + (f'goes on after step {state.step}' if state.step else 'new run'),
+    ]
+    return '\n'.join(lines)
+
+
+def _length(dataset: Any) -> int:
+    return len(dataset)
+
+
+def _finish(parts: Parts, state: State, options: FinetuneOptions, run: Path, seconds: float) -> FinetuneResult:
+    model, data, accelerator = parts.final_model(), parts.data, parts.accelerator
+    new, best = inserted_parameters(model).values(), state.best or {}
+    result = FinetuneResult(
+        model=model.eval(),
+        options=options,
+        folder=run,
+        before=state.before or 0.0,
+        after=state.history[-1]['accuracy'],
+        best=best['accuracy'],
+        best_checkpoint=Checkpoints(run).best(),
+        num_images=(_length(data.train), _length(data.validation)),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_new_parameters=sum(p.numel() for p in new),
+        num_trained_parameters=sum(p.numel() for group in parts.optimizer.param_groups for p in group['params']),
+        num_steps=state.step,
+        seconds=seconds,
+        bad_images=tuple(data.bad_images()),
+        history=tuple(state.history),
+    )
+    if accelerator.is_main_process:
+        write_whole(run / _WEIGHTS, lambda path: save_model(model, str(path)))
+        text = json.dumps(result.to_dict(), indent=1)
+        write_whole(run / _RESULT, lambda path: path.write_text(text, encoding='utf-8'))
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    return result

@@ -1,0 +1,151 @@
+"""From the name of some data to its training and validation samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import create_dataset
+from torch.utils.data import IterableDataset
+
+from sem_timm.errors import OptionError
+from sem_timm.finetuning.errors import DataError
+from sem_timm.finetuning.options import BUILT_IN, FinetuneOptions
+from sem_timm.finetuning.samples import Samples
+
+# Names of timm's factory begin so; anything else is a folder or file.
+_FACTORY = ('torch/', 'hfds/', 'hfids/', 'tfds/', 'wds/')
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained and measured on.
+
+    Attributes:
+        name: What was asked for.
+        train: Training samples; or timm's iterable dataset where samples come as a stream.
+        validation: Samples that accuracy is measured on, likewise.
+        num_classes: Number of classes.
+        held_out: Whether the validation samples were held out of the training split.
+    """
+
+    name: str
+    train: Any
+    validation: Any
+    num_classes: int
+    held_out: bool = False
+
+    def bad_images(self) -> list[str]:
+        """Names of the images that could not be read and were skipped."""
+        parts = [part for part in (self.train, self.validation) if isinstance(part, Samples)]
+        return [part.name(position) for part in parts for position in part.bad.nonzero().flatten().tolist()]
+
+
+def open_data(options: FinetuneOptions, mode: str = 'RGB', part_size: int = 1) -> Data:
+    """Opens the data of a run.
+
+    Args:
+        options: Those of the run.
+        mode: Mode of PIL that images are converted to.
+        part_size: Images that a process computes at a time, which streams want to know.
+
+    Raises:
+        DataError: If there is no such data, its classes do not fit, or there are too few images.
+        OptionError: If the number of classes must be told and was not.
+    """
+    if options.data == BUILT_IN:
+        from sem_timm.finetuning.builtin import Digits
+
+        return _samples(options, Digits(train=True), Digits(train=False), False, mode)
+    train = _open(options, options.train_split, part_size)
+    validation = _open(options, options.validation_split, part_size)
+    if isinstance(train, IterableDataset):
+        return Data(options.data, train, validation, _num_classes(options, train))
+    same = _root(train) is not None and _root(train) == _root(validation)
+    return _samples(options, train, validation, same, mode)
+
+
+def _open(options: FinetuneOptions, split: str, part_size: int) -> Any:
+    name, root = options.data, options.data_root
+    if not name.lower().startswith(_FACTORY):
+        if not Path(name).exists():
+            raise DataError(
+                f'data {name!r} is no file or folder here. Give a folder with one folder of images per class, a tar, '
+                f"a name such as torch/cifar10 or hfds/beans (with --data-root), or '{BUILT_IN}'."
+            )
+        name, root = '', name
+    is_training = split == options.train_split
+    try:
+        return create_dataset(
+            name,
+            root=root,
+            split=split,
+            is_training=is_training,
+            download=options.download,
+            batch_size=part_size,
+            seed=options.seed,
+        )
+    except (OSError, RuntimeError, ValueError, AssertionError, ImportError, KeyError) as error:
+        raise DataError(f'cannot open split {split!r} of data {options.data!r}: {error!r}') from error
+
+
+def _root(dataset: Any) -> Any:
+    """Where the images of a dataset of timm come from, for finding that two splits are the same."""
+    reader = getattr(dataset, 'reader', None)
+    return getattr(reader, 'root', None)
+
+
+def _samples(options: FinetuneOptions, train: Any, validation: Any, same: bool, mode: str) -> Data:
+    """Samples of two datasets, or of two parts of one."""
+    parts: Sequence[Sequence[int] | None] = (None, None)
+    if same:
+        parts = _held_out(options, len(train))
+    else:
+        _check_classes(train, validation)
+    samples = [
+        Samples(dataset, options.seed, indices, mode, options.skip_bad_images)
+        for dataset, indices in zip((train, validation), parts)
+    ]
+    if len(samples[0]) < options.batch_size:
+        raise DataError(
+            f'{options.data} has {len(samples[0])} images for training, fewer than one update takes: '
+            f'--batch-size {options.batch_size}.'
+        )
+    if not len(samples[1]):
+        raise DataError(f'{options.data} has no images for validation; try a larger --validation-fraction.')
+    return Data(options.data, samples[0], samples[1], _num_classes(options, train), held_out=same)
+
+
+def _held_out(options: FinetuneOptions, number: int) -> tuple[list[int], list[int]]:
+    order = torch.randperm(number, generator=torch.Generator().manual_seed(options.seed)).tolist()
+    count = round(number * options.validation_fraction)
+    return sorted(order[count:]), sorted(order[:count])
+
+
+def _class_names(dataset: Any) -> list[str] | None:
+    holder = getattr(dataset, 'reader', dataset)
+    found = (getattr(holder, name, None) for name in ('class_to_idx', 'class_name_to_idx', 'classes'))
+    names = next(filter(None, found), None)
+    return None if names is None else [str(name) for name in names]
+
+
+def _check_classes(train: Any, validation: Any) -> None:
+    known, measured = _class_names(train), _class_names(validation)
+    if known is not None and measured is not None and known != measured:
+        differing = sorted(set(known) ^ set(measured)) or known
+        raise DataError(
+            f'training has {len(known)} classes and validation {len(measured)}; they must be the same. '
+            f'In one only: {", ".join(differing[:5])}.'
+        )
+
+
+def _num_classes(options: FinetuneOptions, dataset: Any) -> int:
+    names = _class_names(dataset)
+    if options.num_classes is None and names is None:
+        raise OptionError(f'{options.data} does not tell its number of classes; give --num-classes.')
+    if names is not None and options.num_classes is not None and options.num_classes < len(names):
+        raise OptionError(f'num_classes={options.num_classes}, but {options.data} has {len(names)} classes.')
+    return options.num_classes or len(names or ())

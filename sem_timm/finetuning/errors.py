@@ -1,0 +1,39 @@
+"""What can go wrong while a model is trained."""
+
+from __future__ import annotations
+
+import signal
+
+from sem_timm.errors import SemTimmError
+
+
+class DataError(SemTimmError):
+    """Images or labels cannot be used: the message names the file, folder or class."""
+
+
+class CheckpointError(SemTimmError):
+    """A run or a checkpoint of it cannot be continued from."""
+
+
+class WriteError(SemTimmError):
+    """A file could not be written; what was there before is still there."""
+
+
+class DivergedError(SemTimmError):
+    """The loss or a gradient is no longer a finite number."""
+
+
+class StoppedError(SemTimmError):
+    """Training was asked to stop, saved its state, and stopped.
+
+    Args:
+        signal_number: The signal that asked for it.
+        where: Where it stopped, and how it goes on.
+
+    Attributes:
+        exit_code: What a process returns that ends by this signal.
+    """
+
+    def __init__(self, signal_number: int, where: str) -> None:
+        super().__init__(f'{signal.Signals(signal_number).name} stopped the training {where}')
+        self.exit_code = 128 + signal_number

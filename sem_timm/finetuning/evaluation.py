@@ -1,0 +1,48 @@
+"""Accuracy and loss over all validation images, of all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn import functional as F
+
+from sem_timm.finetuning.loading import ValidationLoader
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Accelerator,
+    model: nn.Module,
+    loader: ValidationLoader,
+    prepare: Callable[[Any], Any],
+    stop: Callable[[], bool],
+) -> dict[str, float] | None:
+    """Measures a model in evaluation mode, and leaves it in that mode.
+
+    Args:
+        accelerator: Collects what the processes found.
+        model: The model.
+        loader: The images.
+        prepare: Puts images into the memory layout of the model.
+        stop: Asked after each batch, whether all processes agree to stop.
+
+    Returns:
+        Accuracy from 0 to 1 and mean cross entropy; None if it was stopped.
+    """
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    for images, labels, count in loader:
+        with accelerator.autocast():
+            logits = model(prepare(images))
+        logits, labels = logits[:count].float(), labels[:count]
+        sums[0] += (logits.argmax(-1) == labels).sum()
+        sums[1] += F.cross_entropy(logits, labels, reduction='sum')
+        sums[2] += count
+        if stop():
+            return None
+    correct, loss, count = accelerator.reduce(sums, 'sum').tolist()
+    return {'accuracy': correct / count, 'loss': loss / count}

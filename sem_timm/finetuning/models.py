@@ -1,0 +1,94 @@
+"""The model of a run: created by timm, operated on, with a head for the data."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import timm
+from timm.data import resolve_data_config
+from torch import nn
+
+from sem_timm.errors import OptionError, SwapWarning, closest
+from sem_timm.finetuning.options import BUILT_IN, NO_OPERATION, FinetuneOptions
+from sem_timm.operations import patch_model
+from sem_timm.surgery import patched
+
+_DIGITS_SIZE = 32
+
+
+def create_model(options: FinetuneOptions, num_classes: int) -> nn.Module:
+    """Creates the model that the options name, not yet operated on.
+
+    Raises:
+        OptionError: If there is no such model, its arguments do not fit, or its weights cannot be had.
+    """
+    name = timm.models.split_model_name_tag(options.model)[0]
+    if not timm.is_model(name) and not options.model.startswith(('hf-hub:', 'local-dir:')):
+        raise OptionError(f'model {options.model!r} is unknown. {closest(name, timm.list_models())}')
+    pretrained = options.data != BUILT_IN if options.pretrained is None else options.pretrained
+    kwargs: dict[str, Any] = {'num_classes': num_classes, **options.model_options}
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is not None and cfg.fixed_input_size and _image_size(options):
+        kwargs.setdefault('img_size', _image_size(options))
+    if options.weights is not None:
+        pretrained, kwargs['pretrained_cfg_overlay'] = True, {'file': options.weights}
+    if pretrained and options.weights is None and cfg is not None and not cfg.has_weights:
+        pretrained = False
+        if options.pretrained:
+            raise OptionError(f'model {options.model!r} has no pretrained weights; list those that have: sem-timm list')
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', SwapWarning)
+            return timm.create_model(options.model, pretrained=pretrained, **kwargs)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        text = str(error).strip().splitlines()[0]
+        way = ' Without a network: --weights FILE, or --no-pretrained.' if pretrained else ''
+        raise OptionError(f'model {options.model!r} cannot be created: {text}{way}') from error
+
+
+def _image_size(options: FinetuneOptions) -> int | None:
+    return options.image_size or (_DIGITS_SIZE if options.data == BUILT_IN else None)
+
+
+def data_config(model: nn.Module, options: FinetuneOptions) -> dict[str, Any]:
+    """What timm's transforms are made from: size, mean and deviation of the model's images, and how they are cut."""
+    given: dict[str, Any] = {}
+    channels = resolve_data_config({}, model=model)['input_size'][0]
+    size = _image_size(options)
+    if size is not None:
+        given['input_size'] = (channels, size, size)
+    if options.data == BUILT_IN:
+        given['crop_pct'] = 1.0  # the digits fill their images
+    config: dict[str, Any] = resolve_data_config(given, model=model)
+    return config
+
+
+def operate(model: nn.Module, options: FinetuneOptions, input_size: tuple[int, ...]) -> None:
+    """Applies the operation of the options, but for a model that has been operated on before."""
+    if options.operation == NO_OPERATION or patched(model):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', SwapWarning)  # it is about to be trained
+        target, exclude = (list(t) if isinstance(t, tuple) else t for t in (options.target, options.exclude))
+        patch_model(
+            model,
+            options.operation,
+            target=target,
+            exclude=exclude,
+            input_size=input_size,
+            **options.operation_options,
+        )
+
+
+def inserted_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that operations have added, by name."""
+    prefixes = tuple(f'{module.name}.{child}.' for module in patched(model) for child in module.inserted)
+    return {name: p for name, p in model.named_parameters() if name.startswith(prefixes)} if prefixes else {}
+
+
+def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the classifier, by name."""
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier') or ()
+    heads = tuple(f'{name}.' for name in ((names,) if isinstance(names, str) else names))
+    return {name: p for name, p in model.named_parameters() if name.startswith(heads)} if heads else {}

@@ -1,0 +1,201 @@
+"""What a fine-tuning run is told, as one frozen dataclass; the command line is made from it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from sem_timm.errors import OptionError, closest
+
+SCHEDULES = ('cosine', 'constant', 'multistep', 'poly', 'step', 'tanh', 'wsd')
+PRECISIONS = ('no', 'bf16', 'fp16')
+LOSSES = ('cross-entropy', 'binary-cross-entropy')
+BUILT_IN = 'digits'
+NO_OPERATION = 'none'
+
+
+def _option(default: Any, panel: str, text: str) -> Any:
+    """A field with what the command line says about it."""
+    return field(default=default, metadata={'panel': panel, 'help': text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions:
+    """All that determines a fine-tuning run; each field is also an option of ``sem-timm finetune``.
+
+    Raises:
+        OptionError: If a value is out of range, or options contradict each other.
+
+    Attributes:
+    """
+
+    model: str = _option('test_resnet', 'Model', 'Name of a timm model, or of a variant such as resnet50_sem.')
+    pretrained: bool | None = _option(
+        None, 'Model', 'Start from pretrained weights. By default yes, but for the built-in digits.'
+    )
+    weights: str | None = _option(None, 'Model', 'File with weights of the base model, instead of those on the hub.')
+    image_size: int | None = _option(
+        None, 'Model', 'Height and width of the input in pixels; by default what the model asks for, 32 for digits.'
+    )
+    model_options: dict[str, Any] = _option(None, 'Model', 'Further argument key=value of the model; repeatable.')
+
+    operation: str = _option('sem', 'Operation', "What is put into the model, such as sem or external; or 'none'.")
+    target: str | tuple[str, ...] | None = _option(
+        None, 'Operation', 'Where: a regular expression over module names, or repeated, exact names.'
+    )
+    exclude: str | tuple[str, ...] | None = _option(None, 'Operation', 'Where not, by the same rules.')
+    operation_options: dict[str, Any] = _option(
+        None, 'Operation', 'Option key=value of the operation, such as reduction=8; repeatable.'
+    )
+
+    data: str = _option(
+        BUILT_IN, 'Data', "Folder or tar of images, a name of timm's factory such as hfds/beans, or 'digits'."
+    )
+    data_root: str | None = _option(None, 'Data', 'Where named data is or goes, for names such as torch/cifar10.')
+    download: bool = _option(False, 'Data', 'Let named data be downloaded.')
+    train_split: str = _option('train', 'Data', 'Name of the training split.')
+    validation_split: str = _option('validation', 'Data', 'Name of the split that accuracy is measured on.')
+    validation_fraction: float = _option(
+        0.2, 'Data', 'Share of the images held out at random where there is no such split.'
+    )
+    num_classes: int | None = _option(None, 'Data', 'Number of classes, where the data does not tell.')
+    workers: int = _option(0, 'Data', 'Processes that load images, for each process that trains.')
+    skip_bad_images: bool = _option(False, 'Data', 'Skip and count images that cannot be read, instead of stopping.')
+
+    auto_augment: str | None = _option(None, 'Augmentation', "timm's policy, such as rand-m9-mstd0.5-inc1.")
+    scale: float = _option(0.8, 'Augmentation', 'Smallest share of an image that a random crop keeps.')
+    flip: bool | None = _option(None, 'Augmentation', 'Mirror images at random. By default yes, but not digits.')
+    random_erasing: float = _option(0.0, 'Augmentation', 'Probability of erasing a part of an image.')
+    mixup: float = _option(0.0, 'Augmentation', 'Alpha of mixup.')
+    cutmix: float = _option(0.0, 'Augmentation', 'Alpha of cutmix.')
+    smoothing: float = _option(0.1, 'Augmentation', 'Label smoothing.')
+
+    epochs: int = _option(12, 'Training', 'Passes over the training images.')
+    batch_size: int = _option(64, 'Training', 'Images of one update: of all processes and accumulated steps together.')
+    accumulate: int = _option(1, 'Training', 'Parts in which the images of an update are computed, to save memory.')
+    optimizer: str = _option('adamw', 'Training', "Name of one of timm's optimizers.")
+    lr: float = _option(1e-3, 'Training', 'Learning rate.')
+    new_lr_scale: float = _option(1.0, 'Training', 'Factor of the learning rate of the modules that were put in.')
+    layer_decay: float | None = _option(None, 'Training', 'Factor of the learning rate from one layer to that below.')
+    weight_decay: float = _option(0.05, 'Training', 'Weight decay, of weights with two or more dimensions.')
+    schedule: str = _option('cosine', 'Training', f'One of {", ".join(SCHEDULES)}.')
+    warmup_epochs: float = _option(1.0, 'Training', 'Epochs in which the learning rate rises.')
+    min_lr: float = _option(1e-6, 'Training', 'Learning rate at the end.')
+    loss: str = _option('cross-entropy', 'Training', f'One of {", ".join(LOSSES)}.')
+    clip: float | None = _option(None, 'Training', 'Largest norm of the gradient; longer ones are shortened.')
+    freeze_base: bool = _option(False, 'Training', 'Train only what was put in, and the head; base norms in eval.')
+    unfreeze_every: float | None = _option(
+        None, 'Training', 'Begin as with --freeze-base; then free one more stage, the last first, each N epochs.'
+    )
+    ema: float | None = _option(None, 'Training', 'Decay of a moving average of the weights, such as 0.9998.')
+    seed: int = _option(0, 'Training', 'Seed of weights, order and augmentation.')
+
+    precision: str = _option('no', 'Machine', f'Mixed precision, one of {", ".join(PRECISIONS)}.')
+    channels_last: bool = _option(False, 'Machine', 'Keep images channels last in memory.')
+    compile: bool = _option(False, 'Machine', 'Compile the model.')
+    sync_bn: bool = _option(False, 'Machine', 'Batch norms count the images of all processes; needs GPUs.')
+    cpu: bool = _option(False, 'Machine', 'Train on the CPU, also where there is a GPU.')
+
+    output: str | None = _option(None, 'Run', 'New folder for the run; by default in runs/, named by date and time.')
+    resume: str | None = _option(None, 'Run', 'Folder of a run, or one of its checkpoints, to continue.')
+    checkpoint_every: int | None = _option(None, 'Run', 'Steps between checkpoints; by default one after each epoch.')
+    keep: int = _option(2, 'Run', 'How many of the last checkpoints to keep, beside the best.')
+    stop_at: int | None = _option(None, 'Run', 'Save and stop after this step, as at a SIGTERM.')
+    trackers: tuple[str, ...] = _option(
+        ('tensorboard',), 'Run', "Logs beside the CSV files: names of accelerate's trackers, or 'none'."
+    )
+    progress: bool = _option(True, 'Run', 'Show progress.')
+
+    def __post_init__(self) -> None:
+        for name in ('model_options', 'operation_options'):
+            object.__setattr__(self, name, dict(getattr(self, name) or {}))
+        object.__setattr__(self, 'trackers', tuple(name for name in self.trackers if name != 'none'))
+        for name, lowest in _LOWEST.items():
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and value >= lowest):
+                raise OptionError(f'{name}={value} is out of range: it must be at least {lowest}.')
+        for name in _SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise OptionError(f'{name}={getattr(self, name)} is out of range: it must be from 0 to 1.')
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise OptionError(f'{name}={getattr(self, name)!r} is unknown. {closest(getattr(self, name), choices)}')
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.operation == NO_OPERATION and (self.target or self.exclude or self.operation_options):
+            raise OptionError("operation='none' takes no target, exclude and options; name an operation.")
+        if self.freeze_base and self.unfreeze_every is not None:
+            raise OptionError('freeze_base and unfreeze_every exclude each other; unfreeze_every begins frozen too.')
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise OptionError(f'ema={self.ema} is out of range: it must be between 0 and 1, such as 0.9998.')
+        if self.batch_size % self.accumulate:
+            raise OptionError(
+                f'batch_size={self.batch_size} cannot be computed in accumulate={self.accumulate} equal parts.'
+            )
+
+    def to_json(self) -> str:
+        """The options as text, for `from_json`."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> FinetuneOptions:
+        """Options from the text of `to_json`.
+
+        Raises:
+            OptionError: If the text is not that.
+        """
+        try:
+            values = json.loads(text)
+            known = {option.name for option in fields(cls)}
+            unknown = [name for name in values if name not in known]
+        except (ValueError, TypeError) as error:
+            raise OptionError(f'these are no options of a run: {error}.') from error
+        if unknown:
+            raise OptionError(f'option {unknown[0]!r} is unknown. {closest(unknown[0], known)}')
+        made: dict[str, Any] = {name: _tuples(value) for name, value in values.items()}
+        return cls(**made)
+
+    def given(self) -> dict[str, Any]:
+        """The options that differ from their defaults."""
+        default = FinetuneOptions()
+        pairs = ((option.name, getattr(self, option.name)) for option in fields(self))
+        return {name: value for name, value in pairs if value != getattr(default, name)}
+
+
+def _tuples(value: Any) -> Any:
+    """A value from JSON, which knows only lists, with tuples in place of them."""
+    if isinstance(value, dict):
+        return {key: _tuples(entry) for key, entry in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+_LOWEST = {
+    'epochs': 1,
+    'batch_size': 1,
+    'accumulate': 1,
+    'lr': 0,
+    'new_lr_scale': 0,
+    'layer_decay': 0,
+    'weight_decay': 0,
+    'warmup_epochs': 0,
+    'unfreeze_every': 0,
+    'min_lr': 0,
+    'clip': 0,
+    'workers': 0,
+    'mixup': 0,
+    'cutmix': 0,
+    'image_size': 1,
+    'num_classes': 1,
+    'checkpoint_every': 1,
+    'keep': 1,
+    'stop_at': 1,
+    'seed': 0,
+}
+_SHARES = ('validation_fraction', 'scale', 'random_erasing', 'smoothing')
+_CHOICES = {'schedule': SCHEDULES, 'precision': PRECISIONS, 'loss': LOSSES}
+
+FinetuneOptions.__doc__ = f'{FinetuneOptions.__doc__}' + '\n'.join(
+    f'    {option.name}: {option.metadata["help"]}' for option in fields(FinetuneOptions)
+)

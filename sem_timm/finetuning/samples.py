@@ -1,0 +1,111 @@
+"""Single samples: read, checked, and augmented by random numbers of their own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from sem_timm.finetuning.errors import DataError
+
+Key = tuple[int, int]  # epoch, and position of the sample
+
+_MOST_RETRIES = 100
+
+
+class Samples(Dataset[Any]):
+    """A view of a dataset whose samples are augmented by the same random numbers wherever they are read.
+
+    The random numbers of a sample depend on the seed, the epoch and the sample alone. So a run that is resumed, or has
+    another number of processes, sees the same images.
+
+    Args:
+        dataset: Yields pairs of an image and a label.
+        seed: Seed of the augmentation.
+        indices: Which samples of it; by default all.
+        mode: Mode of PIL that images are converted to.
+        skip_bad_images: Whether an image that cannot be read is replaced by the next one, and counted.
+    """
+
+    transform: Callable[[Image.Image], Any] | None = None  # set by timm's create_loader
+
+    def __init__(
+        self,
+        dataset: Any,
+        seed: int,
+        indices: Sequence[int] | None = None,
+        mode: str = 'RGB',
+        skip_bad_images: bool = False,
+    ) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.indices = range(len(dataset)) if indices is None else indices
+        self.mode = mode
+        self.skip_bad_images = skip_bad_images
+        if hasattr(dataset, '_max_retries'):
+            dataset._max_retries = 1  # timm's own datasets would quietly show another image
+        # Shared, so that what worker processes find is known to the process that counts.
+        self.bad = torch.zeros(len(self.indices), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: Key) -> tuple[Any, int]:
+        epoch, position = key
+        for retry in range(min(_MOST_RETRIES, len(self))):
+            current = (position + retry) % len(self)
+            try:
+                image, label = self._read(self.indices[current])
+                break
+            except (OSError, RuntimeError, SyntaxError, ValueError) as error:  # what PIL and timm raise for bad files
+                if not self.skip_bad_images:
+                    raise DataError(
+                        f'cannot read image {self.name(current)}: {_cause(error)}. Repair or remove it, or use '
+                        '--skip-bad-images.'
+                    ) from error
+                self.bad[current] = True
+        else:
+            raise DataError(f'{retry + 1} images in a row cannot be read, the last one {self.name(current)}.')
+        with own_random_numbers((self.seed, epoch, position)):
+            return (image if self.transform is None else self.transform(image)), label
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        image, label = self.dataset[index][:2]
+        return image.convert(self.mode) if image.mode != self.mode else image, int(label)
+
+    def name(self, position: int) -> str:
+        """The file of a sample where there is one, else its number."""
+        index = self.indices[position]
+        try:
+            return str(self.dataset.filename(index, absolute=True))
+        except (AttributeError, NotImplementedError, AssertionError):
+            files = getattr(self.dataset, 'samples', getattr(self.dataset, 'imgs', None))
+            return str(files[index][0]) if files else f'number {index} of the data'
+
+
+def _cause(error: BaseException) -> str:
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__ or error
+    return str(error).rstrip('.') or type(error).__name__
+
+
+@contextmanager
+def own_random_numbers(seed: tuple[int, ...]) -> Iterator[None]:
+    """Seeds the generators that timm's transforms draw from; afterwards they are where they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence(seed).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.default_generator.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

@@ -1,0 +1,46 @@
+"""Ctrl-C and SIGTERM as a wish that is granted at the next good moment."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Within ``with``, remembers the first signal instead of letting it end the process; a second one ends it.
+
+    Outside of the main thread, where Python handles no signals, it remembers nothing.
+
+    Args:
+        patient: Whether further signals are ignored. A launcher of several processes passes on the signal that these
+            processes got from the terminal themselves.
+    """
+
+    def __init__(self, patient: bool = False) -> None:
+        self.patient = patient
+        self.signal_number: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._remember) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.signal_number = self.signal_number or number
+        if not self.patient:
+            self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

@@ -1,0 +1,135 @@
+"""The commands, as they are typed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sem_timm.command_line import main
+from sem_timm.command_line.values import complete_model, complete_operation, parse_pairs
+from sem_timm.errors import OptionError
+from sem_timm.operations import operation_names
+from tests.finetuning.small_runs import write_images
+
+SMALL = ['finetune', 'test_resnet', '--no-pretrained', '--image-size', '16', '--batch-size', '8', '--epochs', '1']
+
+
+def test_help_lists_the_commands_and_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(['--help']) == 0
+    printed = capsys.readouterr().out
+    assert [name for name in ('list', 'plan', 'finetune', 'bench') if f' {name} ' not in printed] == []
+    for command in ('list', 'plan', 'finetune', 'bench'):
+        assert main([command, '--help']) == 0
+        assert 'Examples:' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('command', [['-m', 'sem_timm'], ['-c', 'import sem_timm.command_line as c; exit(c.main())']])
+def test_command_is_the_same_as_a_module_and_as_an_entry_point(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, *command, 'plan', 'resnett18'], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr.startswith("sem-timm: model 'resnett18' is unknown. Close: resnet18")
+    assert done.stderr.count('\n') == 1
+
+
+def test_list_filters_and_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(['list', 'vit_tiny_patch16_2*', '--json']) == 0
+    row = json.loads(capsys.readouterr().out)[0]
+    assert row['model'] == 'vit_tiny_patch16_224' and row['attention_sites'] == 12
+    assert row['variants'] == [f'vit_tiny_patch16_224_{kind}' for kind in ('sem', 'ea', 'eamlp')]
+    assert 'augreg_in21k' in row['pretrained']
+    assert main(['list', 'resnet18']) == 0
+    assert 'resnet18_sem' in capsys.readouterr().out
+    assert main(['list', '--operations', '--json']) == 0
+    assert json.loads(capsys.readouterr().out) == list(operation_names())
+    assert main(['list', 'resnettt']) == 2
+    assert 'no model is called like' in capsys.readouterr().err
+
+
+def test_plan_prints_table_json_and_code(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ['test_resnet', '--set', 'reduction=8', '--set', 'operators=se,eca', '--target', 'layer[34].*']
+    assert main(['plan', *options]) == 0
+    assert 'layer3.0' in (table := capsys.readouterr().out) and 'layer1' not in table
+    assert main(['plan', *options, '--json', '--image-size', '64']) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan['operation']['reduction'] == 8 and plan['operation']['operators'] == ['se', 'eca']
+    assert plan['input_size'] == [3, 64, 64]
+    assert main(['plan', 'test_vit', '-o', 'external', '--code', 'blocks.0.attn']) == 0
+    assert 'self.core(' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'part'),
+    [
+        (['plan', 'resnet18', '--set', 'reduktion=3'], "option 'reduktion' of operation 'sem' is unknown"),
+        (['plan', 'resnet18', '--set', 'reduction'], 'is not of the form key=value'),
+        (['plan', 'resnet18', '--target', 'layer9'], "target 'layer9' matches no module"),
+        (['plan', 'resnet18', '--code', 'conv1'], "'conv1' is not a site"),
+        (['plan', 'test_vit', '-o', 'semm'], "operation 'semm' is unknown"),
+        (['plan'], 'Missing argument'),
+        (['plam'], 'No such command'),
+        (['finetune', '--epochs', 'many'], "Invalid value for '--epochs'"),
+        (['finetune', '--epochs', '0'], 'epochs=0 is out of range'),
+        (['finetune', '--bogus'], 'No such option: --bogus'),
+        (['finetune', '--resume', '/nowhere'], '/nowhere is no folder of a run'),
+        (['bench', 'gat'], "benchmark 'gat' is unknown. Close: gate"),
+    ],
+)
+def test_errors_are_one_line_with_exit_code_2(
+    arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ''
+    assert printed.err.startswith('sem-timm: ') and part in printed.err
+    assert printed.err.count('\n') == 1
+
+
+def test_finetune_prints_what_was_gained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ['--data', str(write_images(tmp_path / 'data'))]
+    run = ['--output', str(tmp_path / 'run'), '--cpu']
+    assert main([*SMALL, *data, *run, '--compare', '--new-lr-scale', '2']) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith('test_resnet with sem: accuracy ') and 'of 15 images read right' in printed.out
+    assert 'The same recipe without sem' in printed.out
+    assert 'new modules, weight decay, learning rate x 2' in printed.err
+    assert list((tmp_path / 'run' / 'tensorboard').glob('events*'))
+    assert main(['finetune', '--resume', str(tmp_path / 'run'), '--json', '--compare', '--no-progress']) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result['num_steps'] == 6 and result['without_operation']['num_new_parameters'] == 0
+    assert result['num_new_parameters'] > 0
+
+
+def test_benchmarks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(['bench']) == 0
+    printed = capsys.readouterr().out
+    assert 'gate ' in printed and 'measuring' not in printed
+
+
+def test_values_are_read_as_typed() -> None:
+    pairs = ['a=1', 'b=0.5', 'c=true', 'd=none', 'e=x', 'f=x,2', 'g=[1, 2]', 'h=x,']
+    expected = {'a': 1, 'b': 0.5, 'c': True, 'd': None, 'e': 'x', 'f': ('x', 2), 'g': (1, 2), 'h': ('x',)}
+    assert parse_pairs(pairs, '--set') == expected
+    with pytest.raises(OptionError, match='given twice'):
+        parse_pairs(['a=1', 'a=2'], '--set')
+
+
+def test_shell_completes_models_and_operations() -> None:
+    assert 'resnet18_sem' in complete_model('resnet18')
+    assert complete_operation('ext') == ['external', 'external2d']
+
+
+@pytest.mark.slow
+def test_finetune_without_arguments_learns_the_digits(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, '-m', 'sem_timm', 'finetune', '--json', '--output', str(tmp_path / 'run')],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    result = json.loads(done.stdout)
+    assert result['before'] < 0.3 and result['after'] > 0.95
+    assert result['without_operation']['after'] > 0.95

@@ -1,0 +1,15 @@
+"""Images for small runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.finetuning.small_runs import write_images
+
+
+@pytest.fixture(scope='session')
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a training and a validation split; not to be changed."""
+    return write_images(tmp_path_factory.mktemp('images'))

@@ -1,0 +1,193 @@
+"""Data, options and numbers that training cannot go on with: each an error that names it."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+import sem_timm
+from sem_timm.errors import OptionError
+from sem_timm.finetuning import DataError, DivergedError, FinetuneOptions, WriteError, files, finetune
+from tests.finetuning.small_runs import column, options, run_small, write_images
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_unreadable_image_is_named(workers: int, tmp_path: Path) -> None:
+    broken = write_images(tmp_path / 'data') / 'train' / 'cross' / '3.png'
+    broken.write_bytes(broken.read_bytes()[:60])
+    with pytest.raises(DataError) as caught:
+        run_small(tmp_path / 'data', tmp_path / 'run', workers=workers)
+    message = str(caught.value)
+    assert message.startswith(f'cannot read image {broken}: ') and '--skip-bad-images' in message
+    assert '\n' not in message
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_unreadable_images_are_skipped_and_counted_on_request(workers: int, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / 'data')
+    broken = [folder / 'train' / 'cross' / '3.png', folder / 'validation' / 'square' / '0.png']
+    broken[0].write_text('no image')
+    broken[1].write_bytes(b'')
+    result = run_small(folder, tmp_path / 'run', epochs=3, workers=workers, skip_bad_images=True)
+    assert result.bad_images == tuple(map(str, broken))
+    assert result.num_steps == 18
+
+
+def test_folder_in_which_no_image_can_be_read_is_an_error(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / 'data')
+    for file in (folder / 'train').rglob('*.png'):
+        file.write_text('no image')
+    with pytest.raises(DataError, match='48 images in a row cannot be read'):
+        run_small(folder, tmp_path / 'run', skip_bad_images=True)
+
+
+def test_classes_of_both_splits_must_be_the_same(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / 'data')
+    (folder / 'validation' / 'cross').rename(folder / 'validation' / 'kreuz')
+    with pytest.raises(DataError, match='In one only: cross, kreuz'):
+        run_small(folder, tmp_path / 'run')
+
+
+@pytest.mark.parametrize(
+    ('given', 'part'),
+    [
+        ({'data': 'nowhere'}, "data 'nowhere' is no file or folder here"),
+        ({'data': 'torch/nothing', 'data_root': '/tmp'}, "cannot open split 'train' of data 'torch/nothing'"),
+        ({'batch_size': 49}, 'has 48 images for training, fewer than one update takes'),
+    ],
+)
+def test_data_that_is_not_there_or_too_small(given: dict[str, Any], part: str, images: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=part):
+        finetune(**{**options(images, tmp_path / 'run'), **given})
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    ('given', 'part'),
+    [
+        ({'model': 'resnett18'}, "model 'resnett18' is unknown. Close: resnet18"),
+        ({'model_options': {'colour': 1}}, "model 'test_resnet' cannot be created: .*colour"),
+        ({'operation': 'semm'}, "operation 'semm' is unknown. Close: sem"),
+        ({'optimizer': 'adamx'}, "optimizer 'adamx'"),
+        ({'accumulate': 3}, 'cannot be computed in accumulate=3 equal parts'),
+        ({'batch_size': 3, 'mixup': 0.5}, 'an even number of images at a time, not 3'),
+        ({'num_classes': 2}, 'num_classes=2, but .* has 3 classes'),
+        ({'precision': 'fp16'}, "precision='fp16' needs a GPU. Use bf16"),
+        ({'sync_bn': True}, 'sync_bn needs GPUs'),
+        ({'epoch': 3}, 'epoch'),
+    ],
+)
+def test_option_without_meaning_is_refused_before_anything_is_written(
+    given: dict[str, Any], part: str, images: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match=part):
+        run_small(images, tmp_path / 'run', **given)
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    ('given', 'part'),
+    [
+        ({'epochs': 0}, 'epochs=0 is out of range: it must be at least 1'),
+        ({'lr': float('nan')}, 'lr=nan is out of range'),
+        ({'epochs': '3'}, 'epochs=3 is out of range'),
+        ({'scale': 1.5}, 'scale=1.5 is out of range: it must be from 0 to 1'),
+        ({'ema': 1.0}, 'ema=1.0 is out of range'),
+        ({'schedule': 'cosin'}, "schedule='cosin' is unknown. Close: cosine"),
+        ({'operation': 'none', 'target': 'layer1'}, 'takes no target'),
+        ({'freeze_base': True, 'unfreeze_every': 1.0}, 'exclude each other'),
+    ],
+)
+def test_options_check_themselves(given: dict[str, Any], part: str) -> None:
+    with pytest.raises(OptionError, match=part):
+        FinetuneOptions(**given)
+
+
+def test_options_come_back_from_text() -> None:
+    told = FinetuneOptions(operation_options={'operators': ('se', 'eca')}, target=('layer1.0',), ema=0.9)
+    assert FinetuneOptions.from_json(told.to_json()) == told
+    with pytest.raises(OptionError, match=r"option 'epoch' is unknown. Close: epochs"):
+        FinetuneOptions.from_json('{"epoch": 3}')
+
+
+def test_every_option_says_what_it_is() -> None:
+    text = FinetuneOptions.__doc__ or ''
+    assert all(f'    {name}: ' in text for name in FinetuneOptions.__dataclass_fields__)
+
+
+class Poisoned(nn.Module):
+    """A model whose gradient, or whose loss, is not a number from its third call on."""
+
+    def __init__(self, *, loss: bool) -> None:
+        super().__init__()
+        self.pretrained_cfg = {'input_size': (3, 16, 16), 'classifier': 'head'}
+        self.body = nn.Linear(3, 4)
+        self.head = nn.Linear(4, 3)
+        self.loss = loss
+        self.calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += self.training
+        hidden = self.body(images.mean((2, 3)))
+        if self.calls >= 3:
+            # The square root of zero is a number, and its slope is not.
+            hidden = hidden * float('nan') if self.loss else hidden + (hidden * 0).sqrt()
+        return self.head(hidden)
+
+
+@pytest.mark.parametrize('loss', [True, False])
+def test_what_is_no_number_is_told_with_step_and_group(loss: bool, images: Path, tmp_path: Path) -> None:
+    given = options(images, tmp_path / 'run', operation='none', checkpoint_every=1)
+    with pytest.raises(DivergedError) as caught:
+        finetune(network=Poisoned(loss=loss), **given)
+    message = str(caught.value)
+    assert message.startswith('the loss is nan at step 3.' if loss else 'the norm of the gradient is nan at step 3.')
+    assert 'base, weight decay, learning rate x 1 (body.weight)' in message
+    assert message.endswith('step-000000002.')
+    assert len(column(tmp_path / 'run', 'loss')) == 2
+
+
+def test_weights_that_were_no_numbers_before_are_told(images: Path, tmp_path: Path) -> None:
+    network = Poisoned(loss=False)
+    nn.init.constant_(network.head.bias, float('inf'))
+    with pytest.raises(DivergedError, match=r'weights that are not finite: base, no weight decay.*\(head.bias\)'):
+        finetune(network=network, **options(images, tmp_path / 'run', operation='none'))
+
+
+def test_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / 'weights'
+    files.write_whole(file, lambda path: path.write_text('old'))
+
+    def fail(path: Path) -> None:
+        path.write_text('ne')
+        raise OSError(28, 'No space left on device')
+
+    with pytest.raises(WriteError, match=f'cannot write {file}: No space left on device .* GiB are free'):
+        files.write_whole(file, fail)
+    assert [path.name for path in tmp_path.iterdir()] == ['weights'] and file.read_text() == 'old'
+
+
+def test_log_that_cannot_be_written_is_named(images: Path, tmp_path: Path) -> None:
+    class Vandal(Poisoned):
+        def forward(self, images: Tensor) -> Tensor:
+            if self.training:
+                (tmp_path / 'run' / 'train.csv').mkdir(exist_ok=True)
+            return super().forward(images)
+
+    with pytest.raises(WriteError, match=r'cannot write .*train\.csv'):
+        finetune(network=Vandal(loss=False), **options(images, tmp_path / 'run', operation='none'))
+
+
+def test_a_failed_run_leaves_no_signal_handler(images: Path, tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(OptionError):
+        run_small(images, tmp_path / 'run', optimizer='adamx')
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_public_names_are_those_of_the_package() -> None:
+    assert sem_timm.finetune is finetune and sem_timm.FinetuneOptions is FinetuneOptions

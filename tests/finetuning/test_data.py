@@ -1,0 +1,97 @@
+"""From data to batches: every image once, in an order that depends on seed and epoch alone."""
+
+from __future__ import annotations
+
+import random
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sem_timm.finetuning import FinetuneOptions
+from sem_timm.finetuning.builtin import Digits
+from sem_timm.finetuning.datasets import open_data
+from sem_timm.finetuning.samples import own_random_numbers
+from sem_timm.finetuning.sampling import Share, TrainingBatches, ValidationBatches
+from tests.finetuning.small_runs import run_small, write_images
+
+
+def test_digits_are_split_without_overlap_and_fixed() -> None:
+    train, validation = Digits(train=True), Digits(train=False)
+    assert (len(train), len(validation)) == (1437, 360)
+    pixels = {image.tobytes() for part in (train, validation) for image, _ in map(part.__getitem__, range(len(part)))}
+    assert len(pixels) == 1797
+    assert {label for _, label in map(validation.__getitem__, range(360))} == set(range(10))
+
+
+@pytest.mark.parametrize(('num_processes', 'accumulate'), [(1, 1), (2, 1), (1, 4), (2, 2)])
+def test_updates_hold_the_same_images_however_they_are_shared(num_processes: int, accumulate: int) -> None:
+    whole = TrainingBatches(70, Share(0, 1, 16), seed=3)
+    whole.epoch = 5
+    expected = [sorted(batch) for batch in whole]
+    assert len(expected) == whole.num_updates == 4
+    assert len({key for batch in expected for key in batch}) == 64
+    updates: list[list[tuple[int, int]]] = [[] for _ in range(2)]
+    for rank in range(num_processes):
+        part = TrainingBatches(70, Share(rank, num_processes, 16, accumulate), seed=3)
+        part.epoch, part.start = 5, 2
+        batches = list(part)
+        assert len(batches) == len(part) == 2 * accumulate
+        for number, batch in enumerate(batches):
+            updates[number // accumulate] += batch
+    assert [sorted(update) for update in updates] == expected[2:]
+
+
+def test_epochs_have_orders_of_their_own() -> None:
+    batches = TrainingBatches(64, Share(0, 1, 64), seed=0)
+    orders = []
+    for epoch in (0, 1, 0):
+        batches.epoch = epoch
+        orders.append([position for _, position in next(iter(batches))])
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[1]) == list(range(64))
+
+
+@pytest.mark.parametrize(('number', 'processes', 'size'), [(15, 1, 4), (15, 2, 4), (3, 4, 2), (16, 2, 8)])
+def test_validation_counts_every_image_once(number: int, processes: int, size: int) -> None:
+    parts = [ValidationBatches(number, rank, processes, size) for rank in range(processes)]
+    assert len({len(list(part)) for part in parts}) == 1
+    counted = [key[1] for part in parts for i, batch in enumerate(part) for key in batch[: part.num_real(i)]]
+    assert sorted(counted) == list(range(number))
+
+
+def test_samples_have_random_numbers_of_their_own_and_leave_the_others_alone() -> None:
+    def draw() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+    before = random.getstate(), torch.get_rng_state()
+    with own_random_numbers((0, 1, 2)):
+        first = draw()
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+    draw()
+    with own_random_numbers((0, 1, 2)):
+        assert draw() == first
+    with own_random_numbers((0, 2, 2)):
+        assert draw() != first
+
+
+def test_folder_without_splits_holds_images_out(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / 'data', splits=False)
+    data = open_data(FinetuneOptions(data=str(folder), batch_size=8, validation_fraction=0.25))
+    assert data.held_out and data.num_classes == 3
+    assert (len(data.train), len(data.validation)) == (36, 12)
+    assert not {*data.train.indices} & {*data.validation.indices}
+
+
+def test_tar_is_read(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / 'data', splits=False)
+    with tarfile.open(tmp_path / 'images.tar', 'w') as archive:
+        archive.add(folder, arcname='.')
+    result = run_small(tmp_path / 'images.tar', tmp_path / 'run', workers=1)
+    assert sum(result.num_images) == 48 and result.num_steps == 2 * (38 // 8)
+
+
+def test_pictures_of_three_colours_are_learned(images: Path, tmp_path: Path) -> None:
+    result = run_small(images, tmp_path / 'run', epochs=8, image_size=32, lr=3e-3)
+    assert result.after > 0.9 > result.before

@@ -1,0 +1,121 @@
+"""A run that is stopped and resumed is the run that was not stopped, bit for bit."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sem_timm.errors import OptionError
+from sem_timm.finetuning import CheckpointError, finetune
+from tests.finetuning.small_runs import column, run_small, stop_small
+
+EVERYTHING_RANDOM = {
+    'model_options': {'drop_rate': 0.3, 'drop_path_rate': 0.2},
+    'auto_augment': 'rand-m5-mstd0.5',
+    'random_erasing': 0.5,
+    'mixup': 0.4,
+    'cutmix': 0.4,
+    'ema': 0.9,
+    'scale': 0.3,
+}
+CASES = {
+    'everything random': EVERYTHING_RANDOM,
+    'workers': {'workers': 2, 'scale': 0.3, 'random_erasing': 0.5},
+    'unfreezing': {'unfreeze_every': 0.5, 'layer_decay': 0.7, 'new_lr_scale': 5.0, 'accumulate': 2},
+    'momentum, plain': {'optimizer': 'sgd', 'schedule': 'constant', 'operation': 'none'},
+    # Of a transformer: torch's bf16 convolutions on CPUs now and then have infinite gradients at this size.
+    'bf16': {'model': 'test_vit', 'operation': 'external', 'image_size': 32, 'precision': 'bf16'},
+    'channels last': {'channels_last': True, 'clip': 0.5, 'freeze_base': True},
+}
+
+
+def forget() -> None:
+    """Moves all random generators, as another process would have them."""
+    random.seed(77)
+    np.random.seed(77)
+    torch.manual_seed(77)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_resumed_run_has_the_losses_and_weights_of_the_uninterrupted_one(
+    case: str, images: Path, tmp_path: Path
+) -> None:
+    given = {'epochs': 4, **CASES[case]}
+    whole = run_small(images, tmp_path / 'whole', **given)
+    # Once in the middle of an epoch, once at its end before the measurement, 20 updates before the end at first.
+    stop_small(images, tmp_path / 'parts', 4, **given)
+    forget()
+    with pytest.raises(Exception, match='SIGTERM stopped the training after step 12'):
+        finetune(resume=str(tmp_path / 'parts'), stop_at=12, progress=False)
+    forget()
+    parts = finetune(resume=str(tmp_path / 'parts'), progress=False)
+
+    assert len(column(tmp_path / 'whole', 'loss')) == 24
+    for name in ('step', 'loss', 'learning_rate', 'gradient_norm'):
+        assert column(tmp_path / 'parts', name) == column(tmp_path / 'whole', name), name
+    assert column(tmp_path / 'parts', 'accuracy', 'validation') == column(tmp_path / 'whole', 'accuracy', 'validation')
+    assert parts.history == whole.history and parts.before == whole.before
+    expected = load_file(whole.folder / 'model.safetensors')
+    for name, tensor in load_file(parts.folder / 'model.safetensors').items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_any_checkpoint_can_be_resumed_from(images: Path, tmp_path: Path) -> None:
+    whole = run_small(images, tmp_path / 'run', checkpoint_every=2, keep=4)
+    found = sorted(path.name for path in (tmp_path / 'run' / 'checkpoints').glob('step-*'))
+    losses = column(tmp_path / 'run', 'loss')
+    again = finetune(resume=str(tmp_path / 'run' / 'checkpoints' / found[0]), progress=False)
+    assert column(tmp_path / 'run', 'loss') == losses
+    assert again.history == whole.history
+
+
+def test_finished_run_is_finished_when_resumed(images: Path, tmp_path: Path) -> None:
+    whole = run_small(images, tmp_path / 'run')
+    again = finetune(resume=str(tmp_path / 'run'), progress=False)
+    assert again.to_dict() == {**whole.to_dict(), 'seconds': again.seconds}
+
+
+def test_last_and_best_checkpoints_are_kept(images: Path, tmp_path: Path) -> None:
+    result = run_small(images, tmp_path / 'run', epochs=5, keep=1)
+    names = sorted(path.name for path in (tmp_path / 'run' / 'checkpoints').glob('step-*'))
+    first_best = next(entry for entry in result.history if entry['accuracy'] == result.best)
+    best = f'step-{first_best["step"]:09.0f}-epoch-{first_best["epoch"]:.0f}'
+    assert names == sorted({best, 'step-000000030-epoch-5'})
+    assert result.best_checkpoint == tmp_path / 'run' / 'checkpoints' / best
+
+
+def test_options_of_a_resumed_run_cannot_change(images: Path, tmp_path: Path) -> None:
+    stop_small(images, tmp_path / 'run', 2)
+    with pytest.raises(OptionError, match='has its options already; leave out lr'):
+        finetune(resume=str(tmp_path / 'run'), lr=3.0)
+
+
+def test_run_without_checkpoint_cannot_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match='is no folder of a run'):
+        finetune(resume=str(tmp_path / 'none'))
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(CheckpointError, match='has no complete checkpoint'):
+        finetune(resume=str(tmp_path / 'empty'))
+
+
+@pytest.mark.parametrize('file', ['model.safetensors', 'optimizer.bin', 'random_numbers_0.pt', 'state.json'])
+def test_damaged_checkpoint_is_named_with_the_others(file: str, images: Path, tmp_path: Path) -> None:
+    stop_small(images, tmp_path / 'run', 8)
+    damaged = sorted((tmp_path / 'run' / 'checkpoints').glob('step-*'))[-1]
+    (damaged / file).write_bytes((damaged / file).read_bytes()[:20])
+    with pytest.raises(CheckpointError, match=r'step-000000008 is damaged.*Others: step-000000006-epoch-1') as caught:
+        finetune(resume=str(tmp_path / 'run'), progress=False)
+    assert str(damaged) in str(caught.value)
+
+
+def test_run_does_not_overwrite_another(images: Path, tmp_path: Path) -> None:
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'thesis.txt').write_text('mine')
+    with pytest.raises(OptionError, match='is not empty; continue it with --resume'):
+        run_small(images, tmp_path / 'run')
+    assert (tmp_path / 'run' / 'thesis.txt').read_text() == 'mine'
