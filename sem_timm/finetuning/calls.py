@@ -17,16 +17,16 @@ from sem_timm.errors import OptionError
 from sem_timm.finetuning.checkpoints import Checkpoints, State, find_checkpoint
 from sem_timm.finetuning.engine import Trainer
 from sem_timm.finetuning.errors import CheckpointError
-from sem_timm.finetuning.files import explained, write_whole
+from sem_timm.finetuning.files import OPTIONS, PATCH, RESULT, WEIGHTS, explained, write_whole
 from sem_timm.finetuning.logs import start_logs
 from sem_timm.finetuning.models import inserted_parameters
 from sem_timm.finetuning.options import NO_OPERATION, FinetuneOptions
 from sem_timm.finetuning.parts import Parts, build_parts, create_accelerator
 from sem_timm.finetuning.progress import ProgressDisplay
 from sem_timm.finetuning.stopping import StopRequest
+from sem_timm.persistence import save_patch
 from sem_timm.surgery import patched
 
-_OPTIONS, _RESULT, _WEIGHTS = 'options.json', 'result.json', 'model.safetensors'
 _MAY_CHANGE = {'resume', 'stop_at', 'progress', 'workers', 'keep', 'checkpoint_every'}
 
 
@@ -37,7 +37,8 @@ class FinetuneResult:
     Attributes:
         model: The trained model, the averaged one with ``ema``.
         options: What the run was told.
-        folder: Folder of the run: options, logs, checkpoints, ``model.safetensors`` and ``result.json``.
+        folder: Folder of the run: options, logs, checkpoints, ``model.safetensors`` and ``result.json``; with
+            ``freeze_base`` also ``patch``, the folder of a patch file with what was trained.
         before: Accuracy on the validation images before the first update, from 0 to 1.
         after: Accuracy at the end.
         best: Highest accuracy after an epoch.
@@ -131,9 +132,9 @@ def _resumed(options: FinetuneOptions) -> tuple[FinetuneOptions, Path | None]:
     if fixed:
         raise OptionError(f'a resumed run has its options already; leave out {", ".join(fixed)}.')
     try:
-        saved = FinetuneOptions.from_json((run / _OPTIONS).read_text(encoding='utf-8'))
+        saved = FinetuneOptions.from_json((run / OPTIONS).read_text(encoding='utf-8'))
     except (OSError, OptionError) as error:
-        raise CheckpointError(f'the options of the run cannot be read from {run / _OPTIONS}: {error}') from error
+        raise CheckpointError(f'the options of the run cannot be read from {run / OPTIONS}: {error}') from error
     return replace(saved, **{'stop_at': None, **given, 'output': str(run)}), checkpoint
 
 
@@ -155,7 +156,7 @@ def _prepare_folder(run: Path, options: FinetuneOptions, accelerator: Accelerato
             )
         with explained(run):
             run.mkdir(parents=True, exist_ok=True)
-        write_whole(run / _OPTIONS, lambda path: path.write_text(options.to_json(), encoding='utf-8'))
+        write_whole(run / OPTIONS, lambda path: path.write_text(options.to_json(), encoding='utf-8'))
     accelerator.wait_for_everyone()
 
 
@@ -207,9 +208,11 @@ def _finish(parts: Parts, state: State, options: FinetuneOptions, run: Path, sec
         history=tuple(state.history),
     )
     if accelerator.is_main_process:
-        write_whole(run / _WEIGHTS, lambda path: save_model(model, str(path)))
+        write_whole(run / WEIGHTS, lambda path: save_model(model, str(path)))
         text = json.dumps(result.to_dict(), indent=1)
-        write_whole(run / _RESULT, lambda path: path.write_text(text, encoding='utf-8'))
+        if options.freeze_base and patched(model):  # else the patch alone is not what was trained
+            save_patch(model, run / PATCH, include_head=True)
+        write_whole(run / RESULT, lambda path: path.write_text(text, encoding='utf-8'))
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return result

@@ -12,6 +12,9 @@ from safetensors import SafetensorError
 
 from sem_timm.finetuning.errors import WriteError
 
+# What a run leaves in its folder, beside logs and checkpoints.
+OPTIONS, RESULT, WEIGHTS, PATCH = 'options.json', 'result.json', 'model.safetensors', 'patch'
+
 _UNFINISHED, _DOOMED = '.unfinished-', '.removed-'
 
 

@@ -1,0 +1,31 @@
+"""``sem-timm decisions``: which excitation each block of a trained model chooses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sem_timm.finetuning.runs import open_run
+from sem_timm.reports import decisions
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help='Folder of a run of sem-timm finetune.')],
+    data: Annotated[str | None, typer.Option(help='Other images than those of the run, named as there.')] = None,
+    by_class: Annotated[bool, typer.Option('--by-class', help='The decisions for each class too.')] = False,
+    max_batches: Annotated[int | None, typer.Option(help='Look at so many batches at most.', min=1)] = None,
+    plot: Annotated[Path | None, typer.Option(help='Draw a heatmap there, a .png or .svg.')] = None,
+    as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False,
+) -> None:
+    """Show which excitation each block of a trained model with SEM chooses, over its validation images.
+
+    Examples: `sem-timm finetune --output run` and then `sem-timm decisions run --plot decisions.png`.
+    """
+    opened = open_run(run, data=data)
+    found = decisions(opened.model, opened.validation, by_class=by_class, max_batches=max_batches)
+    if plot is not None:
+        found.plot(plot)
+    print(json.dumps(found.to_dict(), indent=1) if as_json else found)

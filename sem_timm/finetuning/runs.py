@@ -1,0 +1,103 @@
+"""A finished run, opened again: its model with the trained weights, and its images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_model
+from torch import Tensor, nn
+
+from sem_timm.finetuning.datasets import Data, open_data
+from sem_timm.finetuning.errors import CheckpointError
+from sem_timm.finetuning.files import OPTIONS, WEIGHTS
+from sem_timm.finetuning.loading import TrainingLoader, ValidationLoader
+from sem_timm.finetuning.models import create_model, data_config, operate
+from sem_timm.finetuning.options import FinetuneOptions
+from sem_timm.finetuning.parts import create_accelerator
+from sem_timm.finetuning.sampling import Share
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run has left.
+
+    Attributes:
+        options: What it was told.
+        model: Its model with the trained weights, in eval mode.
+        training: Its training images in batches, augmented as then: pairs of images and labels.
+        validation: Its validation images in batches.
+        input_size: Shape (C, H, W) of an image.
+    """
+
+    options: FinetuneOptions
+    model: nn.Module
+    training: Images
+    validation: Images
+    input_size: tuple[int, int, int]
+
+
+class Images:
+    """Pairs of images and labels, as often as they are asked for; in another order each time if they are augmented."""
+
+    def __init__(self, loader: TrainingLoader | ValidationLoader) -> None:
+        self._loader = loader
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return self._loader.num_updates if isinstance(self._loader, TrainingLoader) else len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if isinstance(self._loader, TrainingLoader):
+            self._epoch += 1
+            yield from self._loader.parts(self._epoch - 1, 0)
+            return
+        for images, labels, count in self._loader:
+            yield images[:count], labels[:count]
+
+
+def open_run(folder: Path, *, data: str | None = None) -> Run:
+    """Opens the folder of a run of `finetune`.
+
+    Args:
+        folder: The folder.
+        data: Other images than those of the run, named as there.
+
+    Raises:
+        CheckpointError: If the folder is not that of a finished run.
+        SemTimmError: If the model or the images cannot be had.
+    """
+    options = _options(folder)
+    options = options if data is None else replace(options, data=data)
+    accelerator = create_accelerator(options)
+    share = Share(0, 1, options.batch_size, 1)
+    found: Data = open_data(options, part_size=share.part_size)
+    # The weights are those of the run: none are to be downloaded.
+    model = create_model(replace(options, pretrained=False, weights=None), found.num_classes)
+    config: dict[str, Any] = data_config(model, options)
+    if config['input_size'][0] == 1:
+        for samples in (found.train, found.validation):
+            samples.mode = 'L'
+    operate(model, options, config['input_size'])
+    try:
+        load_model(model, str(folder / WEIGHTS))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f'{folder / WEIGHTS} does not hold the weights of this run: {reason}') from error
+    model = model.to(accelerator.device).eval()
+    training = TrainingLoader(found, options, config, share, accelerator.device)
+    validation = ValidationLoader(found, options, config, share, accelerator.device)
+    return Run(options, model, Images(training), Images(validation), config['input_size'])
+
+
+def _options(folder: Path) -> FinetuneOptions:
+    path = folder / OPTIONS
+    if not path.is_file() or not (folder / WEIGHTS).is_file():
+        raise CheckpointError(
+            f'{folder} is not the folder of a finished run: it has no {OPTIONS} or no {WEIGHTS}. '
+            'Make one: sem-timm finetune --output FOLDER'
+        )
+    return FinetuneOptions.from_json(path.read_text(encoding='utf-8'))
