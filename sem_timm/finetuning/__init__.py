@@ -3,6 +3,7 @@
 from sem_timm.finetuning.calls import FinetuneResult, finetune
 from sem_timm.finetuning.errors import CheckpointError, DataError, DivergedError, StoppedError, WriteError
 from sem_timm.finetuning.options import FinetuneOptions
+from sem_timm.finetuning.runs import Run, open_run
 
 __all__ = [
     'CheckpointError',
@@ -10,7 +11,9 @@ __all__ = [
     'DivergedError',
     'FinetuneOptions',
     'FinetuneResult',
+    'Run',
     'StoppedError',
     'WriteError',
     'finetune',
+    'open_run',
 ]

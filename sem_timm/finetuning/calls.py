@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_model
 from torch import nn
 
-from sem_timm.errors import OptionError
+from sem_timm.errors import OptionError, closest
 from sem_timm.finetuning.checkpoints import Checkpoints, State, find_checkpoint
 from sem_timm.finetuning.engine import Trainer
 from sem_timm.finetuning.errors import CheckpointError
@@ -27,7 +27,7 @@ from sem_timm.finetuning.stopping import StopRequest
 from sem_timm.persistence import save_patch
 from sem_timm.surgery import patched
 
-_MAY_CHANGE = {'resume', 'stop_at', 'progress', 'workers', 'keep', 'checkpoint_every'}
+_MAY_CHANGE = {'resume', 'stop_at', 'progress', 'workers', 'keep', 'checkpoint_every', 'skip_bad_images'}
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class FinetuneResult:
         num_steps: Updates.
         seconds: Time of this process; of a run that was resumed, since then.
         bad_images: Images that could not be read and were skipped.
+        classes: Names of the classes in the order of the model's outputs, where the data tells.
         history: Step, epoch, accuracy and loss of each measurement.
     """
 
@@ -67,6 +68,7 @@ class FinetuneResult:
     num_steps: int
     seconds: float
     bad_images: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
     history: tuple[dict[str, float], ...] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,10 +118,11 @@ def finetune(
 
 
 def _asked(options: FinetuneOptions | None, given: dict[str, Any]) -> FinetuneOptions:
-    try:
-        return replace(options or FinetuneOptions(), **given)
-    except TypeError as error:
-        raise OptionError(f'{error}; the options are the fields of FinetuneOptions.') from error
+    known = [option.name for option in fields(FinetuneOptions)]
+    for name in given:
+        if name not in known:
+            raise OptionError(f'option {name!r} is unknown. {closest(name, known)}')
+    return replace(options or FinetuneOptions(), **given)
 
 
 def _resumed(options: FinetuneOptions) -> tuple[FinetuneOptions, Path | None]:
@@ -205,6 +208,7 @@ def _finish(parts: Parts, state: State, options: FinetuneOptions, run: Path, sec
         num_steps=state.step,
         seconds=seconds,
         bad_images=tuple(data.bad_images()),
+        classes=data.classes,
         history=tuple(state.history),
     )
     if accelerator.is_main_process:

@@ -30,6 +30,7 @@ class Data:
         validation: Samples that accuracy is measured on, likewise.
         num_classes: Number of classes.
         held_out: Whether the validation samples were held out of the training split.
+        classes: Names of the classes in the order of their numbers, where the data tells.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Data:
     validation: Any
     num_classes: int
     held_out: bool = False
+    classes: tuple[str, ...] = ()
 
     def bad_images(self) -> list[str]:
         """Names of the images that could not be read and were skipped."""
@@ -77,6 +79,8 @@ def _open(options: FinetuneOptions, split: str, part_size: int) -> Any:
                 f"a name such as torch/cifar10 or hfds/beans (with --data-root), or '{BUILT_IN}'."
             )
         name, root = '', name
+    if name.lower().startswith('torch/') and root is None:
+        raise OptionError(f'data {name!r} needs --data-root, the folder it is in, or goes to with --download.')
     is_training = split == options.train_split
     try:
         return create_dataset(
@@ -106,8 +110,8 @@ def _samples(options: FinetuneOptions, train: Any, validation: Any, same: bool, 
     else:
         _check_classes(train, validation)
     samples = [
-        Samples(dataset, options.seed, indices, mode, options.skip_bad_images)
-        for dataset, indices in zip((train, validation), parts)
+        Samples(dataset, options.seed, indices, mode, options.skip_bad_images, measured)
+        for dataset, indices, measured in zip((train, validation), parts, (False, True))
     ]
     if len(samples[0]) < options.batch_size:
         raise DataError(
@@ -116,7 +120,12 @@ def _samples(options: FinetuneOptions, train: Any, validation: Any, same: bool, 
         )
     if not len(samples[1]):
         raise DataError(f'{options.data} has no images for validation; try a larger --validation-fraction.')
-    return Data(options.data, samples[0], samples[1], _num_classes(options, train), held_out=same)
+    classes = tuple(_class_names(train) or ())
+    if len(classes) == 1 and options.num_classes is None:
+        raise DataError(
+            f'{options.data} has a single class, {classes[0]!r}; put the images of each class into a folder of it.'
+        )
+    return Data(options.data, samples[0], samples[1], _num_classes(options, train), same, classes)
 
 
 def _held_out(options: FinetuneOptions, number: int) -> tuple[list[int], list[int]]:

@@ -38,11 +38,12 @@ def evaluate(
     for images, labels, count in loader:
         with accelerator.autocast():
             logits = model(prepare(images))
-        logits, labels = logits[:count].float(), labels[:count]
+        measured = labels[:count] >= 0  # others stand for images that could not be read
+        logits, labels = logits[:count][measured].float(), labels[:count][measured]
         sums[0] += (logits.argmax(-1) == labels).sum()
         sums[1] += F.cross_entropy(logits, labels, reduction='sum')
-        sums[2] += count
+        sums[2] += len(labels)
         if stop():
             return None
     correct, loss, count = accelerator.reduce(sums, 'sum').tolist()
-    return {'accuracy': correct / count, 'loss': loss / count}
+    return {'accuracy': correct / max(count, 1), 'loss': loss / max(count, 1)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,10 +57,11 @@ class Images:
             yield from self._loader.parts(self._epoch - 1, 0)
             return
         for images, labels, count in self._loader:
-            yield images[:count], labels[:count]
+            readable = labels[:count] >= 0
+            yield images[:count][readable], labels[:count][readable]
 
 
-def open_run(folder: Path, *, data: str | None = None) -> Run:
+def open_run(folder: str | os.PathLike[str], *, data: str | None = None) -> Run:
     """Opens the folder of a run of `finetune`.
 
     Args:
@@ -70,6 +72,7 @@ def open_run(folder: Path, *, data: str | None = None) -> Run:
         CheckpointError: If the folder is not that of a finished run.
         SemTimmError: If the model or the images cannot be had.
     """
+    folder = Path(folder)
     options = _options(folder)
     options = options if data is None else replace(options, data=data)
     accelerator = create_accelerator(options)

@@ -18,6 +18,9 @@ Key = tuple[int, int]  # epoch, and position of the sample
 
 _MOST_RETRIES = 100
 
+# Of an image that is not to be measured.
+NO_LABEL = -1
+
 
 class Samples(Dataset[Any]):
     """A view of a dataset whose samples are augmented by the same random numbers wherever they are read.
@@ -31,6 +34,7 @@ class Samples(Dataset[Any]):
         indices: Which samples of it; by default all.
         mode: Mode of PIL that images are converted to.
         skip_bad_images: Whether an image that cannot be read is replaced by the next one, and counted.
+        measured: Whether accuracy is measured on them, so that what replaces an image gets the label `NO_LABEL`.
     """
 
     transform: Callable[[Image.Image], Any] | None = None  # set by timm's create_loader
@@ -42,12 +46,14 @@ class Samples(Dataset[Any]):
         indices: Sequence[int] | None = None,
         mode: str = 'RGB',
         skip_bad_images: bool = False,
+        measured: bool = False,
     ) -> None:
         self.dataset = dataset
         self.seed = seed
         self.indices = range(len(dataset)) if indices is None else indices
         self.mode = mode
         self.skip_bad_images = skip_bad_images
+        self.measured = measured
         if hasattr(dataset, '_max_retries'):
             dataset._max_retries = 1  # timm's own datasets would quietly show another image
         # Shared, so that what worker processes find is known to the process that counts.
@@ -72,6 +78,7 @@ class Samples(Dataset[Any]):
                 self.bad[current] = True
         else:
             raise DataError(f'{retry + 1} images in a row cannot be read, the last one {self.name(current)}.')
+        label = NO_LABEL if self.measured and retry else label
         with own_random_numbers((self.seed, epoch, position)):
             return (image if self.transform is None else self.transform(image)), label
 

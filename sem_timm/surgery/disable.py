@@ -26,8 +26,9 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
     Nothing is moved or copied: weights, state_dict keys and hooks are the same inside and outside, new parameters just
     are not used. Blocks may be nested, and end as they should after an exception. A copy made inside is a copy of the
-    base. While the block lasts, the model must not run in another thread, be patched or undone. Models that are wrapped
-    in DDP or compiled can be switched off too; compiled ones are compiled once more for it.
+    base, and one in training mode still moves the statistics of its batch norms. While the block lasts, the model must
+    not run in another thread, be patched or undone. Models that are wrapped in DDP or compiled can be switched off too;
+    compiled ones are compiled once more for it.
 
     Args:
         model: The patched model.

@@ -65,9 +65,13 @@ def test_transfer_keeps_what_it_made(attending: Path, tmp_path: Path, capsys: py
     options = ['--set', 'memory=8', '--transfer', 'steps=2', '--output', str(output), '--json']
     assert main(['transfer', str(attending), *options]) == 0
     assert json.loads(capsys.readouterr().out)
+    again = open_run(output).model
     model = open_run(attending).model
     sem_timm.load_patch(model, output / 'patch', check_base='error')
     assert model.get_submodule('blocks.0.attn.core').memory == 8
+    images = next(iter(open_run(attending).validation))[0]
+    with torch.no_grad():
+        assert torch.equal(model(images), again(images))
 
 
 @pytest.mark.parametrize(
@@ -75,8 +79,8 @@ def test_transfer_keeps_what_it_made(attending: Path, tmp_path: Path, capsys: py
     [
         (['decisions', '/nowhere'], '/nowhere is not the folder of a finished run'),
         (['decisions', '{attending}'], 'has no Switchable Excitation Module'),
-        (['transfer', '{attending}', '--transfer', 'bogus=1'], "unexpected keyword argument 'bogus'"),
-        (['transfer', '{attending}', '--operation', 'sem'], 'no attention of this VisionTransformer was swapped'),
+        (['transfer', '{attending}', '--transfer', 'bogus=1'], "option 'bogus' is unknown"),
+        (['transfer', '{attending}', '--operation', 'sem'], "operation 'sem' is no attention"),
         (['transfer', '{attending}', '--output', '{attending}'], 'exists; name a new folder'),
         (['transfer', '{gated}'], 'nothing in ResNet can take external'),
     ],

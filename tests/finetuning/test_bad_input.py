@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 import sem_timm
 from sem_timm.errors import OptionError
-from sem_timm.finetuning import DataError, DivergedError, FinetuneOptions, WriteError, files, finetune
-from tests.finetuning.small_runs import column, options, run_small, write_images
+from sem_timm.finetuning import DataError, DivergedError, FinetuneOptions, WriteError, files, finetune, open_run
+from tests.finetuning.small_runs import CLASSES, NUM_VALIDATION, column, options, run_small, write_images
 
 
 @pytest.mark.parametrize('workers', [0, 1])
@@ -34,7 +35,29 @@ def test_unreadable_images_are_skipped_and_counted_on_request(workers: int, tmp_
     broken[1].write_bytes(b'')
     result = run_small(folder, tmp_path / 'run', epochs=3, workers=workers, skip_bad_images=True)
     assert result.bad_images == tuple(map(str, broken))
-    assert result.num_steps == 18
+    assert result.num_steps == 18 and result.classes == CLASSES
+    # The one that cannot be read is not measured in the guise of another.
+    run = open_run(result.folder)
+    labels = [int(label) for _, batch in run.validation for label in batch]
+    assert len(labels) == 3 * NUM_VALIDATION - 1
+    assert (result.after * len(labels)) % 1 == pytest.approx(0, abs=1e-6)
+
+
+def test_a_run_that_met_an_unreadable_image_goes_on_without_it(tmp_path: Path) -> None:
+    broken = write_images(tmp_path / 'data') / 'train' / 'cross' / '3.png'
+    broken.write_text('no image')
+    with pytest.raises(DataError):
+        run_small(tmp_path / 'data', tmp_path / 'run')
+    result = finetune(resume=str(tmp_path / 'run'), skip_bad_images=True, progress=False)
+    assert result.bad_images == (str(broken),)
+
+
+def test_a_single_class_is_an_error(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / 'data', splits=False)
+    for name in CLASSES[1:]:
+        shutil.rmtree(folder / name)
+    with pytest.raises(DataError, match="single class, 'circle'"):
+        run_small(folder, tmp_path / 'run')
 
 
 def test_folder_in_which_no_image_can_be_read_is_an_error(tmp_path: Path) -> None:
@@ -191,3 +214,15 @@ def test_a_failed_run_leaves_no_signal_handler(images: Path, tmp_path: Path) -> 
 
 def test_public_names_are_those_of_the_package() -> None:
     assert sem_timm.finetune is finetune and sem_timm.FinetuneOptions is FinetuneOptions
+
+
+@pytest.mark.parametrize(
+    ('given', 'part'),
+    [
+        ({'data': 'torch/cifar10'}, 'needs --data-root'),
+        ({'modle': 'resnet18'}, "option 'modle' is unknown. Close: model"),
+    ],
+)
+def test_options_that_cannot_be_followed(given: dict[str, Any], part: str, images: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=part):
+        finetune(**{**options(images, tmp_path / 'run'), **given})

@@ -66,7 +66,10 @@ def _as_text(result: FinetuneResult, without: FinetuneResult | None) -> str:
             f'With {result.options.operation}: {difference:+,} images. One seed shows no more than that it trains.'
         ]
     if result.bad_images:
-        lines.append(f'{len(result.bad_images)} images could not be read and were skipped: {result.bad_images[0]}, ...')
+        more = ', ...' if len(result.bad_images) > 1 else ''
+        lines.append(
+            f'Images that could not be read, and were skipped: {len(result.bad_images)}: {result.bad_images[0]}{more}'
+        )
     lines.append(f'{result.seconds:.0f} s. Weights, logs and checkpoints: {result.folder}')
     return '\n'.join(lines)
 

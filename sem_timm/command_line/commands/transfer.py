@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,10 +13,10 @@ from safetensors.torch import save_model
 
 from sem_timm.attention_transfer import TransferOptions, transfer
 from sem_timm.command_line.values import complete_operation, parse_pairs, parse_target
-from sem_timm.errors import OptionError, SwapWarning
-from sem_timm.finetuning.files import explained, write_whole
+from sem_timm.errors import OptionError, SwapWarning, closest
+from sem_timm.finetuning.files import OPTIONS, PATCH, WEIGHTS, explained, write_whole
 from sem_timm.finetuning.runs import open_run
-from sem_timm.operations import patch_model
+from sem_timm.operations import attention_kinds, patch_model
 from sem_timm.persistence import save_patch
 
 
@@ -46,10 +47,12 @@ def command(
     `sem-timm transfer run --set memory=32 --transfer epochs=5 --transfer train=module --output swapped`.
     """
     how = _transfer_options(transfer_options)
+    if operation not in attention_kinds():
+        raise OptionError(f'operation {operation!r} is no attention. {closest(operation, attention_kinds())}')
     if output is not None and output.exists():
         raise OptionError(f'--output {output} exists; name a new folder.')
     opened = open_run(run)
-    names = parse_target(target)
+    names, chosen = parse_target(target), parse_pairs(options, '--set')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', SwapWarning)  # it is about to be trained
         patch_model(
@@ -57,16 +60,20 @@ def command(
             operation,
             target=list(names) if isinstance(names, tuple) else names,
             input_size=opened.input_size,
-            **parse_pairs(options, '--set'),
+            **chosen,
         )
     result = transfer(opened.model, opened.training, how, evaluation=opened.validation)
     if output is not None:
         with explained(output):
             output.mkdir(parents=True)
-        write_whole(output / 'model.safetensors', lambda path: save_model(opened.model, str(path)))
+        told = replace(opened.options, operation=operation, operation_options=chosen, target=names, output=str(output))
+        write_whole(output / OPTIONS, lambda path: path.write_text(told.to_json(), encoding='utf-8'))
+        write_whole(output / WEIGHTS, lambda path: save_model(opened.model, str(path)))
         if how.train == 'new' and how.distill_train in (None, 'new'):  # else the base has changed with it
-            save_patch(opened.model, output / 'patch')
+            save_patch(opened.model, output / PATCH)
     print(json.dumps(result.to_dict(), indent=1) if as_json else result)
+    if output is not None and not as_json:
+        print(f'Weights, as those of a run: {output}')
 
 
 def _transfer_options(pairs: list[str] | None) -> TransferOptions:
@@ -74,7 +81,8 @@ def _transfer_options(pairs: list[str] | None) -> TransferOptions:
     for name in ('stages', 'sharpness'):
         if name in values and not isinstance(values[name], tuple):
             values[name] = (values[name],)
-    try:
-        return TransferOptions(**values)
-    except TypeError as error:
-        raise OptionError(f'--transfer: {error}; its keys are the fields of sem_timm.TransferOptions.') from error
+    known = [field.name for field in fields(TransferOptions)]
+    for name in values:
+        if name not in known:
+            raise OptionError(f'--transfer: option {name!r} is unknown. {closest(name, known)}')
+    return TransferOptions(**values)
