@@ -65,7 +65,7 @@ from sem_timm.surgery import (
 
 if TYPE_CHECKING:
     from sem_timm.attention_transfer import TransferOptions, TransferResult, initialize_memories, match_layers, transfer
-    from sem_timm.finetuning import FinetuneOptions, FinetuneResult, finetune
+    from sem_timm.finetuning import FinetuneOptions, FinetuneResult, finetune, open_run
     from sem_timm.persistence import load_patch, save_patch
     from sem_timm.reports import AttentionMap, Decisions, Summary, attention_map, decisions, summary
 
@@ -124,6 +124,7 @@ __all__ = [
     'invariance_penalty',
     'load_patch',
     'match_layers',
+    'open_run',
     'operation_names',
     'patch_model',
     'patched',
@@ -146,7 +147,7 @@ _LAZY = {
         'match_layers',
         'transfer',
     ),
-    'sem_timm.finetuning': ('FinetuneOptions', 'FinetuneResult', 'finetune'),
+    'sem_timm.finetuning': ('FinetuneOptions', 'FinetuneResult', 'finetune', 'open_run'),
     'sem_timm.persistence': ('load_patch', 'save_patch'),
     'sem_timm.reports': ('AttentionMap', 'Decisions', 'Summary', 'attention_map', 'decisions', 'summary'),
 }
