@@ -68,7 +68,8 @@ def measured(base: nn.Module, loader: Any, evaluation: Any, memory: int, **optio
     return sem_timm.transfer(model, loader, evaluation=evaluation, **options)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """What was typed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', type=Path, default=FOLDER, help='folder of the idx files')
     parser.add_argument('--weights', type=Path, help='file that keeps the trained original')
@@ -81,7 +82,11 @@ def main() -> None:
     parser.add_argument('--passes', type=int, default=14, help='passes over them in the longest training')
     parser.add_argument('--test-images', type=int, default=5000, help='test images that accuracy is measured on')
     parser.add_argument('--only', default='', help='run the ways whose name has this text, and keep other figures')
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = arguments()
     if given.device == 'cpu':
         torch.set_num_threads(1)
     train, test = fashion_mnist(given.data, 'train'), fashion_mnist(given.data, 't10k')

@@ -16,10 +16,11 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from sem_timm.attention_transfer.batches import drawn, number_of_steps
-from sem_timm.attention_transfer.measure import first_tensor, visiting
+from sem_timm.attention_transfer.measure import visiting
 from sem_timm.attention_transfer.options import TransferOptions
 from sem_timm.attention_transfer.pair import Pair, SwappedLayer
 from sem_timm.errors import OptionError, closest
+from sem_timm.surgery.evaluate import first_tensor
 
 # Called after each step with the stage, the step, the number of steps and the loss.
 Progress = Callable[[str, int, int, float], None]

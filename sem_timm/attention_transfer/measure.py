@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from sem_timm.attention_transfer.batches import images_and_labels
 from sem_timm.attention_transfer.pair import Pair, SwappedLayer
+from sem_timm.surgery.evaluate import first_tensor
 
 Visit = Callable[[SwappedLayer, tuple[Any, ...], dict[str, Any], Tensor], None]
 
@@ -33,11 +33,6 @@ def visiting(pair: Pair, visit: Visit) -> Iterator[nn.Module]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def first_tensor(output: Any) -> Tensor:
-    """The first tensor of what a module returns."""
-    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
 
 @dataclass

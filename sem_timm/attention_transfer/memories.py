@@ -9,7 +9,6 @@ For that, keys drawn at random were a better basis than centres of clusters wher
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,42 +22,34 @@ from sem_timm.attention_transfer.pair import Pair, SwappedLayer
 from sem_timm.errors import OptionError, RefusedError
 from sem_timm.layers import ExternalAttention
 from sem_timm.layers.k_means import cluster_means, k_means, nearest
-from sem_timm.surgery.evaluate import values_of
 from sem_timm.surgery.reading import bound_arguments
 from sem_timm.surgery.skeleton import Call
 from sem_timm.surgery.swap.cores import Core
+from sem_timm.surgery.swap.original import Computed
 
 # Tokens that k-means looks at, per core.
 ROWS = 16384
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """What went into an old core and came out of it; queries as the new core gets them."""
+def _token_weights(old: Computed, num_prefix_tokens: int) -> Tensor:
+    """How much each token counts (N): the leading ones together as much as all others together."""
+    count, prefix = old.query.shape[-2], num_prefix_tokens
+    weights = old.query.new_ones(count)
+    if 0 < prefix < count:
+        weights[:prefix], weights[prefix:] = count / prefix / 2, count / (count - prefix) / 2
+    return weights
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    output: Tensor
-    mask: Tensor | None
 
-    def weights(self, num_prefix_tokens: int) -> Tensor:
-        """How much each token counts (N): the leading ones together as much as all others together."""
-        count, prefix = self.query.shape[-2], num_prefix_tokens
-        weights = self.query.new_ones(count)
-        if 0 < prefix < count:
-            weights[:prefix], weights[prefix:] = count / prefix / 2, count / (count - prefix) / 2
-        return weights
+def _rows(old: Computed, core: ExternalAttention) -> tuple[Tensor, Tensor]:
+    """Queries and outputs, (heads, R, d) each."""
+    return core.heads_first(old.query).flatten(1, 2), core.heads_first(old.output).flatten(1, 2)
 
-    def rows(self, core: ExternalAttention) -> tuple[Tensor, Tensor]:
-        """Queries and outputs, (heads, R, d) each."""
-        return core.heads_first(self.query).flatten(1, 2), core.heads_first(self.output).flatten(1, 2)
 
-    def keys_and_values(self, core: ExternalAttention) -> tuple[Tensor, Tensor]:
-        """Keys and values, (heads, R, d) each; heads that share theirs get one copy each."""
-        leading = self.query.shape[:-2]
-        key, value = (x.expand(*leading, *x.shape[-2:]) for x in (self.key, self.value))
-        return core.heads_first(key).flatten(1, 2), core.heads_first(value).flatten(1, 2)
+def _keys_and_values(old: Computed, core: ExternalAttention) -> tuple[Tensor, Tensor]:
+    """Keys and values, (heads, R, d) each; heads that share theirs get one copy each."""
+    leading = old.query.shape[:-2]
+    key, value = (x.expand(*leading, *x.shape[-2:]) for x in (old.key, old.value))
+    return core.heads_first(key).flatten(1, 2), core.heads_first(value).flatten(1, 2)
 
 
 def check_memories(pair: Pair) -> None:
@@ -90,12 +81,12 @@ def initialize(pair: Pair, batches: list[Tensor], options: TransferOptions) -> d
     bases = {name: _basis(core) for name, core in _cores(pair).items()}
     prefix = {f'{layer.name}.{child}': layer.num_prefix_tokens for layer in pair.layers for child in layer.cores}
 
-    def add(name: str, core: ExternalAttention, recorded: Recorded, _: float) -> None:
-        outputs = recorded.rows(core)[1]
-        weights = recorded.weights(prefix[name]).repeat(outputs.shape[1] // recorded.query.shape[-2])
+    def add(name: str, core: ExternalAttention, old: Computed, _: float) -> None:
+        outputs = _rows(old, core)[1]
+        weights = _token_weights(old, prefix[name]).repeat(outputs.shape[1] // old.query.shape[-2])
         for factor, problem in zip(options.sharpness, sums[name]):
             bases[name].mk.copy_((centers[name][0] * factor).reshape(bases[name].mk.shape))
-            attention = bases[name](recorded.query, recorded.mask)
+            attention = bases[name](old.query, old.extra)
             problem.add(core.heads_first(attention).flatten(1, 2), outputs, weights)
 
     _over_cores(pair, batches, add)
@@ -136,27 +127,18 @@ def _basis(core: ExternalAttention) -> ExternalAttention:
 
 
 def _over_cores(pair: Pair, batches: list[Tensor], visit: Any) -> None:
-    """Runs the teacher and calls ``visit(name, core, recorded, scale)`` for each old core of each batch."""
+    """Runs the teacher and calls ``visit(name, core, computed, scale)`` for each old core of each batch."""
 
     def look(layer: SwappedLayer, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor) -> None:
         arguments = bound_arguments(layer.teacher, Call(args, kwargs, None))
+        computed = layer.original.compute(layer.teacher, arguments, with_extra=layer.masked)
         for child, core in layer.cores.items():
-            old = layer.original.cores[child]
-            visit(f'{layer.name}.{child}', core, _recorded(layer, child, old, arguments), _scale(old, core.head_dim))
+            scale = _scale(layer.original.cores[child], core.head_dim)
+            visit(f'{layer.name}.{child}', core, computed[child], scale)
 
     with visiting(pair, look) as teacher:
         for images in batches:
             teacher(images)
-
-
-def _recorded(layer: SwappedLayer, child: str, old: Core, arguments: dict[str, Any]) -> Recorded:
-    graph = layer.original.graph
-    assert graph is not None
-    extras = [extra.node for extra in old.extras[:1]] if child in layer.masked else []
-    found = values_of(graph, layer.teacher, arguments, [old.query, old.key, old.value, old.output, *extras])
-    key = found[old.key].mT if old.key_transposed else found[old.key]
-    value, output = (found[node].mT if old.transposed else found[node] for node in (old.value, old.output))
-    return Recorded(found[old.query], key, value, output, found[extras[0]] if extras else None)
 
 
 def _scale(old: Core, head_dim: int) -> float:
@@ -178,8 +160,8 @@ def _clusters(pair: Pair, batches: list[Tensor], options: TransferOptions) -> di
     kept: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in _cores(pair)}
     scales: dict[str, float] = {}
 
-    def sample(name: str, core: ExternalAttention, recorded: Recorded, scale: float) -> None:
-        points, values = recorded.keys_and_values(core) if options.keys == 'keys' else recorded.rows(core)
+    def sample(name: str, core: ExternalAttention, old: Computed, scale: float) -> None:
+        points, values = _keys_and_values(old, core) if options.keys == 'keys' else _rows(old, core)
         chosen = torch.randperm(points.shape[1], generator=generator)[: -(-ROWS // len(batches))].to(points.device)
         kept[name].append((points[:, chosen].float(), values[:, chosen].float()))
         scales[name] = scale

@@ -20,7 +20,7 @@ from sem_timm.surgery.freeze import check_not_compact, trainable_parameters, unr
 from sem_timm.surgery.planning import check_model, plan_swap
 from sem_timm.surgery.rewrite import Edit, edit_of
 from sem_timm.surgery.skeleton import shadow, weightless
-from sem_timm.surgery.swap.rehearsal import Original
+from sem_timm.surgery.swap.original import Original
 
 
 @dataclass(frozen=True)

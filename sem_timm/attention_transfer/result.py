@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sem_timm.attention_transfer.options import TransferOptions
+from sem_timm.tables import table
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,7 @@ class TransferResult:
             ('seconds', *(_number(stage.seconds or None, '.1f') for stage in self.stages)),
         ]
         rows = [row for row in rows if any(row[1:])]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [
-            '  '.join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(row, widths))).rstrip()
-            for row in rows
-        ]
-        lines.insert(1, '  '.join('-' * width for width in widths))
+        lines = table(rows[0], rows[1:])
         lines.append(f'{self.operation} on {self.model_name}: {self.trained:,} parameters trained.')
         return '\n'.join(lines)
 

@@ -70,12 +70,11 @@ def operate(model: nn.Module, options: FinetuneOptions, input_size: tuple[int, .
         return
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', SwapWarning)  # it is about to be trained
-        target, exclude = (list(t) if isinstance(t, tuple) else t for t in (options.target, options.exclude))
         patch_model(
             model,
             options.operation,
-            target=target,
-            exclude=exclude,
+            target=options.target,
+            exclude=options.exclude,
             input_size=input_size,
             **options.operation_options,
         )

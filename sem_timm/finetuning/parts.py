@@ -119,7 +119,8 @@ def build_parts(options: FinetuneOptions, accelerator: Accelerator, network: nn.
     """Builds everything a run needs, on all processes alike; ``network`` takes the place of a model by name."""
     share = _share(options, accelerator)
     set_seed(options.seed)
-    data, model, config = _data_and_model(options, accelerator, network, share)
+    with accelerator.main_process_first():  # so that one alone downloads
+        data, model, config = data_and_model(options, share.part_size, network)
     operate(model, options, config['input_size'])
     memory_format = _memory_format(options)
     model = model.to(device=accelerator.device).to(memory_format=memory_format)
@@ -169,12 +170,12 @@ def _share(options: FinetuneOptions, accelerator: Accelerator) -> Share:
     return share
 
 
-def _data_and_model(
-    options: FinetuneOptions, accelerator: Accelerator, network: nn.Module | None, share: Share
+def data_and_model(
+    options: FinetuneOptions, part_size: int, network: nn.Module | None = None
 ) -> tuple[Data, nn.Module, dict[str, Any]]:
-    with accelerator.main_process_first():  # so that one alone downloads
-        data = open_data(options, part_size=share.part_size)
-        model = create_model(options, data.num_classes) if network is None else network
+    """The images of a run, its model before any operation, and what timm's transforms are made from."""
+    data = open_data(options, part_size=part_size)
+    model = create_model(options, data.num_classes) if network is None else network
     config = data_config(model, options)
     if config['input_size'][0] == 1:
         for samples in (data.train, data.validation):

@@ -6,19 +6,17 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
-from sem_timm.finetuning.datasets import Data, open_data
 from sem_timm.finetuning.errors import CheckpointError
 from sem_timm.finetuning.files import OPTIONS, WEIGHTS
 from sem_timm.finetuning.loading import TrainingLoader, ValidationLoader
-from sem_timm.finetuning.models import create_model, data_config, operate
+from sem_timm.finetuning.models import operate
 from sem_timm.finetuning.options import FinetuneOptions
-from sem_timm.finetuning.parts import create_accelerator
+from sem_timm.finetuning.parts import create_accelerator, data_and_model
 from sem_timm.finetuning.sampling import Share
 
 
@@ -77,13 +75,9 @@ def open_run(folder: str | os.PathLike[str], *, data: str | None = None) -> Run:
     options = options if data is None else replace(options, data=data)
     accelerator = create_accelerator(options)
     share = Share(0, 1, options.batch_size, 1)
-    found: Data = open_data(options, part_size=share.part_size)
     # The weights are those of the run: none are to be downloaded.
-    model = create_model(replace(options, pretrained=False, weights=None), found.num_classes)
-    config: dict[str, Any] = data_config(model, options)
-    if config['input_size'][0] == 1:
-        for samples in (found.train, found.validation):
-            samples.mode = 'L'
+    plain = replace(options, pretrained=False, weights=None)
+    found, model, config = data_and_model(plain, share.part_size)
     operate(model, options, config['input_size'])
     try:
         load_model(model, str(folder / WEIGHTS))

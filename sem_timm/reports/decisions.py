@@ -15,11 +15,12 @@ from sem_timm.errors import ModelError, OptionError
 from sem_timm.layers import SEM, Excitation
 from sem_timm.layers.excitation import check_at_least_one
 from sem_timm.reports.batches import Loader, labelled_batches
-from sem_timm.reports.isolation import device_of, isolated, preserved_random_state
+from sem_timm.reports.isolation import device_of, isolated
 from sem_timm.reports.moments import Moments
 from sem_timm.reports.pictures import Panel, check_path, heatmaps
-from sem_timm.reports.tables import table
+from sem_timm.surgery.random_state import preserved_random_state
 from sem_timm.surgery.skeleton import dtype_of
+from sem_timm.tables import table
 
 
 @dataclass(frozen=True, eq=False, repr=False)

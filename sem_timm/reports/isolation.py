@@ -1,11 +1,6 @@
-"""Running a model without leaving a trace in it: on a copy around its own weights, with random generators put back."""
+"""Running a model without leaving a trace in it: on a copy around its own weights."""
 
 from __future__ import annotations
-
-import random
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -13,24 +8,6 @@ from torch import nn
 from sem_timm.errors import ModelError
 from sem_timm.surgery.planning import check_model
 from sem_timm.surgery.skeleton import shadow
-
-
-@contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Puts back the state of the random generators of torch, Python and numpy, also after an error."""
-    on_cpu, python = torch.get_rng_state(), random.getstate()
-    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    numpy = sys.modules.get('numpy')  # where nobody has imported it, nobody has drawn from it
-    drawn = None if numpy is None else numpy.random.get_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(on_cpu)
-        random.setstate(python)
-        if on_gpu:
-            torch.cuda.set_rng_state_all(on_gpu)
-        if numpy is not None:
-            numpy.random.set_state(drawn)
 
 
 def isolated(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:

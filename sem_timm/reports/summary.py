@@ -10,11 +10,12 @@ from torch import nn
 
 from sem_timm.errors import ModelError
 from sem_timm.reports.costs import Cost, measured
-from sem_timm.reports.isolation import preserved_random_state
-from sem_timm.reports.tables import table
-from sem_timm.surgery import compact_model, patched, unpatch_model
+from sem_timm.surgery import patched, unpatch_model
+from sem_timm.surgery.freeze import unread_parameters
 from sem_timm.surgery.planning import check_model
+from sem_timm.surgery.random_state import preserved_random_state
 from sem_timm.surgery.skeleton import probe, weightless
+from sem_timm.tables import table
 
 # What no child of the model computes or holds.
 _OWN = '(model)'
@@ -150,11 +151,8 @@ def _base(model: nn.Module) -> nn.Module:
 
 def _unread(model: nn.Module) -> int:
     """How many parameters compacting would drop."""
-    if all(module.position != 'core' for module in patched(model)):
-        return 0
-    copy = weightless(model)
-    before = sum(parameter.numel() for parameter in copy.parameters())
-    return before - sum(parameter.numel() for parameter in compact_model(copy).parameters())
+    unread = unread_parameters(model)
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if name in unread)
 
 
 def _parts(model: nn.Module) -> Callable[[str], str]:

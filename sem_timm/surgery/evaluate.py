@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sem_timm.surgery.effects import needed_for
 from sem_timm.surgery.layout import LayoutMode
@@ -84,3 +84,8 @@ def run_needed(runner: fx.Interpreter, nodes: list[fx.Node], at_first: Collectio
                 if node in at_first:
                     copies[node] = tree_map_only(torch.Tensor, torch.clone, runner.env[node])
     return {node: copies.get(node, runner.env[node]) for node in nodes}
+
+
+def first_tensor(output: Any) -> torch.Tensor:
+    """The first tensor of what a module returns."""
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor))

@@ -12,6 +12,7 @@ from torch import nn
 
 from sem_timm.errors import OptionError
 from sem_timm.surgery.rewrite import Edit
+from sem_timm.tables import table
 
 POSITIONS = ('auto', 'residual', 'output')
 BRANCHES = ('last', 'all')
@@ -263,16 +264,8 @@ class Plan:
 
     def __repr__(self) -> str:
         columns = self.sites[0].columns
-        rows = [columns, *(site.row() for site in self.sites)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
-        numbers = len(columns) - sum(name in _NUMBERS for name in columns)
-        lines = [
-            '  '.join(
-                text.ljust(w) if i < numbers else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths))
-            ).rstrip()
-            for row in rows
-        ]
-        lines.insert(1, '  '.join('-' * width for width in widths))
+        rows = [site.row() for site in self.sites]
+        lines = table(columns, rows, left=len(columns) - sum(name in _NUMBERS for name in columns))
         noun = 'site' if len(self) == 1 else 'sites'
         kept = 'the outputs stay bit for bit the same' if self.operation.is_identity else 'the outputs change'
         if self.swaps_attention:

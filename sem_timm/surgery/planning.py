@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
 import re
-import sys
 import weakref
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +16,7 @@ from sem_timm.errors import ModelError, RefusedError, TraceError
 from sem_timm.surgery.insert import Inserter
 from sem_timm.surgery.placement import Placement, Placer, Refused
 from sem_timm.surgery.plan import Insertion, Plan, Refusal, Swap
+from sem_timm.surgery.random_state import preserved_random_state
 from sem_timm.surgery.reading import Reader
 from sem_timm.surgery.rewrite import DISABLED, Edit
 from sem_timm.surgery.select import Target, select
@@ -48,6 +47,7 @@ def plan_insertion(
         ModelError: If the model is wrapped, or its input size is not known.
         OptionError: If ``input_size`` does not fit the model.
     """
+    check_model(model)
     return _planned(model, operation, Inserter, target, exclude, input_size)
 
 
@@ -85,10 +85,9 @@ def _planned(
     exclude: Target | None,
     input_size: tuple[int, ...] | None,
 ) -> Plan:
-    check_model(model)
     wanted = None if target is None else select(model, target)
     unwanted = _excluded(model, exclude)
-    with _kept_random_states(), _on_cpu():
+    with preserved_random_state(on_gpus=False), _on_cpu():
         reader = Reader(probe(model, input_size))
         placer = placer_of(reader, operation)
         found = [name for name in placer.candidates if name not in unwanted]
@@ -205,21 +204,6 @@ class _Work:
                 + ('\n  '.join(reasons[:5]) or 'all of them are excluded')
                 + more
             )
-
-
-@contextmanager
-def _kept_random_states() -> Iterator[None]:
-    """Keeps the state of every random generator that a forward may draw from."""
-    numpy_random = sys.modules.get('numpy.random')
-    numpy_state = numpy_random.get_state() if numpy_random else None
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(state)
-        if numpy_random:
-            numpy_random.set_state(numpy_state)
 
 
 def _on_cpu() -> AbstractContextManager[object]:

@@ -46,8 +46,8 @@ def command(
     plan = plan_model(
         network,
         operation,
-        target=_as_list(parse_target(target)),
-        exclude=_as_list(parse_target(exclude)),
+        target=parse_target(target),
+        exclude=parse_target(exclude),
         input_size=(channels, image_size, image_size) if image_size else None,
         **parse_pairs(options, '--set'),
     )
@@ -55,10 +55,6 @@ def command(
         print(plan.code(code).rstrip())
     else:
         print(json.dumps(plan.to_dict(), indent=1) if as_json else plan)
-
-
-def _as_list(target: str | tuple[str, ...] | None) -> str | list[str] | None:
-    return list(target) if isinstance(target, tuple) else target
 
 
 def _create(name: str, options: dict[str, Any]) -> nn.Module:

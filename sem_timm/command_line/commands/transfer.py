@@ -58,7 +58,7 @@ def command(
         patch_model(
             opened.model,
             operation,
-            target=list(names) if isinstance(names, tuple) else names,
+            target=names,
             input_size=opened.input_size,
             **chosen,
         )

@@ -109,9 +109,9 @@ def _heads(chain: list[fx.Node], values: Values) -> int | None:
     if layout is None or not isinstance(given, Tensor) or given.ndim != 3 or layout.channel != 2:
         return None
     rows: Any = projection.kwargs
-    if rows['period'] % (rows['last'] - rows.get('first', 0)):
-        return None
     count = rows['last'] - rows.get('first', 0)
+    if rows['period'] % count:
+        return None
     numbers = torch.arange(given.shape[0] * given.shape[1] * count).view(*given.shape[:2], count)
     env: dict[fx.Node, Any] = {projection: numbers}
     try:

@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from sem_timm.errors import SwapWarning
-from sem_timm.surgery.evaluate import values_of
+from sem_timm.surgery.evaluate import first_tensor
 from sem_timm.surgery.plan import Plan, Swap
 from sem_timm.surgery.reading import bound_arguments
 from sem_timm.surgery.rewrite import Edit, patched_class
 from sem_timm.surgery.skeleton import Call, dtype_of, shadow
-from sem_timm.surgery.swap.rehearsal import Original
+from sem_timm.surgery.swap.original import Original
 
 # Biases and nonlinear layers behind a core make its scale and that of the module's output differ, so the latter is
 # corrected step by step, until the standard deviations agree to this part.
@@ -72,32 +71,18 @@ class _Matching:
             return
         if self.original.graph is not None:
             arguments = bound_arguments(module, Call(args, kwargs, None))
-            for attribute, (inputs, output) in self._old_cores(module, arguments).items():
-                self._scale([new[attribute]], new[attribute](*inputs), output)
-        before = _first(module.forward(*args, **kwargs))
+            for attribute, old in self.original.compute(module, arguments).items():
+                inputs = (old.query, old.key, old.value) if self.operation.reads_keys else (old.query,)
+                self._scale([new[attribute]], new[attribute](*inputs), old.output)
+        before = first_tensor(module.forward(*args, **kwargs))
         module.__class__ = patched_class(self.edit)
         for attribute, child in new.items():
             module.add_module(attribute, child)
         for _ in range(CORRECTIONS):
-            factor = self._scale(list(new.values()), _first(module.forward(*args, **kwargs)), before)
+            factor = self._scale(list(new.values()), first_tensor(module.forward(*args, **kwargs)), before)
             if abs(factor - 1) < TOLERANCE:
                 break
         module.__class__ = self.edit.base
-
-    def _old_cores(self, module: nn.Module, arguments: dict[str, Any]) -> dict[str, tuple[list[Tensor], Tensor]]:
-        """What each old core gets, as far as the new one reads it, and what it returns, by the new child."""
-        graph, cores = self.original.graph, self.original.cores
-        assert graph is not None
-        wanted = [node for c in cores.values() for node in (c.query, c.key, c.value, c.output)]
-        values = values_of(graph, module, arguments, wanted, [core.output for core in cores.values()])
-        found = {}
-        for name, core in cores.items():
-            key, value, output = values[core.key], values[core.value], values[core.output]
-            inputs = [values[core.query], key.mT if core.key_transposed else key]
-            inputs.append(value.mT if core.transposed else value)
-            read = inputs if self.operation.reads_keys else inputs[:1]
-            found[name] = read, output.mT if core.transposed else output
-        return found
 
     def _scale(self, new: list[nn.Module], present: Tensor, wanted: Tensor) -> float:
         """Scales new cores by how much larger one standard deviation is than another, where that has a meaning."""
@@ -108,7 +93,3 @@ class _Matching:
         for child in new:
             self.operation.scale_output(child, factor)
         return factor
-
-
-def _first(output: Any) -> Tensor:
-    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sem_timm.errors import TraceError
@@ -16,22 +15,9 @@ from sem_timm.surgery.plan import Swap
 from sem_timm.surgery.reading import Reader
 from sem_timm.surgery.rewrite import Edit, patched_class
 from sem_timm.surgery.skeleton import Call
-from sem_timm.surgery.swap.cores import Core
+from sem_timm.surgery.swap.original import Original
 from sem_timm.surgery.swap.tables import unread_tables
 from sem_timm.surgery.swap.unread import reached_parameters, unread_parameters, upstream_arguments
-
-
-@dataclass(frozen=True)
-class Original:
-    """How the old attention of a module is computed.
-
-    Attributes:
-        graph: The graph of its forward; None where the whole module is replaced.
-        cores: Its cores, by the names of the new children.
-    """
-
-    graph: fx.Graph | None
-    cores: dict[str, Core]
 
 
 def rehearse_swap(reader: Reader, placements: dict[str, Placement], operation: Swap) -> Aftermath:

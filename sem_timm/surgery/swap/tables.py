@@ -45,16 +45,16 @@ def _called_methods(model: nn.Module, name: str, module: nn.Module, images: Tens
     owner = model.get_submodule(name.rpartition('.')[0])
     named = {'forward', *names_called(type(owner))}
     own = [method for cls in type(module).__mro__ if cls not in nn.Module.__mro__ for method in vars(cls)]
-    methods = [method for method in dict.fromkeys(own) if isinstance(getattr(type(module), method), FunctionType)]
+    methods = {name for name in named.intersection(own) if isinstance(getattr(type(module), name), FunctionType)}
     called: dict[str, None] = {}
     depth = [0]
-    for method in named.intersection(methods):
+    for method in methods:
         module.__dict__[method] = _noted(getattr(module, method), method, called, depth)
     try:
         with torch.no_grad():
             model(images)
     finally:
-        for method in named.intersection(methods):
+        for method in methods:
             del module.__dict__[method]
     return sorted(called)
 

@@ -1,0 +1,70 @@
+"""How the old attention of a swapped module is computed, and what it gives on real inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from sem_timm.surgery.evaluate import values_of
+from sem_timm.surgery.swap.cores import Core
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What went into an old core and came out of it.
+
+    Attributes:
+        query: The queries, (..., N, d).
+        key: The keys, (..., M, d).
+        value: The values, (..., M, d_v).
+        output: The result, (..., N, d_v).
+        extra: The first bias or mask that went into the logits, where it was asked for.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    extra: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Original:
+    """How the old attention of a module is computed.
+
+    Attributes:
+        graph: The graph of its forward; None where the whole module is replaced.
+        cores: Its cores, by the names of the new children.
+    """
+
+    graph: fx.Graph | None
+    cores: dict[str, Core]
+
+    def compute(
+        self, module: nn.Module, arguments: dict[str, Any], with_extra: Iterable[str] = ()
+    ) -> dict[str, Computed]:
+        """Runs the old attention as far as its cores, without gradients.
+
+        Args:
+            module: The module, or a twin of it.
+            arguments: The arguments of a call, by name.
+            with_extra: The cores of which the first bias or mask is wanted.
+
+        Returns:
+            What each core gets and returns, by the name of the new child.
+        """
+        assert self.graph is not None
+        extras = {name: self.cores[name].extras[0].node for name in with_extra if self.cores[name].extras}
+        wanted = [node for c in self.cores.values() for node in (c.query, c.key, c.value, c.output)]
+        outputs = [core.output for core in self.cores.values()]
+        values = values_of(self.graph, module, arguments, [*wanted, *extras.values()], outputs)
+        found = {}
+        for name, core in self.cores.items():
+            key = values[core.key].mT if core.key_transposed else values[core.key]
+            value, output = (values[n].mT if core.transposed else values[n] for n in (core.value, core.output))
+            extra = values[extras[name]] if name in extras else None
+            found[name] = Computed(values[core.query], key, value, output, extra)
+        return found
