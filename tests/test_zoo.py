@@ -1,0 +1,20 @@
+"""A sample of timm's architectures, another one every day; benchmarks/zoo.py checks all of them in the same way."""
+
+from __future__ import annotations
+
+import random
+from datetime import date
+
+import pytest
+
+from tests.zoo_check import OPERATIONS, Subject, own_architectures
+
+SAMPLE = sorted(random.Random(date.today().isoformat()).sample(own_architectures(), 30))
+
+
+@pytest.mark.parametrize('architecture', SAMPLE)
+def test_nothing_about_a_model_changes_but_what_should(architecture: str) -> None:
+    subject = Subject(architecture)
+    results = {operation: subject.check(operation) for operation in OPERATIONS}
+    assert results['sem'].sites > 0
+    assert not any(result.failed for result in results.values()), results

@@ -1,0 +1,306 @@
+"""One architecture of timm, patched and given back, with everything about it compared with the model before.
+
+Models of up to `MAX_PARAMETERS` are checked in numbers, on the CPU and at the smallest images they take; larger ones on
+the meta device, where shapes, keys, classes and which parameters are reached can still be told.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import sem_timm
+from tests.snapshot import Snapshot, assert_same, snapshot
+
+MAX_PARAMETERS = 100_000_000
+OPERATIONS = ('sem', 'external')
+SIZES = (32, 64, 96, 128, 160, 192, 224)  # of images, tried before the model's own
+
+
+@dataclass
+class Result:
+    """What one operation did to one architecture.
+
+    Attributes:
+        sites: Number of modules inserted, or of attentions swapped.
+        residual: How many of the sites are on residual branches.
+        refused: Name and reason of each module that was refused.
+        message: Why the model as a whole was refused.
+        new_parameters: How many numbers the new parameters hold.
+        held: The statements that held.
+        failed: Those that did not, each with what was seen instead.
+    """
+
+    sites: int = 0
+    residual: int = 0
+    refused: list[str] = field(default_factory=list)
+    message: str = ''
+    new_parameters: int = 0
+    held: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def own_architectures() -> list[str]:
+    """timm's own names, without the variants that sem_timm registers."""
+    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith('timm.')]
+
+
+@dataclass
+class Step:
+    """A training step without an update: the outputs, and the gradients of the parameters that got one."""
+
+    outputs: list[Tensor]
+    gradients: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module, images: Tensor) -> Step:
+        """Runs ``model`` in training mode; everything random in it starts from the same seed each time."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            leaves = _tensors(model.train()(images))
+        torch.stack([leaf.float().square().mean() for leaf in leaves]).sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return cls([leaf.detach() for leaf in leaves], gradients)
+
+
+class Subject:
+    """An unpatched model, its images, and what it computes with them.
+
+    Args:
+        architecture: Its name in timm.
+
+    Attributes:
+        parameters: Their number.
+        model: The model, with the same random weights each time.
+        images: Two images.
+        probe: Shape (C, H, W) to plan with, where it is not the one that the model's configuration names.
+    """
+
+    def __init__(self, architecture: str) -> None:
+        self.architecture = architecture
+        with torch.device('meta'):
+            model = timm.create_model(architecture)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        size = int(model.pretrained_cfg['input_size'][-1])
+        self.probe: tuple[int, ...] | None = None
+        if self.parameters > MAX_PARAMETERS:
+            self.model, self.images = model.eval(), _images(model, size)
+        else:
+            self.model, self.images, self.probe = _smallest(architecture, size)
+
+    @cached_property
+    def outputs(self) -> list[Tensor]:
+        """In inference."""
+        return _outputs(self.model, self.images)
+
+    @cached_property
+    def step(self) -> Step:
+        """In training."""
+        return Step.of(copy.deepcopy(self.model), self.images)
+
+    def check(self, operation: str) -> Result:
+        """Patches a copy of the model, compares it with the model in every way, and undoes the patch."""
+        result, model = Result(), copy.deepcopy(self.model)
+        before = _state(model)
+        try:
+            plan = sem_timm.plan_model(model, operation, input_size=self.probe)
+        except sem_timm.RefusedError as refusal:
+            result.message = str(refusal)
+            _record(result, {'undo': lambda: assert_same(before, _state(model))})
+            return result
+        result.sites, result.residual = len(plan), sum(site.position == 'residual' for site in plan)
+        result.refused = [f'{refusal.name}: {refusal.reason}' for refusal in plan.refusals]
+        result.new_parameters = plan.num_parameters
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', sem_timm.SwapWarning)
+            sem_timm.patch_model(model, plan)
+        _record(result, Comparison(self, model, plan).statements())
+        sem_timm.unpatch_model(model)
+        _record(result, {'undo': lambda: assert_same(before, _state(model))})
+        return result
+
+
+class Comparison:
+    """A patched model beside the subject it was copied from.
+
+    Args:
+        subject: The unpatched model.
+        model: The patched one.
+        plan: What was applied to it.
+    """
+
+    def __init__(self, subject: Subject, model: nn.Module, plan: sem_timm.Plan) -> None:
+        self.subject, self.model, self.plan = subject, model, plan
+
+    def statements(self) -> dict[str, Callable[[], None]]:
+        """What has to hold, by name; each raises an error if it does not."""
+        common = {'shape': self.shape, 'keys': self.keys, 'copy': self.copy, 'gradients': self.gradients}
+        return common if self.plan.swaps_attention else {**common, 'identity': self.identity, 'training': self.training}
+
+    @cached_property
+    def outputs(self) -> list[Tensor]:
+        """Of the patched model in inference."""
+        return _outputs(self.model, self.subject.images)
+
+    @cached_property
+    def twin(self) -> nn.Module:
+        """A copy of the patched model, to be trained."""
+        return copy.deepcopy(self.model)
+
+    @cached_property
+    def step(self) -> Step:
+        """A training step of the patched model."""
+        return Step.of(self.twin, self.subject.images)
+
+    def shape(self) -> None:
+        """The outputs have the shapes they had, and are finite where they were."""
+        for old, new in _pairs(self.subject.outputs, self.outputs):
+            assert old.shape == new.shape and old.dtype == new.dtype, f'{tuple(old.shape)} became {tuple(new.shape)}'
+            assert old.is_meta or new.isfinite().all() or not old.isfinite().all(), 'not finite'
+
+    def keys(self) -> None:
+        """All keys of the state_dict are still there, in their order and with their values; new ones came in."""
+        old, new = self.subject.model.state_dict(), self.model.state_dict()
+        assert [name for name in new if name in old] == list(old), f'missing: {sorted(old.keys() - new.keys())[:3]}'
+        assert len(new) > len(old), 'there are no new ones'
+        for name, tensor in old.items():
+            assert _same(tensor, new[name]), f'{name} changed'
+
+    def copy(self) -> None:
+        """A deep copy computes the same."""
+        for first, second in _pairs(self.outputs, _outputs(self.twin.eval(), self.subject.images)):
+            assert _same(first, second), f'off by {_difference(first, second)}'
+
+    def gradients(self) -> None:
+        """Each new parameter gets a gradient, and each old one that had one and is still read."""
+        new = self.step.gradients
+        lost = self.subject.step.gradients.keys() - new.keys() - set(self.plan.unread)
+        assert not lost, f'{len(lost)} old parameters have none: {sorted(lost)[:3]}'
+        names = {name for name, _ in self.twin.named_parameters()}
+        without = names - {name for name, _ in self.subject.model.named_parameters()} - new.keys()
+        assert not without, f'{len(without)} new parameters have none: {sorted(without)[:3]}'
+        for name, gradient in new.items():
+            assert gradient.is_meta or gradient.isfinite().all(), f'that of {name} is not finite'
+
+    def identity(self) -> None:
+        """In inference the outputs are the same, bit for bit."""
+        for old, new in _pairs(self.subject.outputs, self.outputs):
+            assert _same(old, new), f'off by {_difference(old, new)}'
+
+    def training(self) -> None:
+        """In training the outputs and the gradients of all old parameters are the same, bit for bit."""
+        for old, new in _pairs(self.subject.step.outputs, self.step.outputs):
+            assert _same(old, new), f'outputs off by {_difference(old, new)}'
+        for name, gradient in self.subject.step.gradients.items():
+            new = self.step.gradients[name]
+            assert _same(gradient, new), f'gradient of {name} off by {_difference(gradient, new)}'
+
+
+def _record(result: Result, statements: dict[str, Callable[[], None]]) -> None:
+    for name, statement in statements.items():
+        try:
+            statement()
+        except Exception as error:  # one that does not hold must not hide the others
+            result.failed[name] = f'{type(error).__name__}: {error}'
+        else:
+            result.held.append(name)
+
+
+def _smallest(architecture: str, own: int) -> tuple[nn.Module, Tensor, tuple[int, ...] | None]:
+    """The model and the smallest images it takes, created for that size where the size is fixed, and then the probe.
+
+    So small that a window or a stage is left with a single token, and fewer modules can be patched, is too small.
+    """
+    model = _created(architecture)
+    sizes = [size for size in SIZES if size < own]
+    for size in sizes:
+        images = _images(model, size)
+        if _takes(model, images):
+            return model, images, None
+    sites = _numbers_of_sites(model)
+    for size in sizes:
+        try:
+            smaller = _created(architecture, img_size=size)
+        except Exception:  # there is no such option, or the size does not suit the model
+            continue
+        images = _images(smaller, size)
+        probe = tuple(images.shape[1:])
+        if _takes(smaller, images) and _numbers_of_sites(smaller, probe) == sites:
+            return smaller, images, probe
+    return model, _images(model, own), None
+
+
+def _numbers_of_sites(model: nn.Module, probe: tuple[int, ...] | None = None) -> list[int]:
+    """For each operation; none where the model is refused."""
+    numbers = []
+    for operation in OPERATIONS:
+        try:
+            numbers.append(len(sem_timm.plan_model(model, operation, input_size=probe)))
+        except sem_timm.RefusedError:
+            numbers.append(0)
+    return numbers
+
+
+def _takes(model: nn.Module, images: Tensor) -> bool:
+    try:
+        Step.of(copy.deepcopy(model), images)
+        return all(output.isfinite().all() for output in _outputs(model, images))
+    except Exception:  # whatever the model says of images that do not suit it
+        return False
+
+
+def _created(architecture: str, **options: Any) -> nn.Module:
+    """The model in inference, with no layer scale, norm or head so small that it would hide a branch."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model(architecture, **options)
+        for parameter in model.parameters():
+            if parameter.ndim <= 1 or not parameter.any():
+                nn.init.uniform_(parameter, 0.5, 1.0)
+    return model.eval()
+
+
+def _images(model: nn.Module, size: int) -> Tensor:
+    shape = 2, int(model.pretrained_cfg['input_size'][0]), size, size
+    if next(model.parameters()).is_meta:
+        return torch.empty(shape, device='meta')
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def _state(model: nn.Module) -> Snapshot:
+    """All but the random generator: building new weights draws from it, as building any module does."""
+    return {name: value for name, value in snapshot(model).items() if name != 'rng'}
+
+
+def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        return _tensors(model(images))
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _pairs(first: list[Tensor], second: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    assert len(first) == len(second), f'{len(first)} outputs became {len(second)}'
+    yield from zip(first, second)
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are equal, with NaN equal to NaN; on meta, whether they look alike."""
+    if first.is_meta or second.is_meta:
+        return first.shape == second.shape and first.dtype == second.dtype
+    return torch.equal(first, second) or (first.shape == second.shape and torch.allclose(first, second, 0, 0, True))
+
+
+def _difference(first: Tensor, second: Tensor) -> float:
+    return float((first.double() - second.double()).abs().max())
