@@ -9,7 +9,7 @@ from typing import Any
 
 import timm
 import torch
-from fashion_mnist import MEAN, STD
+from fashion_data import MEAN, STD
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn

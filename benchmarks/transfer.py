@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fashion_mnist import FOLDER, fashion_mnist
+from fashion_data import FOLDER, fashion_mnist
 from fashion_vit import Recipe, original
 from measuring import machine
 from torch import nn

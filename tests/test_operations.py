@@ -160,7 +160,8 @@ def test_names_that_python_keeps_for_itself() -> None:
 def test_configurations_are_values() -> None:
     assert SEMConfig() == SEMConfig(operators=['se', 'eca', 'ie']) and hash(SEMConfig()) == hash(SEMConfig())
     assert SEMConfig(operators='se').operators == ('se',)
-    assert [*inspect.signature(SEMConfig).parameters] == ['reduction', 'operators', 'init', 'position', 'branches']
+    own = ['reduction', 'operators', 'init', 'decision']
+    assert [*inspect.signature(SEMConfig).parameters] == [*own, 'position', 'branches']
     with pytest.raises(AttributeError):
         SEMConfig().reduction = 8  # type: ignore[misc]
     model = FAMILIES['resnet'].create()

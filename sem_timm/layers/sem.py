@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from sem_timm.errors import OptionError
+from sem_timm.errors import OptionError, closest
 from sem_timm.layers.gate import ChannelGate, GateInit
 from sem_timm.layers.operators import ExcitationClass
+
+DecisionForm: TypeAlias = Literal['sigmoid', 'softmax', 'equal']
+
+DECISION_FORMS: tuple[DecisionForm, ...] = ('sigmoid', 'softmax', 'equal')
 
 
 class SEM(ChannelGate):
@@ -27,11 +32,14 @@ class SEM(ChannelGate):
         init: 'identity' for an exact identity with gates ``2 sigmoid``, 'paper' for the published initial values.
         channel_dim: 1 for (B, C, *spatial), -1 for (B, *spatial, C).
         num_prefix_tokens: For (B, N, C) inputs, how many leading tokens are left out of the pooling. All are gated.
+        decision: 'sigmoid' as published, where any number of operators may count; 'softmax', where they share a sum of
+            one; 'equal' for no decision at all, where each counts as 1.
         device: Where the parameters are created.
         dtype: Type of the parameters.
 
     Attributes:
-        decision: Linear layer from the pooled features to one weight per operator.
+        decision: Linear layer from the pooled features to one weight per operator; None with ``decision='equal'``.
+        decision_form: How its outputs become weights, the argument ``decision``.
         operators: The excitation operators, in order, by name.
 
     Shape:
@@ -50,15 +58,22 @@ class SEM(ChannelGate):
         init: GateInit = 'identity',
         channel_dim: int = 1,
         num_prefix_tokens: int = 0,
+        decision: DecisionForm = 'sigmoid',
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if decision not in DECISION_FORMS:
+            raise OptionError(f'decision={decision!r} is unknown. {closest(str(decision), DECISION_FORMS)}')
         super().__init__(channels, reduction, operators, init, channel_dim, num_prefix_tokens, device, dtype)
-        self.decision = nn.Linear(channels, len(self.operators), device=device, dtype=dtype)
+        self.decision_form = decision
+        self.decision: nn.Linear | None = None
+        if decision != 'equal':
+            self.decision = nn.Linear(channels, len(self.operators), device=device, dtype=dtype)
 
     def reset_parameters(self, init: GateInit | None = None) -> None:
         super().reset_parameters(init)
-        self.decision.reset_parameters()
+        if self.decision is not None:
+            self.decision.reset_parameters()
 
     def decide(self, x: Tensor) -> Tensor:
         """The decision vector (B, n): how much each operator's logits count, between 0 and 1."""
@@ -74,7 +89,10 @@ class SEM(ChannelGate):
         return torch.sigmoid(logits * weights) * (1.0 if self.form == 'paper' else 2.0)
 
     def _decide_pooled(self, pooled: Tensor) -> Tensor:
-        return torch.sigmoid(self.decision(pooled))
+        if self.decision is None:
+            return pooled.new_ones(pooled.shape[0], len(self.operators))
+        weights = self.decision(pooled)
+        return weights.softmax(-1) if self.decision_form == 'softmax' else torch.sigmoid(weights)
 
     def _weighted_pooled(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """The operators' logits (B, n, C), and the decision (B, n, 1) that weighs them."""
@@ -90,6 +108,10 @@ class SEM(ChannelGate):
         for factor in others:
             gate = gate * factor
         return gate
+
+    def extra_repr(self) -> str:
+        form = '' if self.decision_form == 'sigmoid' else f', decision={self.decision_form!r}'
+        return super().extra_repr() + form
 
 
 class Excitation(ChannelGate):

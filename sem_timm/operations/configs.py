@@ -91,6 +91,7 @@ class SEMConfig(_GateConfig):
         reduction: Bottleneck ratio of the fully connected operator.
         operators: Names or classes of excitation operators.
         init: 'identity' for a module that returns its input bit for bit until trained, 'paper' for the published one.
+        decision: How the operators are weighed: 'sigmoid' as published, 'softmax', or 'equal' for no decision.
 
     Raises:
         OptionError: If an option is unknown or out of range.
@@ -99,6 +100,7 @@ class SEMConfig(_GateConfig):
     reduction: int = 16
     operators: tuple[str | Callable[..., nn.Module], ...] = ('se', 'eca', 'ie')
     init: str = 'identity'
+    decision: str = 'sigmoid'
 
     def __post_init__(self) -> None:
         operators: Any = self.operators
@@ -114,7 +116,8 @@ class SEMConfig(_GateConfig):
         return 'sem'
 
     def _module(self, channels: int, **options: Any) -> nn.Module:
-        return SEM(channels, reduction=self.reduction, operators=self.operators, init=_init(self.init), **options)
+        forms: dict[str, Any] = {'init': self.init, 'decision': self.decision}  # any text; the layer checks it
+        return SEM(channels, reduction=self.reduction, operators=self.operators, **forms, **options)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ _INSERTIONS: dict[str, type[InsertionConfig]] = {
 }
 _ATTENTION = 'attention'
 
+# Options that files of older versions do not have; their defaults are what those did.
+_ADDED_LATER = ('decision',)
+
 _MAX_NUMBER = 2**20  # of anything an option counts
 _MAX_ENTRIES = 64
 
@@ -85,7 +88,8 @@ def config_from_json(found: Field) -> Config:
         if not isinstance(values.get('kind'), str):
             raise parts['options'].error("'kind' names the attention, such as 'external'.")
     else:
-        parts['options'].fields(field.name for field in fields(cls))
+        known = [field.name for field in fields(cls)]
+        parts['options'].fields(name for name in known if name in options or name not in _ADDED_LATER)
         for name, field in options.items():
             _check_like(field, values[name], name)
     try:

@@ -195,12 +195,14 @@ def decisions(
 
 def _sem_modules(model: nn.Module) -> dict[str, SEM]:
     """The modules by the names of their blocks; of several in one block, by their own names."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, SEM)}
+    everywhere = {name: module for name, module in model.named_modules() if isinstance(module, SEM)}
+    found = {name: module for name, module in everywhere.items() if module.decision is not None}
     if not found:
         single = any(isinstance(module, Excitation) for module in model.modules())
         why = ' A single operator, which it has, decides nothing.' if single else ''
+        why = " With decision='equal', which it has, nothing is decided." if everywhere else why
         raise ModelError(
-            f'{type(model).__name__} has no Switchable Excitation Module.{why}\n'
+            f'{type(model).__name__} has no Switchable Excitation Module that decides.{why}\n'
             "  sem_timm.patch_model(model, 'sem') puts them in; train the model, and look again."
         )
     blocks = [name.rpartition('.')[0] for name in found]

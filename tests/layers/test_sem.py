@@ -188,6 +188,50 @@ def test_decision_weighs_the_operators() -> None:
     assert torch.equal(sem(x), x)
 
 
+def test_softmax_decision_shares_a_sum_of_one() -> None:
+    sem = trained(SEM(16, init='paper', decision='softmax', dtype=torch.float64))
+    pooled = torch.randn(3, 16, dtype=torch.float64)
+    x = pooled[:, :, None].expand(-1, -1, 4)
+    weights = torch.exp(pooled @ sem.decision.weight.T + sem.decision.bias)
+    weights = weights / weights.sum(1, keepdim=True)
+    torch.testing.assert_close(sem.decide(x), weights, rtol=1e-10, atol=1e-12)
+    gate = torch.ones_like(pooled)
+    for index, operator in enumerate(sem.operators.values()):
+        gate = gate / (1 + torch.exp(-weights[:, index, None] * operator(pooled)))
+    torch.testing.assert_close(sem.gate(x), gate, rtol=1e-10, atol=1e-12)
+
+
+def test_equal_decision_has_no_parameters_and_counts_every_operator_once() -> None:
+    sem = trained(SEM(16, init='paper', decision='equal'))
+    x = torch.randn(3, 16, 4, 4)
+    assert sem.decision is None and not any(name.startswith('decision') for name in sem.state_dict())
+    assert torch.equal(sem.decide(x), torch.ones(3, 3))
+    single = [Excitation(16, name, init='paper') for name in sem.operators]
+    for name, one in zip(sem.operators, single):
+        one.operators[name].load_state_dict(sem.operators[name].state_dict())
+    expected = torch.stack([one.gate(x) for one in single]).prod(0)
+    torch.testing.assert_close(sem.gate(x), expected)
+    sem.reset_parameters('identity')
+    assert torch.equal(sem(x), x)
+
+
+@pytest.mark.parametrize('decision', ['softmax', 'equal'])
+def test_every_decision_starts_as_an_identity_and_gives_the_same_with_and_without_gradients(decision: Any) -> None:
+    sem = SEM(32, decision=decision)
+    x, shortcut = torch.randn(4, 32, 5, 5) + 1, torch.randn(4, 32, 5, 5)
+    assert torch.equal(sem(x), x) and torch.equal(sem(x, shortcut), shortcut + x)
+    last = {name: p for name, p in sem.named_parameters() if name.startswith('operators') and not p.any()}
+    sem(x, shortcut).pow(2).sum().backward()
+    assert last and all(p.grad is not None and p.grad.any() for p in last.values())
+    trained(sem)
+    with torch.no_grad():
+        alone = sem(x, shortcut)
+    torch.testing.assert_close(sem(x, shortcut), alone)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert sem(x.bfloat16()).dtype == torch.bfloat16
+    assert sem.extra_repr().endswith(f'decision={decision!r}')
+
+
 def test_state_dict_names_are_readable() -> None:
     assert set(SEM(16, operators=('se', 'eca', 'ie', 'eca')).state_dict()) == {
         'operators.se.fc1.weight', 'operators.se.fc1.bias', 'operators.se.fc2.weight', 'operators.se.fc2.bias',
@@ -257,6 +301,7 @@ def test_timm_builds_it_as_attn_layer(layer: type[ChannelGate]) -> None:
     (dict(operators='se'), r"operators=\('se', 'eca', 'ie'\)"),
     (dict(operators=('se', 'ecaa')), r"operator 'ecaa' is unknown\. Close: .*eca"),
     (dict(init='papr'), r"init='papr' is unknown\. Close: paper"),
+    (dict(decision='soft'), r"decision='soft' is unknown\. Close: softmax"),
     (dict(channel_dim=2), 'channel_dim=2.*-1 for'),
     (dict(num_prefix_tokens=-1), 'num_prefix_tokens=-1'),
     (dict(num_prefix_tokens=1), 'channel_dim=1.*add channel_dim=-1'),

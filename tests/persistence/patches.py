@@ -18,6 +18,7 @@ from tests.twins import trained
 # A family and the calls of patch_model; they differ in what is recorded and planned anew.
 CASES: dict[str, tuple[str, list[tuple[Any, dict[str, Any]]]]] = {
     'sem': ('resnet', [('sem', {})]),
+    'sem_without_decision': ('resnet', [('sem', {'decision': 'equal'})]),
     'sem_with_options': ('resnet', [('sem', {'reduction': 4, 'operators': ['ie', 'se', 'se'], 'init': 'paper'})]),
     'sem_on_the_last_block_of_a_sequence': ('resnet', [('sem', {'target': 'layer1'})]),
     'sem_on_outputs_and_branches': ('resnet', [('sem', {'target': ['layer1', 'layer2.0']})]),

@@ -41,10 +41,11 @@ branches = st.sampled_from(['last', 'all'])
 inits = st.sampled_from(['identity', 'paper'])
 numbers = st.integers(1, 512)
 operators = st.sampled_from(['se', 'eca', 'ie', 'lct'])
+decisions = st.sampled_from(['sigmoid', 'softmax', 'equal'])
 where = {'position': positions, 'branches': branches}
 
 CONFIGS = st.one_of(
-    st.builds(SEMConfig, numbers, st.lists(operators, min_size=1, max_size=4), inits, **where),
+    st.builds(SEMConfig, numbers, st.lists(operators, min_size=1, max_size=4), inits, decisions, **where),
     st.builds(ExcitationConfig, operators, numbers, inits, **where),
     st.builds(TimmAttentionConfig, st.sampled_from(timm_attention_names()), **where),
     st.builds(ExternalAttention2dConfig, numbers, inits, **where),
@@ -67,3 +68,9 @@ CONFIGS = st.one_of(
 @given(CONFIGS)
 def test_every_option(config: Any) -> None:
     assert there_and_back(config) == config
+
+
+def test_files_from_before_there_were_decisions_to_choose_mean_the_published_one() -> None:
+    written = config_to_json(SEMConfig(8))
+    assert written['options'].pop('decision') == 'sigmoid'
+    assert config_from_json(Field(Path('patch.json'), 'operations[0]', written)) == SEMConfig(8)

@@ -164,7 +164,8 @@ def test_options_reach_the_operation() -> None:
 
 def test_unknown_option_is_an_error_that_lists_the_known() -> None:
     known = (
-        'sem_target, sem_exclude, sem_input_size, sem_position, sem_branches, sem_reduction, sem_operators, sem_init'
+        'sem_target, sem_exclude, sem_input_size, sem_position, sem_branches, sem_reduction, sem_operators, sem_init, '
+        'sem_decision'
     )
     with pytest.raises(OptionError, match=f"test_resnet_sem has no option 'sem_reducton'. There are: {known}."):
         timm.create_model('test_resnet_sem', sem_reducton=8)

@@ -192,6 +192,9 @@ def test_models_without_decisions_are_refused() -> None:
     single = sem_timm.patch_model(timm.create_model('test_resnet'), 'se')
     with refused(single, ModelError, 'decides nothing'):
         sem_timm.decisions(single, batches())
+    equal = sem_timm.patch_model(timm.create_model('test_resnet'), 'sem', decision='equal')
+    with refused(equal, ModelError, "decision='equal'", 'nothing is decided'):
+        sem_timm.decisions(equal, batches())
     weightless = decided().to('meta')
     with refused(weightless, ModelError, 'meta'):
         sem_timm.decisions(weightless, batches())

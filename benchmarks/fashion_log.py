@@ -1,0 +1,40 @@
+"""The log of finished trainings: one line of JSON for each, so that a stopped comparison goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def read_log(path: Path) -> list[Record]:
+    """All records of a log; a line that was cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            print(f'{path}: line {number} is not whole and is left out', flush=True)
+    return records
+
+
+def append_record(path: Path, record: Record) -> None:
+    """Writes a record in one piece, so that several processes can share a log."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cut_off = path.exists() and not path.read_bytes().endswith(b'\n') and path.stat().st_size > 0
+    line = ('\n' if cut_off else '') + json.dumps(record) + '\n'
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(file, line.encode())
+    finally:
+        os.close(file)
+
+
+def is_logged(records: list[Record], key: Record) -> bool:
+    """Whether one of the records has all these entries."""
+    return any(all(record.get(name) == value for name, value in key.items()) for record in records)

@@ -1,0 +1,177 @@
+"""One training on Fashion-MNIST: the recipe, the accuracy at its end, and what a step costs against the original's."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from fashion_data import crop_and_flip
+from fashion_models import FAMILIES, Variant, create
+from measuring import take_turns
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
+
+import sem_timm
+
+AUGMENTATIONS = ('crop-flip', 'none')
+
+_OPTIMIZERS: dict[str, dict[str, Any]] = {
+    # As published for SEM, whose weight decay is on all parameters.
+    'resnet': {'opt': 'momentum', 'lr': 0.1, 'momentum': 0.9, 'weight_decay': 1e-4, 'filter_bias_and_bn': False},
+    'vit': {'opt': 'adamw', 'lr': 2e-3, 'weight_decay': 0.05},
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of one table share; runs of another setting are no repetition.
+
+    Attributes:
+        family: 'resnet' or 'vit'.
+        depth: Layers of the ResNet, or blocks of the transformer.
+        train_images: The first so many training images.
+        epochs: Passes over them.
+        batch_size: Images in a batch.
+        precision: 'float32', or 'bfloat16' for torch's autocast.
+        device: 'cpu' or 'cuda'.
+    """
+
+    family: str
+    depth: int
+    train_images: int
+    epochs: int
+    batch_size: int = 64
+    precision: str = 'bfloat16'
+    device: str = 'cpu'
+
+    @property
+    def original(self) -> Variant:
+        """The variant that the others are compared with."""
+        return FAMILIES[self.family][0]
+
+    def autocast(self) -> torch.autocast:
+        """The context in which models run."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == 'bfloat16')
+
+    def create(self, variant: Variant, seed: int) -> nn.Module:
+        """A new model where it is to be trained."""
+        model = create(self.family, variant, self.depth, seed).to(self.device)
+        return model.to(memory_format=torch.channels_last)
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The family's optimizer over what reaches the output."""
+        for parameter in set(model.parameters()) - set(sem_timm.trainable_parameters(model)):
+            parameter.requires_grad_(False)
+        return create_optimizer_v2(model, **_OPTIMIZERS[self.family])
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    setting: Setting
+    variant: Variant
+    augmentation: str
+    seed: int
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the log knows it by."""
+        run = {'variant': self.variant.name, 'augmentation': self.augmentation, 'seed': self.seed}
+        return {'setting': asdict(self.setting), **run}
+
+    def __str__(self) -> str:
+        return f'{self.setting.family} {self.variant.name}, augmentation {self.augmentation}, seed {self.seed}'
+
+
+def train_and_measure(run: Run, train: TensorDataset, test: TensorDataset) -> dict[str, Any]:
+    """Trains a new model; returns its test accuracy after the last epoch, in percent, and figures of the training."""
+    start, cpu = time.perf_counter(), time.process_time()
+    model = run.setting.create(run.variant, run.seed)
+    loss = _train(model, run, train)
+    return {
+        'accuracy': round(100 * accuracy(model, test, run.setting), 2),
+        'train_loss': round(loss, 4) if math.isfinite(loss) else None,
+        'parameters': sum(parameter.numel() for parameter in sem_timm.trainable_parameters(model)),
+        'seconds': round(time.perf_counter() - start, 1),
+        'cpu_seconds': round(time.process_time() - cpu, 1),
+    }
+
+
+def _train(model: nn.Module, run: Run, train: TensorDataset) -> float:
+    """Trains a model in place; returns the mean loss of the last epoch."""
+    setting = run.setting
+    images, labels = (tensor[: setting.train_images].to(setting.device) for tensor in train.tensors)
+    steps = len(images) // setting.batch_size
+    optimizer = setting.optimizer(model)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        'cosine',
+        num_epochs=setting.epochs,
+        step_on_epochs=False,
+        updates_per_epoch=steps,
+        warmup_epochs=0.2,
+        warmup_lr=1e-5,
+    )
+    # The order and the crops are those of the seed alone, whatever random numbers the model took.
+    generator = torch.Generator().manual_seed(run.seed)
+    model.train()
+    total = torch.zeros((), device=setting.device)
+    for epoch in range(setting.epochs):
+        total.zero_()
+        order = torch.randperm(len(images), generator=generator)[: steps * setting.batch_size]
+        for step, chosen in enumerate(order.split(setting.batch_size)):
+            batch = images[chosen]
+            if run.augmentation != 'none':
+                batch = crop_and_flip(batch, generator)
+            loss = _step(model, optimizer, batch, labels[chosen], setting)
+            scheduler.step_update(epoch * steps + step + 1)
+            total += loss
+    return float(total) / steps
+
+
+def _step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, setting: Setting
+) -> Tensor:
+    """One update; returns the loss."""
+    with setting.autocast():
+        logits = model(images.contiguous(memory_format=torch.channels_last))
+    loss = cross_entropy(logits.float(), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, data: TensorDataset, setting: Setting) -> float:
+    """The part of the images that a model, then in eval mode, reads right."""
+    model.eval()
+    right = 0
+    for images, labels in zip(*(tensor.split(500) for tensor in data.tensors)):
+        with setting.autocast():
+            logits = model(images.to(setting.device).contiguous(memory_format=torch.channels_last))
+        right += int((logits.argmax(1).cpu() == labels).sum())
+    return right / len(data)
+
+
+def cost(setting: Setting, names: Collection[str], rounds: int = 7) -> dict[str, float]:
+    """The time of one training step of each variant against the original's, taken in turns."""
+    images = torch.randn(setting.batch_size, 1, 28, 28, device=setting.device)
+    labels = torch.randint(10, (setting.batch_size,), device=setting.device)
+    calls = {}
+    for variant in FAMILIES[setting.family]:
+        if variant != setting.original and variant.name not in names:
+            continue
+        model = setting.create(variant, 0).train()
+        optimizer = setting.optimizer(model)
+        calls[variant.name] = lambda model=model, optimizer=optimizer: _step(model, optimizer, images, labels, setting)
+    times = take_turns(calls, rounds, setting.device)
+    return {name: round(times.ratio(name, setting.original.name), 3) for name in calls}
