@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+import sem_timm
+
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / 'sem_timm'
+PACKAGE = Path(sem_timm.__file__).parent
 GUIDE = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
 
 # Files at the top that are no rooms: the door, and two ways to start the package.
@@ -88,8 +90,8 @@ def follow(folder: Path) -> list[str]:
 @pytest.fixture(scope='module')
 def copy_with_how_tos(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     folder = tmp_path_factory.mktemp('copy')
-    for name in ('sem_timm', 'tests'):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__'))
+    for part in (PACKAGE, ROOT / 'tests'):
+        shutil.copytree(part, folder / part.name, ignore=shutil.ignore_patterns('__pycache__'))
     shutil.copy(ROOT / 'pyproject.toml', folder)
     return folder, follow(folder)
 

@@ -6,10 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 import sem_timm
+from sem_timm.command_line.application import create_application
 from tests.run_page import blocks_of, run
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +52,18 @@ def test_every_public_name_is_in_the_reference_once() -> None:
     reference = ''.join(page.read_text(encoding='utf-8') for page in (DOCS / 'reference').glob('*.md'))
     described = re.findall(r'^::: sem_timm\.(\w+)$', reference, re.MULTILINE)
     assert sorted(described) == sorted(sem_timm.__all__)
+
+
+def test_commands_and_options_that_pages_show_exist() -> None:
+    command: Any = typer.main.get_command(create_application())
+    pages = [ROOT / 'README.md', ROOT / 'examples' / 'timm_train.md', *DOCS.rglob('*.md')]
+    shown = re.findall(
+        r'^\$ .*?\bsem[-_]timm (\w+)(.*?)(?:#.*)?$', '\n'.join(page.read_text() for page in pages), re.MULTILINE
+    )
+    assert len(shown) > 10
+    for name, options in shown:
+        known = {option for parameter in command.commands[name].params for option in parameter.opts}
+        assert set(re.findall(r'(?<= )--[\w-]+', options)) <= known, (name, options)
 
 
 def test_pages_use_only_public_names() -> None:
