@@ -71,6 +71,15 @@ def initialize_memories(
 ) -> TransferResult:
     """The stage 'initialize' of `transfer` alone, on all of some batches.
 
+    Args:
+        model: As for `transfer`, with 'external' or another attention that has memories.
+        batches: As ``loader`` of `transfer`; all of it is held in memory.
+        options: As for `transfer`; of it ``keys``, ``values``, ``sharpness``, ``iterations`` and ``seed`` count.
+        **fields: Fields of `TransferOptions`, in place of ``options``.
+
+    Returns:
+        Errors of layers: original, swapped, after the stage.
+
     Raises:
         SemTimmError: As `transfer`. The model is then unchanged.
     """
@@ -90,6 +99,16 @@ def match_layers(
     **fields: Any,
 ) -> TransferResult:
     """The stage 'match' of `transfer` alone, from the parameters as they are.
+
+    Args:
+        model: As for `transfer`.
+        loader: As for `transfer`.
+        options: As for `transfer`.
+        progress: As for `transfer`.
+        **fields: Fields of `TransferOptions`, in place of ``options``.
+
+    Returns:
+        Errors of layers: original, swapped, after the stage.
 
     Raises:
         SemTimmError: As `transfer`. The model is then unchanged.

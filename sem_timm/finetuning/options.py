@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields
+from inspect import cleandoc
 from typing import Any
 
 from sem_timm.errors import OptionError, closest
@@ -196,6 +197,6 @@ _LOWEST = {
 _SHARES = ('validation_fraction', 'scale', 'random_erasing', 'smoothing')
 _CHOICES = {'schedule': SCHEDULES, 'precision': PRECISIONS, 'loss': LOSSES}
 
-FinetuneOptions.__doc__ = f'{FinetuneOptions.__doc__}' + '\n'.join(
-    f'    {option.name}: {option.metadata["help"]}' for option in fields(FinetuneOptions)
+FinetuneOptions.__doc__ = '\n    '.join(
+    [cleandoc(f'{FinetuneOptions.__doc__}'), *(f'{o.name}: {o.metadata["help"]}' for o in fields(FinetuneOptions))]
 )

@@ -66,6 +66,9 @@ def open_run(folder: str | os.PathLike[str], *, data: str | None = None) -> Run:
         folder: The folder.
         data: Other images than those of the run, named as there.
 
+    Returns:
+        The run: its options, the trained model in eval mode, and its images.
+
     Raises:
         CheckpointError: If the folder is not that of a finished run.
         SemTimmError: If the model or the images cannot be had.

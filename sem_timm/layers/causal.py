@@ -63,6 +63,8 @@ class CausalAttention(AttentionCore):
 def invariance_penalty(weights: Sequence[Tensor] | Tensor) -> Tensor:
     """How much classifiers trained in different environments disagree, ``mean_e(|W_e - W_mean|^2 / |W_e|_1^2)``.
 
+    The invariance loss of causal attention (CaaM), https://arxiv.org/abs/2108.08782.
+
     Args:
         weights: The weight of each environment's classifier, all of one shape; or one tensor of them along its first
             axis.

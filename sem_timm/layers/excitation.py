@@ -8,7 +8,7 @@ weights at zero, so that the logits are exactly zero while those weights still r
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -253,13 +253,3 @@ class LinearContextTransform(nn.Module):
 
     def extra_repr(self) -> str:
         return f'num_groups={self.num_groups}'
-
-
-PUBLISHED_EXCITATIONS: dict[str, Any] = {
-    'se': SqueezeExcitation,
-    'eca': EfficientChannel,
-    'ie': InstanceEnhancement,
-    'ceca': CircularEfficientChannel,
-    'ese': EffectiveSqueezeExcitation,
-    'lct': LinearContextTransform,
-}

@@ -11,9 +11,26 @@ import torch
 from torch import nn
 
 from sem_timm.errors import OptionError, closest
-from sem_timm.layers.excitation import PUBLISHED_EXCITATIONS, ZeroableExcitation
+from sem_timm.layers.excitation import (
+    CircularEfficientChannel,
+    EffectiveSqueezeExcitation,
+    EfficientChannel,
+    InstanceEnhancement,
+    LinearContextTransform,
+    SqueezeExcitation,
+    ZeroableExcitation,
+)
 
 ExcitationClass: TypeAlias = Callable[..., nn.Module]
+
+PUBLISHED_EXCITATIONS: dict[str, ExcitationClass] = {
+    'se': SqueezeExcitation,
+    'eca': EfficientChannel,
+    'ie': InstanceEnhancement,
+    'ceca': CircularEfficientChannel,
+    'ese': EffectiveSqueezeExcitation,
+    'lct': LinearContextTransform,
+}
 
 # The one registry of the package. It only grows, and a name never changes its meaning, so that a name in a saved
 # configuration stands for the same class wherever the registering module was imported.

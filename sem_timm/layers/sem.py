@@ -71,6 +71,14 @@ class SEM(ChannelGate):
             self.decision = nn.Linear(channels, len(self.operators), device=device, dtype=dtype)
 
     def reset_parameters(self, init: GateInit | None = None) -> None:
+        """Draw all parameters anew, the decision's too.
+
+        Args:
+            init: 'identity' or 'paper'; by default the form the module has.
+
+        Raises:
+            OptionError: If ``init`` is unknown, or 'identity' with an operator that has no ``zero_last_weights``.
+        """
         super().reset_parameters(init)
         if self.decision is not None:
             self.decision.reset_parameters()

@@ -105,7 +105,9 @@ def plan_model(
             dotted suffixes, a module class, or a callable ``(name, module) -> bool``. By default all.
         exclude: Which not, by the same rules.
         input_size: Shape (C, H, W) of one input image, where the model does not say.
-        **options: Fields of the operation's configuration, such as ``reduction`` or ``position``.
+        **options: Fields of the operation's configuration. Of all that are inserted, ``position``: 'residual' puts them
+            on the residual branch, right before the add, 'output' on what the block returns, 'auto' on the branch of a
+            block that has one, else on the output; and ``branches``, 'last' or 'all'.
 
     Returns:
         The plan; printing it shows a table.
@@ -138,7 +140,11 @@ def patch_model(
         **options: See `plan_model`.
 
     Returns:
-        The same model.
+        The same model. New modules have the device and mode of their block, the type of the tensor they are applied to,
+        and initial values from torch's random generator.
+
+    Warns:
+        SwapWarning: If self-attention was replaced: the outputs are others than before.
 
     Raises:
         SemTimmError: As `plan_model`, and PlanError if a plan does not fit the model. The model is then unchanged.

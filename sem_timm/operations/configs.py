@@ -92,6 +92,8 @@ class SEMConfig(_GateConfig):
         operators: Names or classes of excitation operators.
         init: 'identity' for a module that returns its input bit for bit until trained, 'paper' for the published one.
         decision: How the operators are weighed: 'sigmoid' as published, 'softmax', or 'equal' for no decision.
+        position: Where in a block: 'auto', 'residual' or 'output', see `plan_model`.
+        branches: Of several residual branches in one block, the 'last' or 'all'.
 
     Raises:
         OptionError: If an option is unknown or out of range.
@@ -128,6 +130,8 @@ class ExcitationConfig(_GateConfig):
         operator: Name or class of the operator.
         reduction: Bottleneck ratio of the fully connected operator.
         init: As for `SEMConfig`.
+        position: Where in a block: 'auto', 'residual' or 'output', see `plan_model`.
+        branches: Of several residual branches in one block, the 'last' or 'all'.
 
     Raises:
         OptionError: If an option is unknown or out of range.
@@ -151,6 +155,8 @@ class TimmAttentionConfig(InsertionConfig):
 
     Attributes:
         name: A name of timm's ``create_attn`` that keeps the shape of its input.
+        position: Where in a block: 'auto', 'residual' or 'output', see `plan_model`.
+        branches: Of several residual branches in one block, the 'last' or 'all'.
 
     Raises:
         OptionError: If the name is unknown.
@@ -178,6 +184,8 @@ class ExternalAttention2dConfig(InsertionConfig):
     Attributes:
         memory: Number of memory slots.
         init: 'identity' for a module that returns its input bit for bit until trained, 'paper' for the published one.
+        position: Where in a block: 'auto', 'residual' or 'output', see `plan_model`; by default 'output'.
+        branches: Of several residual branches in one block, the 'last' or 'all'.
 
     Raises:
         OptionError: If an option is unknown or out of range.
@@ -212,6 +220,8 @@ class InsertConfig(InsertionConfig):
         factory: Class or callable ``(channels) -> nn.Module``, for inputs (B, C, H, W) that keep their shape. On models
             with another layout it sees its inputs channels first all the same.
         name: Name of the new child in its block.
+        position: Where in a block: 'auto', 'residual' or 'output', see `plan_model`.
+        branches: Of several residual branches in one block, the 'last' or 'all'.
 
     Raises:
         OptionError: If the factory cannot be called or the name is no identifier.

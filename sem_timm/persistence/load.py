@@ -49,6 +49,9 @@ def load_patch(
     Returns:
         The model.
 
+    Warns:
+        BaseWeightsWarning: If the base weights are others, with ``check_base='warn'``.
+
     Raises:
         PatchFileError: If a file is missing, damaged or newer, or does not fit the model; or its base weights, with
             ``check_base='error'``. The message names the file and the field.

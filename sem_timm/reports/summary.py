@@ -23,7 +23,13 @@ _OWN = '(model)'
 
 @dataclass(frozen=True)
 class StageCost:
-    """One stage, or another part of the model, before it was patched and now."""
+    """One stage, or another part of the model, before it was patched and now.
+
+    Attributes:
+        name: Name of the part in the model.
+        base: What it cost before.
+        patched: What it costs now.
+    """
 
     name: str
     base: Cost

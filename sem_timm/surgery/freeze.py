@@ -46,7 +46,14 @@ def unread_parameters(model: nn.Module) -> set[str]:
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters to give to an optimizer: those that require gradients and still reach the output."""
+    """The parameters to give to an optimizer: those that require gradients and still reach the output.
+
+    Args:
+        model: Any model, patched or not.
+
+    Returns:
+        An iterator over them, in the order of ``parameters()``.
+    """
     useless = {id(module._parameters[key]) for module in model.modules() for key in module.__dict__.get(_UNREAD, ())}
     return (p for p in model.parameters() if p.requires_grad and id(p) not in useless)
 
@@ -56,6 +63,9 @@ def compact_model(model: nn.Module) -> nn.Module:
 
     Works in place. Keys of the dropped parameters leave the state_dict. Packed projections keep all their rows. In
     models with windows, methods that make tables of positions anew, such as ``set_input_size``, need what was dropped.
+
+    Args:
+        model: A model whose attention was swapped.
 
     Returns:
         The model.

@@ -136,7 +136,14 @@ def _check_fit(model: nn.Module, plan: Plan) -> None:
 
 
 def patched(model: nn.Module) -> tuple[PatchedModule, ...]:
-    """The modules of ``model`` that were operated on, in the order of ``named_modules``; empty if none was."""
+    """Tells what was done to a model, and where.
+
+    Args:
+        model: Any model, also one that is wrapped.
+
+    Returns:
+        The modules that were operated on, in the order of ``named_modules``; empty if none was.
+    """
     found = []
     for name, module in model.named_modules():
         edit = edit_of(module)
@@ -148,7 +155,12 @@ def patched(model: nn.Module) -> tuple[PatchedModule, ...]:
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
-    """Undoes every patch of ``model`` in place: classes and children are what they were before.
+    """Undoes every patch of a model in place: classes and children are what they were before.
+
+    Weights of the base that were trained meanwhile stay trained.
+
+    Args:
+        model: The patched model.
 
     Returns:
         The model.

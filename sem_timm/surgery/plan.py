@@ -183,7 +183,13 @@ class AttentionSite:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A module that cannot take the operation, and why."""
+    """A module that cannot take the operation, and why.
+
+    Attributes:
+        name: Name of the module in the model.
+        class_name: Its class.
+        reason: Why it cannot.
+    """
 
     name: str
     class_name: str
@@ -242,7 +248,11 @@ class Plan:
         return isinstance(self.sites[0], AttentionSite)
 
     def code(self, name: str) -> str:
-        """Source of the forward that the block ``name`` will have."""
+        """Source of the forward that the block ``name`` will have.
+
+        Raises:
+            OptionError: If the plan has no such site.
+        """
         if name not in self.edits:
             raise OptionError(f'{name!r} is not a site of this plan. It has: {", ".join(self.edits)}.')
         return self.edits[name].source

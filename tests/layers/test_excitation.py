@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sem_timm.errors import OptionError
 from sem_timm.layers import SEM, Excitation, LinearContextTransform, excitation_names, register_excitation
-from sem_timm.layers.excitation import PUBLISHED_EXCITATIONS, eca_kernel_size
-from sem_timm.layers.operators import build_operators
+from sem_timm.layers.excitation import eca_kernel_size
+from sem_timm.layers.operators import PUBLISHED_EXCITATIONS, build_operators
 from tests.layers.cifar_resnet import cifar_resnet
 
 PUBLISHED = tuple(PUBLISHED_EXCITATIONS)

@@ -13,7 +13,9 @@ import typer
 import sem_timm
 from sem_timm.errors import OptionError, closest
 
-_FOLDER = Path(sem_timm.__file__).parents[1] / 'benchmarks'
+# The package lies in a clone, or the command is run in one; any package may install a folder of that name.
+_ROOTS = (Path(sem_timm.__file__).parents[1], Path.cwd())
+_FOLDERS = [root / 'benchmarks' for root in _ROOTS if (root / 'benchmarks' / 'measuring.py').is_file()]
 
 
 def command(
@@ -24,7 +26,8 @@ def command(
 
     Examples: `sem-timm bench`, `sem-timm bench gate`, `sem-timm bench models -- --help`.
     """
-    scripts = {path.stem: path for path in sorted(_FOLDER.glob('*.py')) if "'__main__'" in path.read_text('utf-8')}
+    files = sorted(_FOLDERS[0].glob('*.py')) if _FOLDERS else []
+    scripts = {path.stem: path for path in files if "'__main__'" in path.read_text('utf-8')}
     if not scripts:
         raise OptionError(
             'benchmarks are scripts in the folder benchmarks/ of the repository, which is not part of an installed '
