@@ -90,13 +90,16 @@ def sweep(names: list[str], log: Path, processes: int) -> Iterator[Row]:
     known = {row.architecture: row for row in read_log(log) if row.architecture in names}
     yield from known.values()
     rest = [name for name in names if name not in known]
-    # New processes now and then, since memory that one large model took is not always given back.
-    context = multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(processes, context, max_tasks_per_child=100) as pool, log.open('a') as file:
-        for future in as_completed([pool.submit(check_architecture, name) for name in rest]):
-            row = future.result()
-            print(json.dumps(asdict(row)), file=file, flush=True)
-            yield row
+    with log.open('a') as file:
+        # New processes for every hundred, since memory that a large model took is not always given back.
+        for start in range(0, len(rest), 100):
+            with ProcessPoolExecutor(processes, multiprocessing.get_context('spawn')) as pool:
+                for future in as_completed(
+                    [pool.submit(check_architecture, name) for name in rest[start : start + 100]]
+                ):
+                    row = future.result()
+                    print(json.dumps(asdict(row)), file=file, flush=True)
+                    yield row
 
 
 def read_log(log: Path) -> list[Row]:
