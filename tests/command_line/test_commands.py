@@ -69,7 +69,10 @@ def test_plan_prints_table_json_and_code(capsys: pytest.CaptureFixture[str]) -> 
     [
         (['plan', 'resnet18', '--set', 'reduktion=3'], "option 'reduktion' of operation 'sem' is unknown"),
         (['plan', 'resnet18', '--set', 'reduction'], 'is not of the form key=value'),
-        (['plan', 'resnet18', '--set', "operators=('eca'"], 'neither JSON nor a Python literal. Several names are typed'),
+        (
+            ['plan', 'resnet18', '--set', "operators=('eca'"],
+            'neither JSON nor a Python literal. Several names are typed',
+        ),
         (['plan', 'resnet18', '--set', 'operators=(eca,ie)'], '--set operators=a,b'),
         (['plan', 'resnet18', '--target', 'layer9'], "target 'layer9' matches no module"),
         (['plan', 'resnet18', '--code', 'conv1'], "'conv1' is not a site"),
