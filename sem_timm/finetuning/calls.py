@@ -153,10 +153,11 @@ def _run_folder(options: FinetuneOptions, accelerator: Accelerator) -> Path:
 
 def _prepare_folder(run: Path, options: FinetuneOptions, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise OptionError(
-                f'{run} exists and is not empty; continue it with --resume {run}, or name another --output.'
-            )
+        if run.exists() and not run.is_dir():
+            raise OptionError(f'{run} is a file; name a new folder for the run: --output FOLDER.')
+        if run.exists() and any(run.iterdir()):
+            way = f'continue it with --resume {run}, or name' if Checkpoints(run).all() else 'name'
+            raise OptionError(f'{run} exists and is not empty; {way} another --output.')
         with explained(run):
             run.mkdir(parents=True, exist_ok=True)
         write_whole(run / OPTIONS, lambda path: path.write_text(options.to_json(), encoding='utf-8'))
@@ -215,7 +216,8 @@ def _finish(parts: Parts, state: State, options: FinetuneOptions, run: Path, sec
         write_whole(run / WEIGHTS, lambda path: save_model(model, str(path)))
         text = json.dumps(result.to_dict(), indent=1)
         if options.freeze_base and patched(model):  # else the patch alone is not what was trained
-            save_patch(model, run / PATCH, include_head=True)
+            with explained(run / PATCH):
+                save_patch(model, run / PATCH, include_head=True)
         write_whole(run / RESULT, lambda path: path.write_text(text, encoding='utf-8'))
     accelerator.wait_for_everyone()
     accelerator.free_memory()
