@@ -149,4 +149,4 @@ def _read(loader: Any, device: torch.device) -> Iterator[Batch]:
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
     except DataError as error:
         # From a worker it comes with the worker's traceback as its text.
-        raise DataError(str(error).strip().rsplit('DataError: ', 1)[-1]) from None
+        raise DataError(str(error).strip().rsplit('DataError: ', 1)[-1]) from error.__cause__

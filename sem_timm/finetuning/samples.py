@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from timm.data import ImageDataset
 from torch.utils.data import Dataset
 
-from sem_timm.finetuning.errors import DataError
+from sem_timm.finetuning.errors import DataError, first_sentence
 
 Key = tuple[int, int]  # epoch, and position of the sample
 
@@ -54,8 +55,6 @@ class Samples(Dataset[Any]):
         self.mode = mode
         self.skip_bad_images = skip_bad_images
         self.measured = measured
-        if hasattr(dataset, '_max_retries'):
-            dataset._max_retries = 1  # timm's own datasets would quietly show another image
         # Shared, so that what worker processes find is known to the process that counts.
         self.bad = torch.zeros(len(self.indices), dtype=torch.bool).share_memory_()
 
@@ -69,10 +68,10 @@ class Samples(Dataset[Any]):
             try:
                 image, label = self._read(self.indices[current])
                 break
-            except (OSError, RuntimeError, SyntaxError, ValueError) as error:  # what PIL and timm raise for bad files
+            except Exception as error:  # PIL, tarfile and the readers each have their own kinds
                 if not self.skip_bad_images:
                     raise DataError(
-                        f'cannot read image {self.name(current)}: {_cause(error)}. Repair or remove it, or use '
+                        f'cannot read image {self.name(current)}: {first_sentence(error)}. Repair or remove it, or use '
                         '--skip-bad-images.'
                     ) from error
                 self.bad[current] = True
@@ -83,6 +82,11 @@ class Samples(Dataset[Any]):
             return (image if self.transform is None else self.transform(image)), label
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
+        if isinstance(self.dataset, ImageDataset):
+            # Past its own reading, which logs that it skips what it cannot read, and then shows another image.
+            file, label = self.dataset.reader[index][:2]
+            with file:
+                return Image.open(file).convert(self.mode), NO_LABEL if label is None else int(label)
         image, label = self.dataset[index][:2]
         return image.convert(self.mode) if image.mode != self.mode else image, int(label)
 
@@ -94,12 +98,6 @@ class Samples(Dataset[Any]):
         except (AttributeError, NotImplementedError, AssertionError):
             files = getattr(self.dataset, 'samples', getattr(self.dataset, 'imgs', None))
             return str(files[index][0]) if files else f'number {index} of the data'
-
-
-def _cause(error: BaseException) -> str:
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__ or error
-    return str(error).rstrip('.') or type(error).__name__
 
 
 @contextmanager
