@@ -105,6 +105,10 @@ def test_finetune_prints_what_was_gained(tmp_path: Path, capsys: pytest.CaptureF
     assert 'The same recipe without sem' in printed.out
     assert 'new modules, weight decay, learning rate x 2' in printed.err
     assert list((tmp_path / 'run' / 'tensorboard').glob('events*'))
+    assert (
+        main(['finetune', '--resume', str(tmp_path / 'run'), '--epochs', '12']) == 2
+    )  # typed, though it is the default
+    assert 'leave out epochs' in capsys.readouterr().err
     assert main(['finetune', '--resume', str(tmp_path / 'run'), '--json', '--compare', '--no-progress']) == 0
     result = json.loads(capsys.readouterr().out)
     assert result['num_steps'] == 6 and result['without_operation']['num_new_parameters'] == 0

@@ -161,7 +161,7 @@ def test_what_is_no_number_is_told_with_step_and_group(loss: bool, images: Path,
     message = str(caught.value)
     assert message.startswith('the loss is nan at step 3.' if loss else 'the norm of the gradient is nan at step 3.')
     assert 'base, weight decay, learning rate x 1 (body.weight)' in message
-    assert message.endswith('step-000000002.')
+    assert message.endswith('step-000000002 --lr 0.0001.')
     assert len(column(tmp_path / 'run', 'loss')) == 2
 
 
