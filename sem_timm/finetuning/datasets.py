@@ -13,7 +13,7 @@ from sem_timm.errors import OptionError
 from sem_timm.finetuning.errors import DataError
 from sem_timm.finetuning.opening import open_split
 from sem_timm.finetuning.options import BUILT_IN, FinetuneOptions
-from sem_timm.finetuning.samples import Samples
+from sem_timm.finetuning.samples import LabelCheck, Samples
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,11 @@ def open_data(options: FinetuneOptions, mode: str = 'RGB', part_size: int = 1) -
     train = open_split(options, options.train_split, part_size)
     validation = open_split(options, options.validation_split, part_size)
     if isinstance(train, IterableDataset):
-        return Data(options.data, train, validation, _num_classes(options, train))
+        num_classes = _num_classes(options, train)
+        streams: tuple[Any, Any] = train, validation
+        for part in streams:
+            part.target_transform = LabelCheck(options.data, num_classes)
+        return Data(options.data, train, validation, num_classes)
     same = _root(train) is not None and _root(train) == _root(validation)
     return _samples(options, train, validation, same, mode)
 
@@ -80,14 +84,16 @@ def _samples(options: FinetuneOptions, train: Any, validation: Any, same: bool, 
         parts = _held_out(options, len(train))
     else:
         _check_classes(train, validation)
+    num_classes = _num_classes(options, train)
+    check = LabelCheck(options.data, num_classes)
     samples = [
-        Samples(dataset, options.seed, indices, mode, options.skip_bad_images, measured)
+        Samples(dataset, options.seed, indices, mode, options.skip_bad_images, measured, check)
         for dataset, indices, measured in zip((train, validation), parts, (False, True))
     ]
     if len(samples[0]) < options.batch_size:
         raise DataError(
             f'{options.data} has {len(samples[0])} images for training, fewer than one update takes: '
-            f'--batch-size {options.batch_size}.'
+            f'--batch-size {options.batch_size}. Give a smaller one, such as {max(1, len(samples[0]) // 8)}.'
         )
     if not len(samples[1]):
         raise DataError(f'{options.data} has no images for validation; try a larger --validation-fraction.')
@@ -96,7 +102,7 @@ def _samples(options: FinetuneOptions, train: Any, validation: Any, same: bool, 
         raise DataError(
             f'{options.data} has a single class, {classes[0]!r}; put the images of each class into a folder of it.'
         )
-    return Data(options.data, samples[0], samples[1], _num_classes(options, train), same, classes)
+    return Data(options.data, samples[0], samples[1], num_classes, same, classes)
 
 
 def _held_out(options: FinetuneOptions, number: int) -> tuple[list[int], list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def open_split(options: FinetuneOptions, split: str, part_size: int) -> Any:
     try:
         for package in _PACKAGES.get(kind, ()):  # timm would print, to the standard output, that it is missing
             import_module(package)
-        return create_dataset(
+        dataset = create_dataset(
             name,
             root=root,
             split=split,
@@ -64,6 +65,9 @@ def open_split(options: FinetuneOptions, split: str, part_size: int) -> Any:
     except Exception as error:  # each of the libraries that open data has its own kinds
         what = f'split {split!r} of data {options.data!r}'
         raise DataError(f'cannot open {what}: {first_sentence(error)}. {_advice(options, kind, error)}') from error
+    if kind == 'wds' and root is not None:
+        _check_shards(options, root, dataset.reader.split_info.filenames)
+    return dataset
 
 
 def _name_and_root(options: FinetuneOptions, kind: str) -> tuple[str, str | None]:
@@ -98,6 +102,16 @@ def _check_path(name: str) -> None:
         )
 
 
+def _check_shards(options: FinetuneOptions, root: str, names: Sequence[str]) -> None:
+    """Raises DataError for shards that are not there; reading would try for ever."""
+    missing = [name for name in names if Path(root).is_dir() and not (Path(root) / name).exists()]
+    if missing or not names:
+        raise DataError(
+            f'data {options.data!r}: {len(missing)} of {len(names)} shards are not in {root}, such as '
+            f'{", ".join(missing[:1]) or "any"}.'
+        )
+
+
 def _advice(options: FinetuneOptions, kind: str, error: Exception) -> str:
     """What to do about data that cannot be opened."""
     if isinstance(error, tarfile.TarError):
@@ -110,6 +124,8 @@ def _advice(options: FinetuneOptions, kind: str, error: Exception) -> str:
         put = f'{fetch}put its files into --data-root {options.data_root}, where torchvision looks for them.'
         return put[0].upper() + put[1:]
     if kind in ('hfds', 'hfids'):
+        if 'length is unknown' in str(error):
+            return f'With --download it is prepared on this machine and counted; or take hfds/ in place of {kind}/.'
         return (
             'Name a data set of the Hugging Face hub and a split that it has; where there is no network, one that is '
             f'in a folder here: {kind}//path/to/folder.'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,33 @@ from timm.data import ImageDataset
 from torch.utils.data import Dataset
 
 from sem_timm.finetuning.errors import DataError, first_sentence
+
+
+@dataclass(frozen=True)
+class LabelCheck:
+    """Lets labels pass that a model can learn.
+
+    Attributes:
+        data: Name of the data, for messages.
+        num_classes: Number of classes.
+    """
+
+    data: str
+    num_classes: int
+
+    def __call__(self, label: int) -> int:
+        """The label.
+
+        Raises:
+            DataError: If it is that of a class too many.
+        """
+        if label >= self.num_classes:
+            raise DataError(
+                f'{self.data} has the label {label}, and the labels of {self.num_classes} classes are 0 to '
+                f'{self.num_classes - 1}; give --num-classes {label + 1}, or more.'
+            )
+        return label
+
 
 Key = tuple[int, int]  # epoch, and position of the sample
 
@@ -36,6 +64,7 @@ class Samples(Dataset[Any]):
         mode: Mode of PIL that images are converted to.
         skip_bad_images: Whether an image that cannot be read is replaced by the next one, and counted.
         measured: Whether accuracy is measured on them, so that what replaces an image gets the label `NO_LABEL`.
+        check: What labels go through.
     """
 
     transform: Callable[[Image.Image], Any] | None = None  # set by timm's create_loader
@@ -48,6 +77,7 @@ class Samples(Dataset[Any]):
         mode: str = 'RGB',
         skip_bad_images: bool = False,
         measured: bool = False,
+        check: Callable[[int], int] = int,
     ) -> None:
         self.dataset = dataset
         self.seed = seed
@@ -55,6 +85,7 @@ class Samples(Dataset[Any]):
         self.mode = mode
         self.skip_bad_images = skip_bad_images
         self.measured = measured
+        self.check = check
         # Shared, so that what worker processes find is known to the process that counts.
         self.bad = torch.zeros(len(self.indices), dtype=torch.bool).share_memory_()
 
@@ -77,7 +108,7 @@ class Samples(Dataset[Any]):
                 self.bad[current] = True
         else:
             raise DataError(f'{retry + 1} images in a row cannot be read, the last one {self.name(current)}.')
-        label = NO_LABEL if self.measured and retry else label
+        label = NO_LABEL if self.measured and retry else self.check(label)
         with own_random_numbers((self.seed, epoch, position)):
             return (image if self.transform is None else self.transform(image)), label
 

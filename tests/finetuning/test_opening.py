@@ -11,6 +11,7 @@ import pytest
 
 from sem_timm.errors import MissingPackageError
 from sem_timm.finetuning import DataError, finetune
+from sem_timm.finetuning.samples import LabelCheck
 from tests.finetuning.small_runs import options, run_small
 
 
@@ -25,7 +26,10 @@ from tests.finetuning.small_runs import options, run_small
         ({'data': 'torch/cifar1', 'data_root': '/nowhere'}, 'Unknown torchvision dataset cifar1. Close: cifar10, '),
         ({'data': 'torch/imagenet', 'data_root': '/nowhere'}, 'corrupted. Put its files into --data-root /nowhere'),
         ({'data': 'wds/nowhere'}, "there is no folder 'nowhere' here. Type wds/ and then the folder"),
-        ({'batch_size': 49}, 'has 48 images for training, fewer than one update takes: --batch-size 49'),
+        (
+            {'batch_size': 49},
+            'has 48 images for training, fewer than one update takes: --batch-size 49. Give a smaller one, such as 6',
+        ),
     ],
 )
 def test_data_that_is_not_there_or_too_small(
@@ -73,3 +77,12 @@ def test_package_that_data_needs_is_named(
         run_small(data, tmp_path / 'run')
     assert data in str(caught.value) and isinstance(caught.value.__cause__, ImportError)
     assert capfd.readouterr() == ('', '')
+
+
+def test_labels_beyond_the_classes_are_told() -> None:
+    check = LabelCheck('wds/shards', 3)
+    assert [check(label) for label in (0, 2)] == [0, 2]
+    with pytest.raises(
+        DataError, match='has the label 3, and the labels of 3 classes are 0 to 2; give --num-classes 4'
+    ):
+        check(3)
