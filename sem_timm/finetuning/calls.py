@@ -178,6 +178,8 @@ def _load(parts: Parts, checkpoint: Path, changed: FinetuneOptions | None) -> St
     """Gives the parts their state, and notes options that are no longer those of the run."""
     run, groups = checkpoint.parents[1], [dict(group) for group in parts.optimizer.param_groups]
     state = Checkpoints(run).load(parts.accelerator, checkpoint)
+    if state.step == 0:
+        parts.optimizer.state.clear()  # see where it is saved
     if changed is not None:
         for group, told in zip(parts.optimizer.param_groups, groups):  # which come back with the state
             group.update(lr_scale=told['lr_scale'], name=told['name'])

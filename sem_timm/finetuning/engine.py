@@ -181,6 +181,9 @@ class Trainer:
     def _save(self) -> None:
         if self._saved != self._progress():
             self.checkpoints.save(self.accelerator, self.state)
+            if self.state.step == 0:
+                # torch saves a sharded optimizer that has no state yet by a step of nothing, which Adam would count.
+                self.parts.optimizer.state.clear()
             self._saved = self._progress()
 
     def _progress(self) -> tuple[int, int]:
