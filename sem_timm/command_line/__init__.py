@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -30,9 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = create_application()(arguments, prog_name='sem-timm', standalone_mode=False)
     except SemTimmError as error:
-        return _fail(' '.join(str(error).split()), getattr(error, 'exit_code', _USAGE))
-    except KeyboardInterrupt:
-        return _INTERRUPTED
+        stopped = getattr(error, 'exit_code', None)
+        if stopped is not None and arguments is None:
+            _ignore_signals()
+        return _fail(' '.join(str(error).split()), stopped or _USAGE)
+    except KeyboardInterrupt as error:
+        if arguments is None:
+            _ignore_signals()
+        # One that came while the first one was being told.
+        return getattr(error.__context__, 'exit_code', _INTERRUPTED)
     except BrokenPipeError:  # such as of ``sem-timm list | head``
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -43,6 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(f'{told()} See: sem-timm --help')
     return code if isinstance(code, int) else 0
+
+
+def _ignore_signals() -> None:
+    """Lets this process end in peace: a signal on its way out would print the traceback of whatever it meets."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _fail(message: str, code: int = _USAGE) -> int:

@@ -28,6 +28,8 @@ from sem_timm.persistence import save_patch
 from sem_timm.surgery import patched
 
 _MAY_CHANGE = {'resume', 'stop_at', 'progress', 'workers', 'keep', 'checkpoint_every', 'skip_bad_images'}
+# Remedies for a run that diverged: with them it goes on, but is no longer the run that was begun.
+_REMEDIES = {'lr', 'min_lr', 'new_lr_scale', 'clip'}
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def finetune(
             for a loss that is not finite; StoppedError after Ctrl-C or SIGTERM, when the state is saved.
     """
     began = time.perf_counter()
-    asked, checkpoint = _resumed(_asked(options, given))
+    asked, checkpoint, changed = _resumed(_asked(options, given), given)
     accelerator = create_accelerator(asked)
     run = _run_folder(asked, accelerator)
     with StopRequest(patient=accelerator.num_processes > 1) as stop:
@@ -108,11 +110,13 @@ def finetune(
         if checkpoint is None:
             _prepare_folder(run, asked, accelerator)
         else:
-            state = _load(parts, checkpoint)
+            state = _load(parts, checkpoint, asked if changed else None)
         start_logs(accelerator, run, asked.trackers, state.step)
         total = asked.epochs * parts.training.num_updates
         with ProgressDisplay(total, asked.epochs, asked.progress and accelerator.is_main_process) as display:
             display.say(describe(parts, asked, run, state))
+            if changed:
+                display.say(f'from here on it is another run than the one that was begun: {changed}')
             Trainer(asked, parts, state, run, stop, display).train()
     return _finish(parts, state, asked, run, time.perf_counter() - began)
 
@@ -125,20 +129,26 @@ def _asked(options: FinetuneOptions | None, given: dict[str, Any]) -> FinetuneOp
     return replace(options or FinetuneOptions(), **given)
 
 
-def _resumed(options: FinetuneOptions) -> tuple[FinetuneOptions, Path | None]:
-    """The options of the run that is to go on, and the checkpoint to go on from."""
+def _resumed(options: FinetuneOptions, given: dict[str, Any]) -> tuple[FinetuneOptions, Path | None, str]:
+    """The options of the run that is to go on, the checkpoint to go on from, and what is no longer as it was."""
     if options.resume is None:
-        return options, None
+        return options, None, ''
     run, checkpoint = find_checkpoint(Path(options.resume))
-    given = options.given()
-    fixed = [name for name in given if name not in _MAY_CHANGE]
+    given = {**options.given(), **{name: getattr(options, name) for name in given}}  # be it a default
+    fixed = [name for name in given if name not in _MAY_CHANGE | _REMEDIES]
     if fixed:
-        raise OptionError(f'a resumed run has its options already; leave out {", ".join(fixed)}.')
+        raise OptionError(
+            f'a resumed run has its options already; leave out {", ".join(fixed)}. What may change: '
+            f'{", ".join(sorted(_REMEDIES))}.'
+        )
     try:
         saved = FinetuneOptions.from_json((run / OPTIONS).read_text(encoding='utf-8'))
     except (OSError, OptionError) as error:
         raise CheckpointError(f'the options of the run cannot be read from {run / OPTIONS}: {error}') from error
-    return replace(saved, **{'stop_at': None, **given, 'output': str(run)}), checkpoint
+    asked = replace(saved, **{'stop_at': None, **given, 'output': str(run)})
+    remedies = [name for name in sorted(_REMEDIES) if getattr(saved, name) != getattr(asked, name)]
+    changed = [f'{name} {getattr(asked, name)} instead of {getattr(saved, name)}' for name in remedies]
+    return asked, checkpoint, ', '.join(changed)
 
 
 def _run_folder(options: FinetuneOptions, accelerator: Accelerator) -> Path:
@@ -153,18 +163,30 @@ def _run_folder(options: FinetuneOptions, accelerator: Accelerator) -> Path:
 
 def _prepare_folder(run: Path, options: FinetuneOptions, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise OptionError(
-                f'{run} exists and is not empty; continue it with --resume {run}, or name another --output.'
-            )
+        if run.exists() and not run.is_dir():
+            raise OptionError(f'{run} is a file; name a new folder for the run: --output FOLDER.')
+        if run.exists() and any(run.iterdir()):
+            way = f'continue it with --resume {run}, or name' if Checkpoints(run).all() else 'name'
+            raise OptionError(f'{run} exists and is not empty; {way} another --output.')
         with explained(run):
             run.mkdir(parents=True, exist_ok=True)
         write_whole(run / OPTIONS, lambda path: path.write_text(options.to_json(), encoding='utf-8'))
     accelerator.wait_for_everyone()
 
 
-def _load(parts: Parts, checkpoint: Path) -> State:
-    return Checkpoints(checkpoint.parents[1]).load(parts.accelerator, checkpoint)
+def _load(parts: Parts, checkpoint: Path, changed: FinetuneOptions | None) -> State:
+    """Gives the parts their state, and notes options that are no longer those of the run."""
+    run, groups = checkpoint.parents[1], [dict(group) for group in parts.optimizer.param_groups]
+    state = Checkpoints(run).load(parts.accelerator, checkpoint)
+    if state.step == 0:
+        parts.optimizer.state.clear()  # see where it is saved
+    if changed is not None:
+        for group, told in zip(parts.optimizer.param_groups, groups):  # which come back with the state
+            group.update(lr_scale=told['lr_scale'], name=told['name'])
+        if parts.accelerator.is_main_process:
+            text = replace(changed, resume=None, stop_at=None).to_json()
+            write_whole(run / OPTIONS, lambda path: path.write_text(text, encoding='utf-8'))
+    return state
 
 
 def describe(parts: Parts, options: FinetuneOptions, run: Path, state: State) -> str:
@@ -187,7 +209,9 @@ def describe(parts: Parts, options: FinetuneOptions, run: Path, state: State) ->
 
 
 def _length(dataset: Any) -> int:
-    return len(dataset)
+    # The length of a stream is rounded, to what all of its workers can yield.
+    told = getattr(getattr(dataset, 'reader', None), 'num_samples', None)
+    return told if isinstance(told, int) else len(dataset)
 
 
 def _finish(parts: Parts, state: State, options: FinetuneOptions, run: Path, seconds: float) -> FinetuneResult:
@@ -215,7 +239,8 @@ def _finish(parts: Parts, state: State, options: FinetuneOptions, run: Path, sec
         write_whole(run / WEIGHTS, lambda path: save_model(model, str(path)))
         text = json.dumps(result.to_dict(), indent=1)
         if options.freeze_base and patched(model):  # else the patch alone is not what was trained
-            save_patch(model, run / PATCH, include_head=True)
+            with explained(run / PATCH):
+                save_patch(model, run / PATCH, include_head=True)
         write_whole(run / RESULT, lambda path: path.write_text(text, encoding='utf-8'))
     accelerator.wait_for_everyone()
     accelerator.free_memory()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from sem_timm.finetuning.errors import CheckpointError
+from sem_timm.finetuning.errors import CheckpointError, first_sentence
 from sem_timm.finetuning.files import (
     begin_folder,
     explained,
@@ -177,9 +177,9 @@ def _readable(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:  # each of the libraries that read has its own kinds
         others = [path.name for path in Checkpoints(folder.parents[1]).all() if path != folder]
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f'checkpoint {folder} is damaged, or of another model: {text}. Others: {", ".join(others) or "none"}.'
+            f'checkpoint {folder} is damaged, or of another model: {first_sentence(error)}. '
+            f'Others: {", ".join(others) or "none"}.'
         ) from error
 
 

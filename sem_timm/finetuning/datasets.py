@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
 from sem_timm.errors import OptionError
 from sem_timm.finetuning.errors import DataError
+from sem_timm.finetuning.opening import open_split
 from sem_timm.finetuning.options import BUILT_IN, FinetuneOptions
-from sem_timm.finetuning.samples import Samples
-
-# Names of timm's factory begin so; anything else is a folder or file.
-_FACTORY = ('torch/', 'hfds/', 'hfids/', 'tfds/', 'wds/')
+from sem_timm.finetuning.samples import LabelCheck, Samples
 
 
 @dataclass(frozen=True)
@@ -57,43 +53,22 @@ def open_data(options: FinetuneOptions, mode: str = 'RGB', part_size: int = 1) -
     Raises:
         DataError: If there is no such data, its classes do not fit, or there are too few images.
         OptionError: If the number of classes must be told and was not.
+        MissingPackageError: If the data needs a package that is not installed.
     """
     if options.data == BUILT_IN:
         from sem_timm.finetuning.builtin import Digits
 
         return _samples(options, Digits(train=True), Digits(train=False), False, mode)
-    train = _open(options, options.train_split, part_size)
-    validation = _open(options, options.validation_split, part_size)
+    train = open_split(options, options.train_split, part_size)
+    validation = open_split(options, options.validation_split, part_size)
     if isinstance(train, IterableDataset):
-        return Data(options.data, train, validation, _num_classes(options, train))
+        num_classes = _num_classes(options, train)
+        streams: tuple[Any, Any] = train, validation
+        for part in streams:
+            part.target_transform = LabelCheck(options.data, num_classes)
+        return Data(options.data, train, validation, num_classes)
     same = _root(train) is not None and _root(train) == _root(validation)
     return _samples(options, train, validation, same, mode)
-
-
-def _open(options: FinetuneOptions, split: str, part_size: int) -> Any:
-    name, root = options.data, options.data_root
-    if not name.lower().startswith(_FACTORY):
-        if not Path(name).exists():
-            raise DataError(
-                f'data {name!r} is no file or folder here. Give a folder with one folder of images per class, a tar, '
-                f"a name such as torch/cifar10 or hfds/beans (with --data-root), or '{BUILT_IN}'."
-            )
-        name, root = '', name
-    if name.lower().startswith('torch/') and root is None:
-        raise OptionError(f'data {name!r} needs --data-root, the folder it is in, or goes to with --download.')
-    is_training = split == options.train_split
-    try:
-        return create_dataset(
-            name,
-            root=root,
-            split=split,
-            is_training=is_training,
-            download=options.download,
-            batch_size=part_size,
-            seed=options.seed,
-        )
-    except (OSError, RuntimeError, ValueError, AssertionError, ImportError, KeyError) as error:
-        raise DataError(f'cannot open split {split!r} of data {options.data!r}: {error!r}') from error
 
 
 def _root(dataset: Any) -> Any:
@@ -109,14 +84,16 @@ def _samples(options: FinetuneOptions, train: Any, validation: Any, same: bool, 
         parts = _held_out(options, len(train))
     else:
         _check_classes(train, validation)
+    num_classes = _num_classes(options, train)
+    check = LabelCheck(options.data, num_classes)
     samples = [
-        Samples(dataset, options.seed, indices, mode, options.skip_bad_images, measured)
+        Samples(dataset, options.seed, indices, mode, options.skip_bad_images, measured, check)
         for dataset, indices, measured in zip((train, validation), parts, (False, True))
     ]
     if len(samples[0]) < options.batch_size:
         raise DataError(
             f'{options.data} has {len(samples[0])} images for training, fewer than one update takes: '
-            f'--batch-size {options.batch_size}.'
+            f'--batch-size {options.batch_size}. Give a smaller one, such as {max(1, len(samples[0]) // 8)}.'
         )
     if not len(samples[1]):
         raise DataError(f'{options.data} has no images for validation; try a larger --validation-fraction.')
@@ -125,7 +102,7 @@ def _samples(options: FinetuneOptions, train: Any, validation: Any, same: bool, 
         raise DataError(
             f'{options.data} has a single class, {classes[0]!r}; put the images of each class into a folder of it.'
         )
-    return Data(options.data, samples[0], samples[1], _num_classes(options, train), same, classes)
+    return Data(options.data, samples[0], samples[1], num_classes, same, classes)
 
 
 def _held_out(options: FinetuneOptions, number: int) -> tuple[list[int], list[int]]:

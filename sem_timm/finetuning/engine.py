@@ -146,8 +146,8 @@ class Trainer:
         last = self.checkpoints.all()
         return DivergedError(
             f'{what} at step {self.state.step + 1}. Parameter groups {where}: {"; ".join(groups) or "none"}. '
-            'Try a lower --lr or --new-lr-scale, --clip 1, or --precision bf16 in place of fp16. '
-            f'The last checkpoint is {last[-1] if last else "none"}.'
+            'Go on with a lower --lr or --new-lr-scale, or --clip 1, as another run than the one that was begun: '
+            f'--resume {last[-1] if last else "none"} --lr {self.options.lr / 10:g}.'
         )
 
     def _measure(self) -> dict[str, float]:
@@ -181,6 +181,9 @@ class Trainer:
     def _save(self) -> None:
         if self._saved != self._progress():
             self.checkpoints.save(self.accelerator, self.state)
+            if self.state.step == 0:
+                # torch saves a sharded optimizer that has no state yet by a step of nothing, which Adam would count.
+                self.parts.optimizer.state.clear()
             self._saved = self._progress()
 
     def _progress(self) -> tuple[int, int]:

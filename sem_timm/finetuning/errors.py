@@ -37,3 +37,12 @@ class StoppedError(SemTimmError):
     def __init__(self, signal_number: int, where: str) -> None:
         super().__init__(f'{signal.Signals(signal_number).name} stopped the training {where}')
         self.exit_code = 128 + signal_number
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of an error of another library, without its full stop; its class where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, KeyError) or not lines:
+        return ' '.join([type(error).__name__, *lines[:1]])
+    # Further sentences give advice, in terms that are not those of our options.
+    return ' '.join(lines[: 2 if lines[0].endswith(':') else 1]).split('. ')[0].rstrip('.')

@@ -11,10 +11,10 @@ import torch
 from timm.data import create_loader
 from timm.data.loader import PrefetchLoader
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from sem_timm.finetuning.datasets import Data
-from sem_timm.finetuning.errors import DataError
+from sem_timm.finetuning.errors import DataError, first_sentence
 from sem_timm.finetuning.options import BUILT_IN, FinetuneOptions
 from sem_timm.finetuning.samples import Samples
 from sem_timm.finetuning.sampling import Share, TrainingBatches, ValidationBatches
@@ -51,9 +51,14 @@ class TrainingLoader:
         while True:  # the streams of several processes may differ in length
             if hasattr(self._loader.dataset, 'set_epoch'):
                 self._loader.dataset.set_epoch(epoch)
+            number = -1
             for number, batch in enumerate(_read(self._loader, self._device)):
                 if number >= done:
                     yield batch
+            if number < 0:
+                raise DataError(
+                    'the stream of training data yields no batch; are there fewer images than --batch-size?'
+                )
             done = 0
 
 
@@ -83,7 +88,7 @@ def _create(
     dataset: Any, options: FinetuneOptions, config: dict[str, Any], size: int, device: torch.device, is_training: bool
 ) -> Any:
     flip = options.data != BUILT_IN if options.flip is None else options.flip
-    return create_loader(
+    loader: Any = create_loader(
         dataset,
         input_size=config['input_size'],
         batch_size=size,
@@ -106,18 +111,26 @@ def _create(
         # run would differ. Without it each sample is erased with its own.
         use_prefetcher=device.type == 'cuda' and not options.random_erasing,
     )
+    batches = _inside(loader)
+    batches.worker_init_fn = _WorkerInit(batches.worker_init_fn)
+    return loader
+
+
+def _inside(loader: Any) -> Any:
+    """torch's own loader, which timm's prefetcher may be around."""
+    return loader.loader if isinstance(loader, PrefetchLoader) else loader
 
 
 def _with_batches(loader: Any, batches: Sampler[Any]) -> Any:
     """A loader of the given batches; torch's loaders cannot be told so once they exist, so it is made anew."""
-    old = loader.loader if isinstance(loader, PrefetchLoader) else loader
+    old = _inside(loader)
     new: Any = DataLoader(
         old.dataset,
         batch_sampler=batches,
         num_workers=old.num_workers,
         collate_fn=old.collate_fn,
         pin_memory=old.pin_memory,
-        worker_init_fn=_WorkerInit(old.worker_init_fn),
+        worker_init_fn=old.worker_init_fn,
         # Beginning an epoch draws a number; with its own generator it leaves alone the one that is saved.
         generator=torch.Generator(),
         persistent_workers=old.num_workers > 0,
@@ -149,4 +162,14 @@ def _read(loader: Any, device: torch.device) -> Iterator[Batch]:
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
     except DataError as error:
         # From a worker it comes with the worker's traceback as its text.
-        raise DataError(str(error).strip().rsplit('DataError: ', 1)[-1]) from None
+        raise DataError(str(error).strip().rsplit('DataError: ', 1)[-1]) from error.__cause__
+    except Exception as error:
+        if not isinstance(loader.dataset, IterableDataset):
+            raise
+        # Each library that streams has its own kinds. From a worker they come with its traceback, whose end tells most.
+        lines = str(error).strip().splitlines()
+        told = lines[-1] if lines and lines[0].startswith('Caught ') else first_sentence(error)
+        raise DataError(
+            f'the stream of data broke off: {told}. Repair or leave out what it names; data that is not streamed, such '
+            'as a folder, can go on with --skip-bad-images.'
+        ) from error

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.data import resolve_data_config
 from torch import nn
 
 from sem_timm.errors import OptionError, SwapWarning, closest
+from sem_timm.finetuning.errors import first_sentence
 from sem_timm.finetuning.options import BUILT_IN, NO_OPERATION, FinetuneOptions
 from sem_timm.operations import patch_model
 from sem_timm.surgery import patched
@@ -23,7 +26,7 @@ def create_model(options: FinetuneOptions, num_classes: int) -> nn.Module:
     Raises:
         OptionError: If there is no such model, its arguments do not fit, or its weights cannot be had.
     """
-    name = timm.models.split_model_name_tag(options.model)[0]
+    name, tag = timm.models.split_model_name_tag(options.model)
     if not timm.is_model(name) and not options.model.startswith(('hf-hub:', 'local-dir:')):
         raise OptionError(f'model {options.model!r} is unknown. {closest(name, timm.list_models())}')
     pretrained = options.data != BUILT_IN if options.pretrained is None else options.pretrained
@@ -32,19 +35,56 @@ def create_model(options: FinetuneOptions, num_classes: int) -> nn.Module:
     if cfg is not None and cfg.fixed_input_size and _image_size(options):
         kwargs.setdefault('img_size', _image_size(options))
     if options.weights is not None:
-        pretrained, kwargs['pretrained_cfg_overlay'] = True, {'file': options.weights}
-    if pretrained and options.weights is None and cfg is not None and not cfg.has_weights:
+        return _with_weights(options, options.weights, kwargs)
+    if pretrained and cfg is not None and not cfg.has_weights:
         pretrained = False
         if options.pretrained:
             raise OptionError(f'model {options.model!r} has no pretrained weights; list those that have: sem-timm list')
+    if pretrained:
+        _check_tag(name, tag)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore', SwapWarning)
-            return timm.create_model(options.model, pretrained=pretrained, **kwargs)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        text = str(error).strip().splitlines()[0]
+        return _created(options, pretrained=pretrained, **kwargs)
+    except Exception as error:  # the models, and the libraries that download, each have their own kinds
+        what = f'model {options.model!r} cannot be created' + (' with pretrained weights' if pretrained else '')
         way = ' Without a network: --weights FILE, or --no-pretrained.' if pretrained else ''
-        raise OptionError(f'model {options.model!r} cannot be created: {text}{way}') from error
+        raise OptionError(f'{what}: {first_sentence(error)}.{way}') from error
+
+
+def _check_tag(name: str, tag: str) -> None:
+    known = timm.list_pretrained(f'{name}.*')
+    if tag and known and f'{name}.{tag}' not in known:
+        tags = [other.partition('.')[2] for other in known]
+        raise OptionError(f'model {name!r} has no pretrained weights with the tag {tag!r}. {closest(tag, tags)}')
+
+
+def _created(options: FinetuneOptions, **kwargs: Any) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', SwapWarning)
+        return timm.create_model(options.model, **kwargs)
+
+
+def _with_weights(options: FinetuneOptions, file: str, kwargs: dict[str, Any]) -> nn.Module:
+    """A model with the weights of a file.
+
+    Raises:
+        OptionError: If the file cannot be read, or is of another model.
+    """
+    if not Path(file).is_file():
+        raise OptionError(f'--weights {file}: there is no such file.')
+    state = torch.get_rng_state()
+    way = 'Give a state_dict of the base model, saved by safetensors or torch.save(model.state_dict(), FILE).'
+    try:
+        without = _created(options, pretrained=False, **kwargs).state_dict()
+        torch.set_rng_state(state)
+        model = _created(options, pretrained=True, pretrained_cfg_overlay={'file': file}, **kwargs)
+    except Exception as error:  # the models and the libraries that read each have their own kinds
+        raise OptionError(
+            f'--weights {file} cannot be loaded into model {options.model!r}: {first_sentence(error)}. {way}'
+        ) from error
+    # timm takes what fits and logs the rest, be it all.
+    if all(torch.equal(tensor, without[name]) for name, tensor in model.state_dict().items()):
+        raise OptionError(f'--weights {file} has no tensor that model {options.model!r} has. {way}')
+    return model
 
 
 def _image_size(options: FinetuneOptions) -> int | None:

@@ -47,7 +47,7 @@ class FinetuneOptions:
     )
     exclude: str | tuple[str, ...] | None = _option(None, 'Operation', 'Where not, by the same rules.')
     operation_options: dict[str, Any] = _option(
-        None, 'Operation', 'Option key=value of the operation, such as reduction=8; repeatable.'
+        None, 'Operation', 'Option key=value of the operation, such as reduction=8 or operators=eca,ie; repeatable.'
     )
 
     data: str = _option(

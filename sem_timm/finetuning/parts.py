@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, DistributedType
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -22,6 +23,7 @@ from sem_timm.finetuning.losses import check_pairs, create_loss, create_mixup
 from sem_timm.finetuning.models import create_model, data_config, operate
 from sem_timm.finetuning.options import FinetuneOptions
 from sem_timm.finetuning.sampling import Share
+from sem_timm.finetuning.sharding import is_sharded, whole_state
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Parts:
         loss: The loss.
         mixup: What mixes images, or None.
         memory_format: Memory layout of images.
+        whole: A copy of the model on the CPU, with the weights of the beginning, where FSDP shards the model itself.
     """
 
     accelerator: Accelerator
@@ -55,6 +58,7 @@ class Parts:
     loss: nn.Module
     mixup: Any
     memory_format: torch.memory_format
+    whole: nn.Module | None = None
 
     @property
     def bare_model(self) -> nn.Module:
@@ -67,13 +71,16 @@ class Parts:
         if self.average is not None:
             average: nn.Module = self.average.module
             return average
-        return self.model if self.accelerator.distributed_type == DistributedType.FSDP else self.bare_model
+        return self.model if is_sharded(self.accelerator) else self.bare_model
 
     def final_model(self) -> nn.Module:
         """The model that is handed out: the average where there is one, and nothing around it."""
         if self.average is not None:
             average: nn.Module = self.average.module
             return average
+        if self.whole is not None:
+            self.whole.load_state_dict(whole_state(self.accelerator, self.model))
+            return self.whole
         model: nn.Module = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         return model
 
@@ -110,7 +117,7 @@ def create_accelerator(options: FinetuneOptions) -> Accelerator:
         raise OptionError("precision='fp16' needs a GPU. Use bf16, or no.")
     if options.sync_bn and accelerator.device.type == 'cpu':
         raise OptionError('sync_bn needs GPUs: torch synchronises batch norms only there.')
-    if accelerator.distributed_type == DistributedType.FSDP and (options.ema or options.unfreeze_every is not None):
+    if is_sharded(accelerator) and (options.ema or options.unfreeze_every is not None):
         raise OptionError('ema and unfreeze_every need whole models in each process; use them without FSDP.')
     return accelerator
 
@@ -134,6 +141,7 @@ def build_parts(options: FinetuneOptions, accelerator: Accelerator, network: nn.
         model.compile()
     training = TrainingLoader(data, options, config, share, accelerator.device)
     validation = ValidationLoader(data, options, config, share, accelerator.device)
+    whole = copy.deepcopy(model).cpu() if is_sharded(accelerator) else None
     model, optimizer = accelerator.prepare(model, optimizer)
     if average is not None:
         accelerator.register_for_checkpointing(average)
@@ -152,6 +160,7 @@ def build_parts(options: FinetuneOptions, accelerator: Accelerator, network: nn.
         loss=create_loss(options),
         mixup=create_mixup(options, data.num_classes),
         memory_format=memory_format,
+        whole=whole,
     )
 
 

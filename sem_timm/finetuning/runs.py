@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
-from sem_timm.finetuning.errors import CheckpointError
-from sem_timm.finetuning.files import OPTIONS, WEIGHTS
+from sem_timm.finetuning.errors import CheckpointError, first_sentence
+from sem_timm.finetuning.files import OPTIONS, RESULT, WEIGHTS
 from sem_timm.finetuning.loading import TrainingLoader, ValidationLoader
 from sem_timm.finetuning.models import operate
 from sem_timm.finetuning.options import FinetuneOptions
@@ -30,6 +31,7 @@ class Run:
         training: Its training images in batches, augmented as then: pairs of images and labels.
         validation: Its validation images in batches.
         input_size: Shape (C, H, W) of an image.
+        classes: Names of the classes in the order of the labels, where data or run tell.
     """
 
     options: FinetuneOptions
@@ -37,6 +39,7 @@ class Run:
     training: Images
     validation: Images
     input_size: tuple[int, int, int]
+    classes: tuple[str, ...] = ()
 
 
 class Images:
@@ -85,12 +88,22 @@ def open_run(folder: str | os.PathLike[str], *, data: str | None = None) -> Run:
     try:
         load_model(model, str(folder / WEIGHTS))
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f'{folder / WEIGHTS} does not hold the weights of this run: {reason}') from error
+        raise CheckpointError(
+            f'{folder / WEIGHTS} does not hold the weights of this run: {first_sentence(error)}.'
+        ) from error
     model = model.to(accelerator.device).eval()
     training = TrainingLoader(found, options, config, share, accelerator.device)
     validation = ValidationLoader(found, options, config, share, accelerator.device)
-    return Run(options, model, Images(training), Images(validation), config['input_size'])
+    classes = found.classes or _classes(folder)
+    return Run(options, model, Images(training), Images(validation), config['input_size'], classes)
+
+
+def _classes(folder: Path) -> tuple[str, ...]:
+    """The names of the classes that a run has noted; a stream does not tell them again."""
+    try:
+        return tuple(json.loads((folder / RESULT).read_text(encoding='utf-8'))['classes'])
+    except (OSError, ValueError, KeyError, TypeError):  # such as of a transfer, which leaves weights alone
+        return ()
 
 
 def _options(folder: Path) -> FinetuneOptions:

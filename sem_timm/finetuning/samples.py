@@ -5,14 +5,43 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from timm.data import ImageDataset
 from torch.utils.data import Dataset
 
-from sem_timm.finetuning.errors import DataError
+from sem_timm.finetuning.errors import DataError, first_sentence
+
+
+@dataclass(frozen=True)
+class LabelCheck:
+    """Lets labels pass that a model can learn.
+
+    Attributes:
+        data: Name of the data, for messages.
+        num_classes: Number of classes.
+    """
+
+    data: str
+    num_classes: int
+
+    def __call__(self, label: int) -> int:
+        """The label.
+
+        Raises:
+            DataError: If it is that of a class too many.
+        """
+        if label >= self.num_classes:
+            raise DataError(
+                f'{self.data} has the label {label}, and the labels of {self.num_classes} classes are 0 to '
+                f'{self.num_classes - 1}; give --num-classes {label + 1}, or more.'
+            )
+        return label
+
 
 Key = tuple[int, int]  # epoch, and position of the sample
 
@@ -35,6 +64,7 @@ class Samples(Dataset[Any]):
         mode: Mode of PIL that images are converted to.
         skip_bad_images: Whether an image that cannot be read is replaced by the next one, and counted.
         measured: Whether accuracy is measured on them, so that what replaces an image gets the label `NO_LABEL`.
+        check: What labels go through.
     """
 
     transform: Callable[[Image.Image], Any] | None = None  # set by timm's create_loader
@@ -47,6 +77,7 @@ class Samples(Dataset[Any]):
         mode: str = 'RGB',
         skip_bad_images: bool = False,
         measured: bool = False,
+        check: Callable[[int], int] = int,
     ) -> None:
         self.dataset = dataset
         self.seed = seed
@@ -54,8 +85,7 @@ class Samples(Dataset[Any]):
         self.mode = mode
         self.skip_bad_images = skip_bad_images
         self.measured = measured
-        if hasattr(dataset, '_max_retries'):
-            dataset._max_retries = 1  # timm's own datasets would quietly show another image
+        self.check = check
         # Shared, so that what worker processes find is known to the process that counts.
         self.bad = torch.zeros(len(self.indices), dtype=torch.bool).share_memory_()
 
@@ -69,20 +99,25 @@ class Samples(Dataset[Any]):
             try:
                 image, label = self._read(self.indices[current])
                 break
-            except (OSError, RuntimeError, SyntaxError, ValueError) as error:  # what PIL and timm raise for bad files
+            except Exception as error:  # PIL, tarfile and the readers each have their own kinds
                 if not self.skip_bad_images:
                     raise DataError(
-                        f'cannot read image {self.name(current)}: {_cause(error)}. Repair or remove it, or use '
+                        f'cannot read image {self.name(current)}: {first_sentence(error)}. Repair or remove it, or use '
                         '--skip-bad-images.'
                     ) from error
                 self.bad[current] = True
         else:
             raise DataError(f'{retry + 1} images in a row cannot be read, the last one {self.name(current)}.')
-        label = NO_LABEL if self.measured and retry else label
+        label = NO_LABEL if self.measured and retry else self.check(label)
         with own_random_numbers((self.seed, epoch, position)):
             return (image if self.transform is None else self.transform(image)), label
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
+        if isinstance(self.dataset, ImageDataset):
+            # Past its own reading, which logs that it skips what it cannot read, and then shows another image.
+            file, label = self.dataset.reader[index][:2]
+            with file:
+                return Image.open(file).convert(self.mode), NO_LABEL if label is None else int(label)
         image, label = self.dataset[index][:2]
         return image.convert(self.mode) if image.mode != self.mode else image, int(label)
 
@@ -94,12 +129,6 @@ class Samples(Dataset[Any]):
         except (AttributeError, NotImplementedError, AssertionError):
             files = getattr(self.dataset, 'samples', getattr(self.dataset, 'imgs', None))
             return str(files[index][0]) if files else f'number {index} of the data'
-
-
-def _cause(error: BaseException) -> str:
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__ or error
-    return str(error).rstrip('.') or type(error).__name__
 
 
 @contextmanager

@@ -7,13 +7,16 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from sem_timm.finetuning.errors import StoppedError
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Within ``with``, remembers the first signal instead of letting it end the process; a second one ends it.
+    """Within ``with``, remembers the first signal instead of letting it end the process; a second one stops at once.
 
-    Outside of the main thread, where Python handles no signals, it remembers nothing.
+    The second one leaves the block with the `StoppedError` of the first, and further ones do nothing. Outside of the
+    main thread, where Python handles no signals, it remembers nothing.
 
     Args:
         patient: Whether further signals are ignored. A launcher of several processes passes on the signal that these
@@ -33,14 +36,16 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.signal_number = self.signal_number or number
-        if not self.patient:
-            self._restore()
-
-    def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._previous = {}
+        if kind is KeyboardInterrupt and self.signal_number is not None:
+            at_once = 'at once, at a second signal; what was saved before is whole'
+            raise StoppedError(self.signal_number, at_once) from None
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_number is None:
+            self.signal_number = number
+        elif not self.patient:
+            self.patient = True
+            # Unlike an error of our own, nobody on the way takes this for a failure of what is being done.
+            raise KeyboardInterrupt

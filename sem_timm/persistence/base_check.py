@@ -30,10 +30,9 @@ def check_base_weights(base: dict[str, Tensor], record: PatchRecord, file: Path,
     if not problems:
         return
     (name, how), total = problems[0], len(record.fingerprints)
-    wanted = '.'.join(filter(None, (record.base.architecture or record.base.class_name, record.base.tag)))
     message = (
-        f'{file}: fingerprints: the base weights of this model are not those of the patch ({wanted}): {len(problems)} '
-        f'of {total} tensors differ; {name} {how}.\n'
+        f'{file}: fingerprints: the base weights of this model are not those of the patch ({record.base}): '
+        f'{len(problems)} of {total} tensors differ; {name} {how}.\n'
         '  Load the patch onto the weights it was saved with, or, if you know that these serve as well, pass '
         "check_base='ignore'."
     )

@@ -104,11 +104,22 @@ def tensor_record(part: str, tensor: torch.Tensor) -> TensorRecord:
 
 @dataclass(frozen=True)
 class Base:
-    """The model under the patch: timm's name of its architecture and of its weights, where it has them; its class."""
+    """The model under the patch.
+
+    Attributes:
+        architecture: timm's name of it, where it has one.
+        tag: timm's name of the weights of its configuration, where there is one. A model that was made without
+            weights, or trained since, has it too.
+        class_name: Its class.
+    """
 
     architecture: str | None
     tag: str | None
     class_name: str
+
+    def __str__(self) -> str:
+        name = self.architecture or self.class_name
+        return f'{name}, of the tag {self.tag!r} if its weights were loaded' if self.tag else name
 
 
 @dataclass(frozen=True)
@@ -175,6 +186,10 @@ def read_record(folder: Path) -> PatchRecord:
     """
     file = folder / RECORD_NAME
     if not file.is_file():
+        if folder.is_file():
+            raise PatchFileError(
+                f'{folder} is a file; give the folder that it is in: load_patch(model, {str(folder.parent)!r}).'
+            )
         found = sorted(entry.name for entry in folder.iterdir())[:5] if folder.is_dir() else None
         what = 'there is no such folder' if found is None else f'the folder holds {", ".join(found) or "nothing"}'
         raise PatchFileError(f'{file} is no file: {what}. save_patch(model, folder) writes one.')

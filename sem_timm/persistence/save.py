@@ -18,7 +18,7 @@ from sem_timm.operations import InsertionConfig
 from sem_timm.persistence.fingerprint import fingerprint, fingerprints, is_compared
 from sem_timm.persistence.parts import Parts, parts_of
 from sem_timm.persistence.record import PARTS, Base, PatchRecord, Step, site_record, tensor_record
-from sem_timm.persistence.weights_file import encode, write
+from sem_timm.persistence.weights_file import check_folder, encode, write
 from sem_timm.registry import base_architecture
 from sem_timm.surgery import check_undoable, patched
 
@@ -65,8 +65,10 @@ def save_patch(
         ModelError: If the model is not patched, made compact, sharded or on the meta device, or was patched with code
             that a file cannot name.
         OptionError: If the base weights have changed and are not included, or the arguments do not go together.
+        PatchFileError: If a file is where the folder is to be.
         OSError: If the files cannot be written.
     """
+    check_folder(Path(folder))
     model = _unwrapped(model)
     steps = steps_of(model)
     parts = parts_of(model)

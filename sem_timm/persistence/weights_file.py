@@ -34,6 +34,14 @@ def encode(tensors: dict[str, Tensor]) -> tuple[WeightsFile, bytes]:
     return WeightsFile(f'patch-{digest}.safetensors', len(data), digest), data
 
 
+def check_folder(folder: Path) -> None:
+    """Raises PatchFileError if a file is in the way of a folder."""
+    blocking = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+    if blocking is not None:
+        named = f' Name the folder: {folder.parent}.' if folder.name == RECORD_NAME and blocking == folder else ''
+        raise PatchFileError(f'{blocking} is a file, and a patch is saved into a folder, which is made for it.{named}')
+
+
 def write(folder: Path, record: PatchRecord, data: bytes) -> None:
     """Writes a patch, in place of the one that may be there.
 

@@ -18,6 +18,7 @@ from sem_timm.layers.excitation import check_at_least_one
 from sem_timm.reports.isolation import device_of, isolated
 from sem_timm.reports.pictures import check_path, overlays
 from sem_timm.reports.token_grid import check_not_windowed, token_grid, tokens_given
+from sem_timm.surgery.image_shape import explained_shape
 from sem_timm.surgery.layout import Layout, LayoutMode, set_layout
 from sem_timm.surgery.random_state import preserved_random_state
 from sem_timm.surgery.skeleton import dtype_of, probe
@@ -118,7 +119,7 @@ def attention_map(
     Raises:
         ModelError: If the model has no External Attention.
         NoMatchError: If there is no such layer.
-        OptionError: If there is no such slot or head, or the image is none.
+        OptionError: If there is no such slot or head, or the image is none or of a shape that the model refuses.
         RefusedError: If the layer attends in windows, or its tokens form no grid.
     """
     with preserved_random_state():
@@ -126,7 +127,8 @@ def attention_map(
         name = _layer_name(copy, layer)
         config = resolve_data_config({}, model=copy)
         images = _as_batch(image, copy, config).to(device_of(copy), dtype_of(copy))
-        seen = _look(copy, name, images)
+        with explained_shape(copy, images):
+            seen = _look(copy, name, images)
     if seen.attention is None:
         raise RefusedError(f'{name} is not run by the forward of this {type(model).__name__}.')
     size = (images.shape[2], images.shape[3])

@@ -18,6 +18,7 @@ from sem_timm.reports.batches import Loader, labelled_batches
 from sem_timm.reports.isolation import device_of, isolated
 from sem_timm.reports.moments import Moments
 from sem_timm.reports.pictures import Panel, check_path, heatmaps
+from sem_timm.surgery.image_shape import explained_shape
 from sem_timm.surgery.random_state import preserved_random_state
 from sem_timm.surgery.skeleton import dtype_of
 from sem_timm.tables import table
@@ -180,7 +181,8 @@ def decisions(
         num_images, per_class = 0, dict[Hashable, int]()
         with torch.no_grad():
             for images, labels in labelled_batches(loader, with_labels=by_class, max_batches=max_batches):
-                copy(images.to(where, dtype, non_blocking=True))
+                with explained_shape(copy, images):
+                    copy(images.to(where, dtype, non_blocking=True))
                 recorder.flush(labels)
                 num_images += len(images)
                 for label in labels or ():

@@ -54,6 +54,8 @@ def test_plan_prints_table_json_and_code(capsys: pytest.CaptureFixture[str]) -> 
     options = ['test_resnet', '--set', 'reduction=8', '--set', 'operators=se,eca', '--target', 'layer[34].*']
     assert main(['plan', *options]) == 0
     assert 'layer3.0' in (table := capsys.readouterr().out) and 'layer1' not in table
+    assert main(['plan', *(option.replace('se,eca', "('se','eca')") for option in options)]) == 0
+    assert capsys.readouterr().out == table
     assert main(['plan', *options, '--json', '--image-size', '64']) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan['operation']['reduction'] == 8 and plan['operation']['operators'] == ['se', 'eca']
@@ -67,6 +69,11 @@ def test_plan_prints_table_json_and_code(capsys: pytest.CaptureFixture[str]) -> 
     [
         (['plan', 'resnet18', '--set', 'reduktion=3'], "option 'reduktion' of operation 'sem' is unknown"),
         (['plan', 'resnet18', '--set', 'reduction'], 'is not of the form key=value'),
+        (
+            ['plan', 'resnet18', '--set', "operators=('eca'"],
+            'neither JSON nor a Python literal. Several names are typed',
+        ),
+        (['plan', 'resnet18', '--set', 'operators=(eca,ie)'], '--set operators=a,b'),
         (['plan', 'resnet18', '--target', 'layer9'], "target 'layer9' matches no module"),
         (['plan', 'resnet18', '--code', 'conv1'], "'conv1' is not a site"),
         (['plan', 'test_vit', '-o', 'semm'], "operation 'semm' is unknown"),
@@ -98,6 +105,10 @@ def test_finetune_prints_what_was_gained(tmp_path: Path, capsys: pytest.CaptureF
     assert 'The same recipe without sem' in printed.out
     assert 'new modules, weight decay, learning rate x 2' in printed.err
     assert list((tmp_path / 'run' / 'tensorboard').glob('events*'))
+    assert (
+        main(['finetune', '--resume', str(tmp_path / 'run'), '--epochs', '12']) == 2
+    )  # typed, though it is the default
+    assert 'leave out epochs' in capsys.readouterr().err
     assert main(['finetune', '--resume', str(tmp_path / 'run'), '--json', '--compare', '--no-progress']) == 0
     result = json.loads(capsys.readouterr().out)
     assert result['num_steps'] == 6 and result['without_operation']['num_new_parameters'] == 0
@@ -114,6 +125,9 @@ def test_values_are_read_as_typed() -> None:
     pairs = ['a=1', 'b=0.5', 'c=true', 'd=none', 'e=x', 'f=x,2', 'g=[1, 2]', 'h=x,']
     expected = {'a': 1, 'b': 0.5, 'c': True, 'd': None, 'e': 'x', 'f': ('x', 2), 'g': (1, 2), 'h': ('x',)}
     assert parse_pairs(pairs, '--set') == expected
+    pairs = ["a=('eca','ie')", "b=['eca', 'ie']", 'c=(1, None, True)', 'd=None', 'e=(8,)', 'f=.5', "g='x,y'", 'h=(2)']
+    literals = {'a': ('eca', 'ie'), 'b': ('eca', 'ie'), 'c': (1, None, True), 'd': None, 'e': (8,), 'f': 0.5}
+    assert parse_pairs(pairs, '--set') == {**literals, 'g': 'x,y', 'h': 2}
     with pytest.raises(OptionError, match='given twice'):
         parse_pairs(['a=1', 'a=2'], '--set')
 

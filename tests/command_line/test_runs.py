@@ -12,6 +12,7 @@ import torch
 import sem_timm
 from sem_timm.command_line import main
 from sem_timm.finetuning.runs import open_run
+from tests.finetuning.small_runs import CLASSES, write_images
 
 QUICK = ['--no-pretrained', '--image-size', '16', '--epochs', '1', '--no-compare', '--no-progress', '--json']
 
@@ -60,11 +61,27 @@ def test_decisions_are_printed_and_drawn(gated: Path, tmp_path: Path, capsys: py
     assert json.loads(capsys.readouterr().out)['operators'] == ['se', 'eca', 'ie']
 
 
+def test_decisions_by_class_have_the_names_of_the_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, folder = write_images(tmp_path / 'data'), tmp_path / 'run'
+    small = ['finetune', 'test_resnet', *QUICK, '--cpu', '--batch-size', '8']
+    assert main([*small, '--data', str(data), '--output', str(folder)]) == 0
+    capsys.readouterr()
+    assert main(['decisions', str(folder), '--by-class', '--json']) == 0
+    assert tuple(json.loads(capsys.readouterr().out)['classes']) == CLASSES
+    assert main(['decisions', str(folder), '--by-class']) == 0
+    assert any(f'{name}: 0.' in capsys.readouterr().out for name in CLASSES)
+    assert open_run(folder).classes == CLASSES
+
+
 def test_transfer_keeps_what_it_made(attending: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / 'swapped'
     options = ['--set', 'memory=8', '--transfer', 'steps=2', '--output', str(output), '--json']
     assert main(['transfer', str(attending), *options]) == 0
     assert json.loads(capsys.readouterr().out)
+    assert main(['transfer', str(output)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f'sem-timm: {output} has external in place of self-attention already')
+    assert 'sem-timm finetune test_vit --operation none --data digits' in message and message.count('\n') == 1
     again = open_run(output).model
     model = open_run(attending).model
     sem_timm.load_patch(model, output / 'patch', check_base='error')
@@ -81,6 +98,8 @@ def test_transfer_keeps_what_it_made(attending: Path, tmp_path: Path, capsys: py
         (['decisions', '{attending}'], 'has no Switchable Excitation Module'),
         (['transfer', '{attending}', '--transfer', 'bogus=1'], "option 'bogus' is unknown"),
         (['transfer', '{attending}', '--operation', 'sem'], "operation 'sem' is no attention"),
+        (['finetune', '--output', '{gated}/result.json'], 'result.json is a file; name a new folder'),
+        (['finetune', '--output', '{gated}/patch'], 'patch exists and is not empty; name another --output'),
         (['transfer', '{attending}', '--output', '{attending}'], 'exists; name a new folder'),
         (['transfer', '{gated}'], 'nothing in ResNet can take external'),
     ],

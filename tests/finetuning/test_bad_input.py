@@ -17,13 +17,18 @@ from tests.finetuning.small_runs import CLASSES, NUM_VALIDATION, column, options
 
 
 @pytest.mark.parametrize('workers', [0, 1])
-def test_unreadable_image_is_named(workers: int, tmp_path: Path) -> None:
+def test_unreadable_image_is_named(
+    workers: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
     broken = write_images(tmp_path / 'data') / 'train' / 'cross' / '3.png'
     broken.write_bytes(broken.read_bytes()[:60])
     with pytest.raises(DataError) as caught:
         run_small(tmp_path / 'data', tmp_path / 'run', workers=workers)
     message = str(caught.value)
     assert message.startswith(f'cannot read image {broken}: ') and '--skip-bad-images' in message
+    assert caught.value.__cause__ is not None or workers
+    # Nothing was skipped, and timm does not say so.
+    assert caplog.text == '' and capfd.readouterr().err == ''
     assert '\n' not in message
 
 
@@ -73,20 +78,6 @@ def test_classes_of_both_splits_must_be_the_same(tmp_path: Path) -> None:
     (folder / 'validation' / 'cross').rename(folder / 'validation' / 'kreuz')
     with pytest.raises(DataError, match='In one only: cross, kreuz'):
         run_small(folder, tmp_path / 'run')
-
-
-@pytest.mark.parametrize(
-    ('given', 'part'),
-    [
-        ({'data': 'nowhere'}, "data 'nowhere' is no file or folder here"),
-        ({'data': 'torch/nothing', 'data_root': '/tmp'}, "cannot open split 'train' of data 'torch/nothing'"),
-        ({'batch_size': 49}, 'has 48 images for training, fewer than one update takes'),
-    ],
-)
-def test_data_that_is_not_there_or_too_small(given: dict[str, Any], part: str, images: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=part):
-        finetune(**{**options(images, tmp_path / 'run'), **given})
-    assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize(
@@ -170,7 +161,7 @@ def test_what_is_no_number_is_told_with_step_and_group(loss: bool, images: Path,
     message = str(caught.value)
     assert message.startswith('the loss is nan at step 3.' if loss else 'the norm of the gradient is nan at step 3.')
     assert 'base, weight decay, learning rate x 1 (body.weight)' in message
-    assert message.endswith('step-000000002.')
+    assert message.endswith('step-000000002 --lr 0.0001.')
     assert len(column(tmp_path / 'run', 'loss')) == 2
 
 

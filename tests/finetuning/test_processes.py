@@ -61,3 +61,10 @@ def test_two_processes_stop_and_go_on_exactly(images: Path, tmp_path: Path) -> N
     again = finish(launched(resume(run, '--no-progress')))
     assert again.returncode == 0, again.stderr
     assert column(run, 'loss') == column(whole, 'loss')
+
+
+@pytest.mark.slow
+def test_sharded_weights_are_put_together() -> None:
+    done = finish(launched([sys.executable, '-m', 'tests.finetuning.sharded']))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ['whole', 'whole']

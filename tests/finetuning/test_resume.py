@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from sem_timm.errors import OptionError
-from sem_timm.finetuning import CheckpointError, finetune
+from sem_timm.finetuning import CheckpointError, StoppedError, finetune
+from sem_timm.finetuning.checkpoints import find_checkpoint
 from tests.finetuning.small_runs import column, run_small, stop_small
 
 EVERYTHING_RANDOM = {
@@ -91,8 +92,33 @@ def test_last_and_best_checkpoints_are_kept(images: Path, tmp_path: Path) -> Non
 
 def test_options_of_a_resumed_run_cannot_change(images: Path, tmp_path: Path) -> None:
     stop_small(images, tmp_path / 'run', 2)
-    with pytest.raises(OptionError, match='has its options already; leave out lr'):
-        finetune(resume=str(tmp_path / 'run'), lr=3.0)
+    with pytest.raises(
+        OptionError, match=r'has its options already; leave out weight_decay\. What may change: clip, lr'
+    ):
+        finetune(resume=str(tmp_path / 'run'), weight_decay=3.0)
+
+
+def test_run_goes_on_with_another_learning_rate_and_says_so(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / 'run'
+    stop_small(images, run, 4, lr=0.5, new_lr_scale=2.0)
+    # Be it the default, which the run was not begun with.
+    with pytest.raises(StoppedError):
+        finetune(resume=str(run), lr=1e-3, new_lr_scale=3.0, clip=1.0, stop_at=8, progress=True)
+    printed = ' '.join(capsys.readouterr().err.split())
+    assert 'from here on it is another run than the one that was begun: clip 1.0 instead of None, ' in printed
+    assert 'lr 0.001 instead of 0.5, new_lr_scale 3.0 instead of 2.0' in printed
+    assert 'new modules, weight decay, learning rate x 3' in printed
+    rates = [float(rate) for rate in column(run, 'learning_rate')]
+    assert max(rates[:4]) > 0.1 and max(rates[4:]) <= 1e-3
+    # It is the run from now on.
+    result = finetune(resume=str(run))
+    assert (result.options.lr, result.options.new_lr_scale, result.options.clip) == (1e-3, 3.0, 1.0)
+    assert 'another run' not in capsys.readouterr().err
+    optimizer = torch.load(find_checkpoint(run)[1] / 'optimizer.bin', weights_only=False)
+    scales = {group['name'].split(',')[0]: group['lr_scale'] for group in optimizer['param_groups']}
+    assert scales == {'base': 1.0, 'new modules': 3.0}
 
 
 def test_run_without_checkpoint_cannot_be_resumed(tmp_path: Path) -> None:
@@ -116,6 +142,9 @@ def test_damaged_checkpoint_is_named_with_the_others(file: str, images: Path, tm
 def test_run_does_not_overwrite_another(images: Path, tmp_path: Path) -> None:
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'thesis.txt').write_text('mine')
-    with pytest.raises(OptionError, match='is not empty; continue it with --resume'):
+    with pytest.raises(OptionError, match='is not empty; name another --output'):
         run_small(images, tmp_path / 'run')
     assert (tmp_path / 'run' / 'thesis.txt').read_text() == 'mine'
+    stop_small(images, tmp_path / 'begun', 2)
+    with pytest.raises(OptionError, match=f'is not empty; continue it with --resume {tmp_path / "begun"}, or name'):
+        run_small(images, tmp_path / 'begun')

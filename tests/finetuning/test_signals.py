@@ -6,12 +6,14 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from sem_timm.finetuning import StoppedError, finetune
 from sem_timm.finetuning.checkpoints import find_checkpoint, read_state
+from sem_timm.finetuning.stopping import StopRequest
 from tests.finetuning.processes import arguments, finish, resume, start, wait_for_rows
 from tests.finetuning.small_runs import column, run_small, stop_small
 
@@ -38,6 +40,42 @@ def test_signal_saves_and_stops_and_the_run_goes_on_exactly(
         finetune(resume=str(run), stop_at=step + 20, progress=False)
     stop_small(images, tmp_path / 'whole', step + 20, epochs=40)
     assert column(run, 'loss') == column(tmp_path / 'whole', 'loss')
+
+
+@pytest.mark.parametrize(
+    ('first', 'second'),
+    [(signal.SIGINT, signal.SIGTERM), (signal.SIGINT, signal.SIGINT)],
+)
+def test_second_signal_stops_at_once_and_quietly(
+    first: signal.Signals, second: signal.Signals, images: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / 'run'
+    process = start(arguments(images, run, '--epochs', '40', '--workers', '1'))
+    wait_for_rows(process, run / 'train.csv', 3)
+    os.killpg(process.pid, first)
+    # Not two of one kind in one moment, which the system would make one; and until nothing is left that could get one.
+    while process.poll() is None:
+        time.sleep(0.01)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, second)
+    output, errors = process.communicate(timeout=120)
+    assert (process.returncode, output) == (128 + first, ''), errors
+    assert errors.strip().splitlines()[-1].startswith(f'sem-timm: {first.name} stopped the training ')
+    assert not any(word in errors for word in ('Traceback', 'Exception', 'resource_tracker', 'Warning')), errors
+    assert read_state(find_checkpoint(run)[1]).step >= 0
+
+
+def test_signals_are_remembered_then_obeyed_then_ignored() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(StoppedError, match='SIGTERM stopped the training at once') as caught, StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.signal_number == signal.SIGTERM
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+    assert caught.value.exit_code == 143
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import sem_timm
-from sem_timm import ModelError, OptionError
+from sem_timm import ModelError, OptionError, PatchFileError
 from tests.families import FAMILIES
 from tests.persistence.patches import CASES, base, edit_json, of_case, outputs, patch, weights_file
 from tests.refusals import refused
@@ -39,6 +39,21 @@ def test_patch_comes_back(tmp_path: Path, case: str) -> None:
     assert frozen[0] == frozen[1]
     sem_timm.unpatch_model(other)
     assert torch.equal(outputs(other, name), outputs(base(name), name))
+
+
+def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
+    model = of_case('sem')
+    (tmp_path / 'file').write_text('mine')
+    for path in (tmp_path / 'file', tmp_path / 'file' / 'patch'):
+        with refused(model, PatchFileError, f'{tmp_path / "file"} is a file, and a patch is saved into a folder'):
+            sem_timm.save_patch(model, path)
+    assert (tmp_path / 'file').read_text() == 'mine'
+    saved = sem_timm.save_patch(model, tmp_path / 'saved')
+    for file in saved.iterdir():
+        with refused(base(), PatchFileError, f'load_patch(model, {str(saved)!r})'):
+            sem_timm.load_patch(base(), file)
+    with refused(model, PatchFileError, f'Name the folder: {saved}.'):
+        sem_timm.save_patch(model, saved / 'patch.json')
 
 
 def test_two_patches_are_swapped_on_one_base(tmp_path: Path) -> None:

@@ -197,6 +197,35 @@ def test_models_without_slots_are_refused(operation: str | None) -> None:
         sem_timm.attention_map(model, IMAGE)
 
 
+@pytest.mark.parametrize(
+    ('shape', 'parts'),
+    [
+        ((3, 96, 64), ('(3, 64, 96) and was given (3, 96, 64)', 'img_size=(96, 64)', 'dynamic_img_size=True')),
+        ((1, 64, 96), ('(3, 64, 96) and was given (1, 64, 96)', 'create_transform')),
+    ],
+)
+def test_image_of_a_shape_that_the_model_refuses(shape: tuple[int, ...], parts: tuple[str, ...]) -> None:
+    model = vit(dynamic_img_size=False)
+    with refused(model, OptionError, *parts):
+        sem_timm.attention_map(model, torch.zeros(shape))
+
+
+class OutOfMemory(nn.Module):
+    """Fails with values, though not without."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_meta:
+            raise RuntimeError('no more memory')
+        return x
+
+
+def test_what_else_goes_wrong_in_a_model_stays_what_it_is() -> None:
+    model = vit()
+    model.patch_embed.register_module('norm', OutOfMemory())
+    with refused(model, RuntimeError, 'no more memory'):
+        sem_timm.attention_map(model, torch.zeros(3, 96, 64))
+
+
 def test_overlay_is_drawn(tmp_path: Path) -> None:
     found = sem_timm.attention_map(vit(), IMAGE)
     path = found.overlay(tmp_path / 'slots.png', most=5)

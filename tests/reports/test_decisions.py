@@ -200,6 +200,12 @@ def test_models_without_decisions_are_refused() -> None:
         sem_timm.decisions(weightless, batches())
 
 
+def test_images_of_a_shape_that_the_model_refuses() -> None:
+    model = decided()
+    with refused(model, OptionError, 'and was given (1, 64, 64)', 'create_transform'):
+        sem_timm.decisions(model, [torch.zeros(2, 1, 64, 64)])
+
+
 def test_numbers_that_are_not_finite_are_refused() -> None:
     model = decided()
     with refused(model, ModelError, 'layer1.0', 'not finite'):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +28,9 @@ def command(
     """
     opened = open_run(run, data=data)
     found = decisions(opened.model, opened.validation, by_class=by_class, max_batches=max_batches)
+    names: dict[Hashable, Hashable] = dict(enumerate(opened.classes))
+    if len({*names.values()}) == len(names):
+        found = replace(found, classes={names.get(label, label): one for label, one in found.classes.items()})
     if plot is not None:
         found.plot(plot)
     print(json.dumps(found.to_dict(), indent=1) if as_json else found)

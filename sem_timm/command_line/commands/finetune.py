@@ -32,12 +32,14 @@ def command(compare: bool | None, as_json: bool, **values: Any) -> None:
     `sem-timm finetune vit_small_patch16_224 --operation external --set memory=32 --data hfds/beans --layer-decay 0.7`,
     `sem-timm finetune --resume runs/my-run`.
     """
-    for name in _PAIRS:
-        values[name] = parse_pairs(values[name], _flag(name))
-    for name in _TARGETS:
-        values[name] = parse_target(values[name])
-    options = FinetuneOptions(**{**values, 'trackers': tuple(values['trackers'])})
-    result = finetune(options)
+    typed = {name: value for name, value in values.items() if value not in (None, [])}
+    for name in {*_PAIRS} & {*typed}:
+        typed[name] = parse_pairs(typed[name], _flag(name))
+    for name in {*_TARGETS} & {*typed}:
+        typed[name] = parse_target(typed[name])
+    if 'trackers' in typed:
+        typed['trackers'] = tuple(typed['trackers'])
+    result = finetune(**typed)
     if compare is None:
         compare = result.options.data == BUILT_IN and result.options.operation != NO_OPERATION
     without = finetune_without(result) if compare else None
@@ -96,19 +98,19 @@ def _parameters() -> list[inspect.Parameter]:
 def _parameter(name: str, default: Any, hint: Any, metadata: Any) -> inspect.Parameter:
     kind = inspect.Parameter.KEYWORD_ONLY
     text, panel = metadata['help'], metadata['panel']
+    # Without a default of their own, so that what was typed can be told from what was not.
+    shown = ', '.join(default) if isinstance(default, tuple) else default
+    shown = True if isinstance(shown, bool) or shown in (None, '') else str(shown)
     if name == 'model':
-        info: Any = typer.Argument(help=text, autocompletion=complete_model)
-        return inspect.Parameter(name, kind, default=default, annotation=Annotated[str, info])
+        info: Any = typer.Argument(help=text, autocompletion=complete_model, show_default=shown)
+        return inspect.Parameter(name, kind, default=None, annotation=Annotated[str | None, info])
     completion = complete_operation if name == 'operation' else None
     flag = _flag(name)
     if hint in (bool, bool | None):
         flag = f'{flag}/--no-{flag[2:]}'
-    info = typer.Option(flag, help=text, rich_help_panel=panel, autocompletion=completion)
-    if name in (*_PAIRS, *_TARGETS):
-        hint, default = list[str] | None, None
-    elif name == 'trackers':
-        hint, default = list[str], list(default)
-    return inspect.Parameter(name, kind, default=default, annotation=Annotated[hint, info])
+    info = typer.Option(flag, help=text, rich_help_panel=panel, autocompletion=completion, show_default=shown)
+    hint = list[str] if name in (*_PAIRS, *_TARGETS, 'trackers') else hint
+    return inspect.Parameter(name, kind, default=None, annotation=Annotated[hint | None, info])
 
 
 _made = _parameters()

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated
 
+import timm
 import typer
 from safetensors.torch import save_model
 
@@ -15,9 +16,11 @@ from sem_timm.attention_transfer import TransferOptions, transfer
 from sem_timm.command_line.values import complete_operation, parse_pairs, parse_target
 from sem_timm.errors import OptionError, SwapWarning, closest
 from sem_timm.finetuning.files import OPTIONS, PATCH, WEIGHTS, explained, write_whole
-from sem_timm.finetuning.runs import open_run
-from sem_timm.operations import attention_kinds, patch_model
+from sem_timm.finetuning.runs import Run, open_run
+from sem_timm.operations import AttentionConfig, attention_kinds, patch_model
 from sem_timm.persistence import save_patch
+from sem_timm.registry import base_architecture
+from sem_timm.surgery import patched
 
 
 def command(
@@ -52,6 +55,7 @@ def command(
     if output is not None and output.exists():
         raise OptionError(f'--output {output} exists; name a new folder.')
     opened = open_run(run)
+    _check_not_swapped(run, opened)
     names, chosen = parse_target(target), parse_pairs(options, '--set')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', SwapWarning)  # it is about to be trained
@@ -74,6 +78,17 @@ def command(
     print(json.dumps(result.to_dict(), indent=1) if as_json else result)
     if output is not None and not as_json:
         print(f'Weights, as those of a run: {output}')
+
+
+def _check_not_swapped(run: Path, opened: Run) -> None:
+    here = next((part for part in patched(opened.model) if isinstance(part.operation, AttentionConfig)), None)
+    if here is not None:
+        own = opened.options
+        name = base_architecture(timm.models.split_model_name_tag(own.model)[0])
+        raise OptionError(
+            f'{run} has {here.operation} in place of self-attention already, so that there is no original to learn '
+            f'from. Train one first: sem-timm finetune {name} --operation none --data {own.data} --output FOLDER'
+        )
 
 
 def _transfer_options(pairs: list[str] | None) -> TransferOptions:
