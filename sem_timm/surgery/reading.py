@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,11 +22,15 @@ from sem_timm.surgery.trace import Trace, bind, forward_signature, is_guided, tr
 
 @dataclass(frozen=True)
 class Reading:
-    """A module's forward: its trace, the value of every node, and its residual adds, by training mode."""
+    """A module's forward: its trace, the value of every node, and its residual adds, by training mode.
+
+    Also the children that return what they are given, the tensor itself, as dropout does in eval mode.
+    """
 
     trace: Trace
     values: dict[bool, Values]
     adds: dict[bool, list[ResidualAdd]]
+    passing: frozenset[str] = frozenset()
 
 
 class Reader:
@@ -65,6 +69,7 @@ class Reader:
         """The reading of a module, or of one made and called alike; None follows methods where a sum is in them."""
         try:
             values = bound_arguments(self.modules[name], self.probe.calls[name])
+            self._check_state(name)
         except TraceError as error:
             return error
         structure, _ = self.structures.describe(self.modules[name])
@@ -76,6 +81,12 @@ class Reader:
             except TraceError as error:
                 self._readings[key] = error
         return self._readings[key]
+
+    def _check_state(self, name: str) -> None:
+        """Raises TraceError if the probe has left a module other than it was, so that a trace would begin elsewhere."""
+        if name in self.probe.changed:
+            cls = type(self.modules[name]).__name__
+            raise TraceError(f'{cls}.forward changes self.{self.probe.changed[name]}, which a graph cannot show')
 
     def holds_residual(self, name: str) -> bool:
         """Whether a module's own forward has a residual add; False where the forward cannot be read."""
@@ -116,10 +127,15 @@ class Reader:
         cached = self._trace(module, call, values, inline_methods)
         known = self._outputs_below(name, module)
         try:
-            return _evaluated(replace(cached, values=values), module, call, known)
+            found = _evaluated(replace(cached, values=values), module, call, known)
         except TraceError:
             # Perhaps a graph of a module that differs in a number of a child.
-            return _evaluated(trace(module, call, inline_methods=inline_methods), module, call, known)
+            found = _evaluated(trace(module, call, inline_methods=inline_methods), module, call, known)
+        return replace(found, passing=self._passing(name, known))
+
+    def _passing(self, name: str, children: Iterable[str]) -> frozenset[str]:
+        calls = {child: self.probe.calls[f'{name}.{child}' if name else child] for child in children}
+        return frozenset(child for child, call in calls.items() if any(given is call.output for given in call.args))
 
     def _outputs_below(self, name: str, module: nn.Module) -> dict[str, Any]:
         """What the children returned in the probe, as far as each was called just once."""

@@ -14,7 +14,7 @@ from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from sem_timm.errors import TraceError
@@ -71,7 +71,7 @@ def _agree(reading: Reading, module: nn.Module, edit: Edit, training: bool) -> b
     results = []
     classes: tuple[Any, ...] = (edit.base, patched_class(edit))
     for cls in classes:
-        stand_in = _stand_in(module, trace.graphs[training], values, cls, training, numbers)
+        stand_in = _stand_in(module, reading, cls, training, numbers)
         stand_in.__dict__.update(dict.fromkeys(edit.inserted, _identity))
         given = {name: _cloned(value) for name, value in arguments.items()}
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -129,12 +129,11 @@ def _equal_numbers(first: Tensor, second: Tensor) -> bool:
     return first.shape == second.shape and torch.equal(first.nan_to_num(), second.nan_to_num())
 
 
-def _stand_in(
-    module: nn.Module, graph: fx.Graph, values: dict[fx.Node, Any], cls: type, training: bool, numbers: _Numbers
-) -> nn.Module:
+def _stand_in(module: nn.Module, reading: Reading, cls: type, training: bool, numbers: _Numbers) -> nn.Module:
     """The module with real numbers for the tensors its forward reads and stand-ins for all it calls."""
     root = _shell(module, cls)
     root.__dict__['training'] = training
+    graph, values = reading.trace.graphs[training], reading.values[training]
     outputs: dict[str, list[Any]] = {}
     for node in graph.nodes:
         if node.op == 'call_module':
@@ -150,7 +149,7 @@ def _stand_in(
             child = owner._modules[name]
             assert child is not None
             shell = _shell(child, type(child))
-            shell.__dict__['forward'] = _calls(numbers, templates, seed)
+            shell.__dict__['forward'] = _passed if target in reading.passing else _calls(numbers, templates, seed)
             for alias, other in owner._modules.items():  # a child may have several names, and fx uses the first
                 if other is child:
                     owner._modules[alias] = shell
@@ -189,14 +188,21 @@ def _calls(numbers: _Numbers, templates: list[Any], seed: int) -> Callable[..., 
     return stand_in
 
 
+def _passed(x: Any, *args: Any, **kwargs: Any) -> Any:
+    """A stand-in for a child that returns what it is given: a change of the one in place is one of the other."""
+    return x
+
+
 def _sample(value: Any) -> float:
-    """A number that depends on a few hundred entries of each tensor and on where they are."""
+    """A number that depends on a few hundred entries of each tensor, on where they are, and on its place in memory."""
     total = 0.0
     for tensor in tree_leaves(value):
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
             entries = tensor.reshape(-1)[:: max(1, tensor.numel() // 251)].double()
             weights = torch.linspace(0.5, 1.5, len(entries), dtype=torch.float64)
             total += float(entries @ weights) / len(entries)
+            # A layer may add up in another order if its input lies differently in memory.
+            total += 1e-3 * sum(stride / (axis + 2) for axis, stride in enumerate(tensor.stride()))
     return total
 
 

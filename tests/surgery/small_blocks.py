@@ -52,6 +52,8 @@ class Block(nn.Module):
         self.b = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1))
         self.narrow = nn.Conv2d(8, 8, 1)
         self.wide = nn.Conv2d(8, 12, 1)
+        self.drop = nn.Dropout(0.1)
+        self.relu = nn.ReLU(inplace=True)
         self.scale = nn.Parameter(torch.rand(8, 1, 1))
         self.position = nn.Parameter(torch.rand(1, 8, 8, 8))
 

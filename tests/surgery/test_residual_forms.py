@@ -89,6 +89,17 @@ def sum_used_twice(self: Any, x: Tensor) -> Any:
     return total * out
 
 
+def through_a_child_that_passes_on(self: Any, x: Tensor) -> Any:
+    out = self.drop(x)
+    out += self.a(x)
+    return out
+
+
+def through_a_child_that_changes(self: Any, x: Tensor) -> Any:
+    out = self.relu(x)
+    return out.add_(self.a(x))
+
+
 def kept_in_a_list(self: Any, x: Tensor) -> Any:
     out = [x]
     out[0] = out[0] + self.a(x)
@@ -103,6 +114,8 @@ def kept_in_a_list(self: Any, x: Tensor) -> Any:
         functional_statement_before_the_sum,
         on_the_shortcut,
         sum_used_twice,
+        through_a_child_that_passes_on,
+        through_a_child_that_changes,
         kept_in_a_list,
     ],
 )
