@@ -99,6 +99,9 @@ class Inserter:
         tensor = output[0] if kind is not Tensor and output else output
         if not isinstance(tensor, Tensor):
             raise Refused(f'it returns a {type(output).__name__}, not a tensor')
+        call = self.reader.probe.calls[name]
+        if any(tensor is given for given in (*call.args, *call.kwargs.values())):
+            raise Refused('it returns the tensor that it is given, which others may change or read as theirs')
         (attribute,) = free_names(module, self.operation.attribute)
         site = self._site(name, 'output', attribute, tensor, layout_of(tensor))
         source, bindings = output_source(type(module), forward_signature(type(module)), attribute, kind)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -127,15 +127,15 @@ class Reader:
         cached = self._trace(module, call, values, inline_methods)
         known = self._outputs_below(name, module)
         try:
-            found = _evaluated(replace(cached, values=values), module, call, known)
+            return self._evaluated(replace(cached, values=values), name, known)
         except TraceError:
             # Perhaps a graph of a module that differs in a number of a child.
-            found = _evaluated(trace(module, call, inline_methods=inline_methods), module, call, known)
-        return replace(found, passing=self._passing(name, known))
+            return self._evaluated(trace(module, call, inline_methods=inline_methods), name, known)
 
-    def _passing(self, name: str, children: Iterable[str]) -> frozenset[str]:
-        calls = {child: self.probe.calls[f'{name}.{child}' if name else child] for child in children}
-        return frozenset(child for child, call in calls.items() if any(given is call.output for given in call.args))
+    def _evaluated(self, found: Trace, name: str, known: dict[str, Any]) -> Reading:
+        calls = {child: self.probe.calls[f'{name}.{child}' if name else child] for child in known}
+        passing = frozenset(n for n, call in calls.items() if any(given is call.output for given in call.args))
+        return _evaluated(found, self.modules[name], self.probe.calls[name], known, passing)
 
     def _outputs_below(self, name: str, module: nn.Module) -> dict[str, Any]:
         """What the children returned in the probe, as far as each was called just once."""
@@ -191,7 +191,7 @@ def bound_arguments(module: nn.Module, call: Call) -> dict[str, Any]:
         raise TraceError(f'{type(module).__name__}.forward: {error}') from error
 
 
-def _evaluated(found: Trace, module: nn.Module, call: Call, known: dict[str, Any]) -> Reading:
+def _evaluated(found: Trace, module: nn.Module, call: Call, known: dict[str, Any], passing: frozenset[str]) -> Reading:
     values: dict[bool, Values] = {}
     adds: dict[bool, list[ResidualAdd]] = {}
     for training in (False, True):
@@ -202,13 +202,13 @@ def _evaluated(found: Trace, module: nn.Module, call: Call, known: dict[str, Any
             values[training] = evaluate(found, module, known, training=training)
         except Exception as error:  # a graph that does not run on the traced call's own values is wrong
             raise TraceError(f'{type(module).__name__}: the traced forward does not run: {error}') from error
-        adds[training] = residual_adds(found.graphs[training], module, values[training])
+        adds[training] = residual_adds(found.graphs[training], module, values[training], passing)
         output = next(values[training][node] for node in found.graphs[training].nodes if node.op == 'output')
         if _shapes(output) != _shapes(call.output):
             raise TraceError(f'{type(module).__name__}: the traced forward returns other shapes than the forward')
     if len(adds[True]) != len(adds[False]):
         raise TraceError(f'{type(module).__name__}.forward has other residual adds in training than in eval mode')
-    return Reading(found, values, adds)
+    return Reading(found, values, adds, passing)
 
 
 def _shapes(value: Any) -> Any:
