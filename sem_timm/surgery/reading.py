@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sem_timm.errors import TraceError
 from sem_timm.surgery.bytecode import may_add
@@ -24,13 +25,14 @@ from sem_timm.surgery.trace import Trace, bind, forward_signature, is_guided, tr
 class Reading:
     """A module's forward: its trace, the value of every node, and its residual adds, by training mode.
 
-    Also the children that return what they are given, the tensor itself, as dropout does in eval mode.
+    Also the children that return what they are given, the tensor itself, as dropout does in eval mode: for each of the
+    tensors that they return, which of those they are given it is, or None.
     """
 
     trace: Trace
     values: dict[bool, Values]
     adds: dict[bool, list[ResidualAdd]]
-    passing: frozenset[str] = frozenset()
+    passing: dict[str, list[int | None]] = field(default_factory=dict)
 
 
 class Reader:
@@ -133,8 +135,8 @@ class Reader:
             return self._evaluated(trace(module, call, inline_methods=inline_methods), name, known)
 
     def _evaluated(self, found: Trace, name: str, known: dict[str, Any]) -> Reading:
-        calls = {child: self.probe.calls[f'{name}.{child}' if name else child] for child in known}
-        passing = frozenset(n for n, call in calls.items() if any(given is call.output for given in call.args))
+        passed = {child: _passed(self.probe.calls[f'{name}.{child}' if name else child]) for child in known}
+        passing = {child: which for child, which in passed.items() if any(index is not None for index in which)}
         return _evaluated(found, self.modules[name], self.probe.calls[name], known, passing)
 
     def _outputs_below(self, name: str, module: nn.Module) -> dict[str, Any]:
@@ -191,7 +193,9 @@ def bound_arguments(module: nn.Module, call: Call) -> dict[str, Any]:
         raise TraceError(f'{type(module).__name__}.forward: {error}') from error
 
 
-def _evaluated(found: Trace, module: nn.Module, call: Call, known: dict[str, Any], passing: frozenset[str]) -> Reading:
+def _evaluated(
+    found: Trace, module: nn.Module, call: Call, known: dict[str, Any], passing: dict[str, list[int | None]]
+) -> Reading:
     values: dict[bool, Values] = {}
     adds: dict[bool, list[ResidualAdd]] = {}
     for training in (False, True):
@@ -209,6 +213,12 @@ def _evaluated(found: Trace, module: nn.Module, call: Call, known: dict[str, Any
     if len(adds[True]) != len(adds[False]):
         raise TraceError(f'{type(module).__name__}.forward has other residual adds in training than in eval mode')
     return Reading(found, values, adds, passing)
+
+
+def _passed(call: Call) -> list[int | None]:
+    """For each tensor that a call returned, which of those that it was given it is."""
+    given = {id(leaf): index for index, leaf in reversed(list(enumerate(tree_leaves((call.args, call.kwargs)))))}
+    return [given.get(id(leaf)) for leaf in tree_leaves(call.output) if isinstance(leaf, Tensor)]
 
 
 def _shapes(value: Any) -> Any:

@@ -55,7 +55,7 @@ def residual_adds(
     """
     weights = _WeightCounter(module)
     sizes = {value.numel() for value in _leaves(values[_output(graph)]) if isinstance(value, Tensor)}
-    reached = ancestors([_output(graph)])
+    reached = _carried(_output(graph), values)
     found = []
     for node in graph.nodes:
         operands = _operands(node)
@@ -99,6 +99,21 @@ def site_layout(add: ResidualAdd, values: Values) -> Layout | None:
 
 def _output(graph: fx.Graph) -> fx.Node:
     return next(iter(reversed(graph.nodes)))
+
+
+def _carried(output: fx.Node, values: Values) -> set[fx.Node]:
+    """The nodes that an output is computed from, but for those of which only the size or type is asked."""
+    found: set[fx.Node] = set()
+    waiting = [output]
+    while waiting:
+        node = waiting.pop()
+        if node not in found and not isinstance(values[node], _LOOKED_UP):
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
+_LOOKED_UP = (int, float, str, torch.Size, torch.dtype, torch.device)
 
 
 def _leaves(value: Any) -> Iterator[Any]:

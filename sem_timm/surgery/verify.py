@@ -9,8 +9,9 @@ forward did to its arguments, must agree bit for bit.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
+from math import isfinite
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def _agree(reading: Reading, module: nn.Module, edit: Edit, training: bool) -> b
         given = {name: _cloned(value) for name, value in arguments.items()}
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # of the CPU only; torch.manual_seed would reach the GPUs too
-            results.append((cls.forward(stand_in, **given), given))
+            results.append((cls.forward(stand_in, **given), given, numbers.calls()))
     return _equal(*results)
 
 
@@ -90,7 +91,17 @@ class _Numbers:
     """A low-discrepancy sequence in (-0.5, 0.5), of which tensors of any shape are views."""
 
     def __init__(self, length: int) -> None:
+        self._calls: list[tuple[int, float]] = []
         self._sequence = torch.arange(length + 1000, dtype=torch.float32).mul_(_GOLDEN).frac_().sub_(0.5)
+
+    def note(self, seed: int, sample: float) -> None:
+        """Notes a call of a child: one whose result nobody uses may still count, or move statistics."""
+        self._calls.append((seed, sample if isfinite(sample) else 0.0))
+
+    def calls(self) -> list[tuple[int, float]]:
+        """The calls noted since the last time."""
+        calls, self._calls = self._calls, []
+        return calls
 
     def like(self, value: Any, seed: int) -> Any:
         """Numbers of the shape and type of a meta value; zero for integers, which are mostly indices."""
@@ -149,7 +160,7 @@ def _stand_in(module: nn.Module, reading: Reading, cls: type, training: bool, nu
             child = owner._modules[name]
             assert child is not None
             shell = _shell(child, type(child))
-            shell.__dict__['forward'] = _passed if target in reading.passing else _calls(numbers, templates, seed)
+            shell.__dict__['forward'] = _calls(numbers, templates, seed, reading.passing.get(target, []))
             for alias, other in owner._modules.items():  # a child may have several names, and fx uses the first
                 if other is child:
                     owner._modules[alias] = shell
@@ -178,19 +189,25 @@ def _owner(root: nn.Module, module: nn.Module, target: str) -> tuple[nn.Module, 
     return root, name
 
 
-def _calls(numbers: _Numbers, templates: list[Any], seed: int) -> Callable[..., Any]:
-    """A stand-in for a child: returns numbers of the recorded shapes that depend on what it is given."""
+def _calls(
+    numbers: _Numbers, templates: list[Any], seed: int, passing: Sequence[int | None] = ()
+) -> Callable[..., Any]:
+    """A stand-in for a child: returns numbers of the recorded shapes that depend on what it is given.
+
+    What the child passes on, the stand-in passes on as well: a change of the one in place is one of the other.
+    """
     calls = iter(templates)
 
     def stand_in(*args: Any, **kwargs: Any) -> Any:
-        return _scaled(numbers.like(next(calls), 7 * seed % 900), 1 + _sample((args, kwargs)))
+        sample = _sample((args, kwargs))
+        numbers.note(seed, sample)
+        result = _scaled(numbers.like(next(calls), 7 * seed % 900), 1 + sample)
+        if not passing:
+            return result
+        given, which = tree_leaves((args, kwargs)), iter(passing)
+        return tree_map_only(Tensor, lambda new: new if (index := next(which)) is None else given[index], result)
 
     return stand_in
-
-
-def _passed(x: Any, *args: Any, **kwargs: Any) -> Any:
-    """A stand-in for a child that returns what it is given: a change of the one in place is one of the other."""
-    return x
 
 
 def _sample(value: Any) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+import re
 import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields, is_dataclass
@@ -48,6 +49,8 @@ class Run:
     attributes: dict[str, Any]
     random_states: tuple[Any, ...]
 
+
+_WRITES = re.compile(r'add_\(|iadd|\+=')
 
 # What a network does in its own forward and backward, before anything is done to it.
 _OWN_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError)
@@ -95,8 +98,9 @@ def check_network(network: Network, operation: tuple[str, dict[str, Any]]) -> Ou
     _check_layouts(plan, network)
     sem_timm.patch_model(sem_timm.unpatch_model(sem_timm.patch_model(model, plan)), plan)
     got = _runs_of(model, images, expected)
-    # External attention has its channels in another place, and sums of gradients another order.
-    leaky = name == 'external2d' or _leaks(plan, network.build(), images)
+    # External attention has its channels in another place, and a sum that is written into a view has a gradient in
+    # another place than one that is not: sums of gradients have another order then.
+    leaky = name == 'external2d' or _WRITES.search(network.source) is not None or _leaks(plan, network.build(), images)
     for mode, its in expected.items():
         assert mode in got, f'{mode}: the base runs, and the patched network does not: {_error(model, images, mode)}'
         assert_equal_runs(its, got[mode], mode, leaky)
@@ -222,12 +226,13 @@ def assert_equal_runs(first: Run, second: Run, where: str, leaky: bool = False) 
         if isinstance(one, Tensor):
             alike = [[t.is_contiguous(), _is_channels_last(t)] for t in (one, other)]
             assert alike[0] == alike[1], f'{where}: output {number} lies differently in memory'
+    largest = max((float(g.abs().max()) for g in first.gradients.values() if g is not None), default=0.0)
     for kind in ('gradients', 'buffers', 'attributes'):
         expected, got = getattr(first, kind), getattr(second, kind)
         for name, value in expected.items():
             assert name in got, f'{where}: {kind} {name} is gone'
-            close = leaky and kind == 'gradients' and value is not None
-            assert same(value, got[name]) or (close and _close(value, got[name])), f'{where}: {kind} {name}'
+            close = leaky and kind == 'gradients' and value is not None and _close(value, got[name], largest)
+            assert same(value, got[name]) or close, f'{where}: {kind} {name}'
     assert same(first.random_states[0], second.random_states[0]), f'{where}: random state'
     assert first.random_states[1:] == second.random_states[1:], f'{where}: random state'
 
@@ -241,8 +246,8 @@ def same(first: Any, second: Any) -> bool:
     return type(first) is type(second) and bool(first == second)
 
 
-def _close(first: Tensor, second: Tensor) -> bool:
-    return torch.allclose(first, second, rtol=1e-3, atol=1e-5 * float(first.abs().max()))
+def _close(first: Tensor, second: Tensor, largest: float) -> bool:
+    return torch.allclose(first, second, rtol=1e-3, atol=1e-5 * largest)
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
@@ -285,10 +290,12 @@ def _check_sites_act(model: nn.Module, plan: sem_timm.Plan, images: Tensor) -> N
         prefix = f'{site.name}.{site.attribute}.'
         own = {name: p for name, p in inserted(model).items() if name.startswith(prefix)}
         assert own, site
-        with torch.no_grad():
+        changed = not before  # a module that runs only where nothing has a gradient, as in the plan
+        for std in (0.1, 0.01, 1.0):  # a gate may be saturated where activations are large
             for parameter in own.values():
-                nn.init.normal_(parameter, std=0.5)
-        assert not all(map(same, before, _outputs(model, site.name, images))), f'{prefix[:-1]} changes nothing'
+                nn.init.normal_(parameter, std=std)
+            changed |= not all(map(same, before, _outputs(model, site.name, images)))
+        assert changed, f'{prefix[:-1]} changes nothing'
 
 
 def _outputs(model: nn.Module, name: str, images: Tensor) -> list[Any]:

@@ -184,7 +184,7 @@ def _function(writer: Writer) -> None:
         '{x} * (0.5 if {x}.shape[0] > 1 else 1.0)',
         'torch.where({x} > 0, {x}, 0.1 * {x})',
         '{x} / ({x}.shape[-1] ** 0.5)',
-        'F.pad({x}, (0, 1))[..., :-1]',
+        'F.pad({x}, (0, 1))[..., :-1].contiguous()',
     ]
     writer.assign(writer.draw.choice(forms).format(x=writer.tensor()))
 

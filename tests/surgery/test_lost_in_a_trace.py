@@ -101,6 +101,19 @@ def test_such_a_block_is_gated_as_a_whole(forward: Callable[..., Tensor]) -> Non
     assert torch.equal(2 * expected, sem_timm.patch_model(model, Doubles, target='1', input_size=(3, 8, 8))(x))
 
 
+def asks_for_an_attribute(self: Any, x: Tensor) -> Tensor:
+    if hasattr(x, 'decomposed'):  # as far as a trace can tell, it has any attribute
+        self.norm(x)
+    return x + self.conv(x)
+
+
+def test_calls_whose_results_are_not_used_count() -> None:
+    model = network(asks_for_an_attribute)
+    model[1].norm = nn.BatchNorm2d(8)
+    with pytest.raises(sem_timm.RefusedError, match='rewritten, it computes something else'):
+        sem_timm.plan_model(model, target='1', position='residual', input_size=(3, 8, 8))
+
+
 def test_another_place_in_memory_is_another_input() -> None:
     with pytest.raises(sem_timm.RefusedError, match='rewritten, it computes something else'):
         sem_timm.plan_model(network(asks_whether_it_is_a_tensor), target='1', input_size=(3, 8, 8))
