@@ -107,6 +107,7 @@ def main() -> None:
         else:
             kinds[outcome.kind] += 1
             kinds.update({'guarded at another shape': outcome.guarded} if outcome.guarded else {})
+            kinds.update({'not differentiable for a change in place': 1} if outcome.late else {})
             positions.update(outcome.positions)
             reasons.update(map(reason_of, outcome.reasons))
         if done % 500 == 0 and done < arguments.count:

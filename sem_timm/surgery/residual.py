@@ -109,10 +109,13 @@ def _carried(output: fx.Node, values: Values) -> set[fx.Node]:
         node = waiting.pop()
         if node not in found and not isinstance(values[node], _LOOKED_UP):
             found.add(node)
-            waiting += node.all_input_nodes
+            lends = node.op == 'call_method' and node.target in _AS_ANOTHER
+            waiting += node.all_input_nodes[:1] if lends else node.all_input_nodes
     return found
 
 
+# Methods that take only the size or type of their second tensor.
+_AS_ANOTHER = ('type_as', 'view_as', 'reshape_as', 'expand_as')
 _LOOKED_UP = (int, float, str, torch.Size, torch.dtype, torch.device)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import operator
-import random
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from types import FunctionType
@@ -17,6 +15,7 @@ from torch.fx.node import map_arg
 
 from sem_timm.errors import GuardError, TraceError
 from sem_timm.surgery.graphs import ancestors
+from sem_timm.surgery.random_state import random_states
 from sem_timm.surgery.state import State
 
 
@@ -70,7 +69,7 @@ class LevelTracer(fx.Tracer):
         """Traces a module; calling one of its own methods in ``methods`` records a node, as calling a child does."""
         leaves = {name: self._leaf(name) for name in self.methods if name not in module.__dict__}
         module.__dict__.update(leaves)
-        state, drawn = State(module), _random_states()
+        state, drawn = State(module), random_states()
         try:
             graph = self.trace(module)
         finally:
@@ -78,7 +77,7 @@ class LevelTracer(fx.Tracer):
             state.restore()
             for name in leaves:
                 del module.__dict__[name]
-        if not all(map(_same_state, drawn, _random_states())):
+        if drawn != random_states():
             raise TraceError('the forward draws random numbers to decide what to do')
         if changed:
             raise TraceError(f'the forward changes self.{changed[0]}, which a graph cannot show')
@@ -210,19 +209,9 @@ def _mode() -> tuple[bool, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
-def _random_states() -> tuple[Any, ...]:
-    numpy_random = sys.modules.get('numpy.random')  # where nobody has imported it, nobody draws from it
-    _, keys, place, *_ = numpy_random.get_state() if numpy_random else ('', b'', 0)
-    return torch.get_rng_state(), random.getstate(), (bytes(keys), place)
-
-
 def _is_memory(value: Any) -> bool:
     """Whether a traced value is computed from weights alone, so that remembering it changes no result."""
     return isinstance(value, fx.Proxy) and all(node.op != 'placeholder' for node in ancestors([value.node]))
-
-
-def _same_state(first: Any, second: Any) -> bool:
-    return torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
 
 
 def _asks_for_device(node: fx.Node) -> bool:

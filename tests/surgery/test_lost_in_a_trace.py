@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -112,6 +113,17 @@ def test_calls_whose_results_are_not_used_count() -> None:
     model[1].norm = nn.BatchNorm2d(8)
     with pytest.raises(sem_timm.RefusedError, match='rewritten, it computes something else'):
         sem_timm.plan_model(model, target='1', position='residual', input_size=(3, 8, 8))
+
+
+def draws_if_it_is_a_tensor(self: Any, x: Tensor) -> Tensor:
+    if torch.is_tensor(x) and self.training:
+        random.random()
+    return x + self.conv(x)
+
+
+def test_numbers_that_are_drawn_and_not_used_count() -> None:
+    with pytest.raises(sem_timm.RefusedError, match='rewritten, it computes something else'):
+        sem_timm.plan_model(network(draws_if_it_is_a_tensor), target='1', position='residual', input_size=(3, 8, 8))
 
 
 def test_another_place_in_memory_is_another_input() -> None:
