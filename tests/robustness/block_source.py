@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from textwrap import indent
 from typing import Literal
 
-from tests.robustness.statements import CHANNELS, Writer, write_statements
-
-__all__ = ['CHANNELS', 'PREAMBLE', 'Block', 'Layout', 'write_block']
+from tests.robustness.statements import write_statements
+from tests.robustness.writer import Writer
 
 Layout = Literal['NCHW', 'NHWC', 'NLC']
 
@@ -107,17 +106,12 @@ class Block:
     def call(self, draw: random.Random, callee: str, extra: list[str], variable: str = 'x') -> list[str]:
         """Statements that call the block on a variable; what it returns beside goes to names that ``extra`` gets."""
         given = [variable]
-        for name, values in self.arguments.items():
+        for number, (name, values) in enumerate(self.arguments.items(), 1):
             value = draw.choice([None, *values])
             if value is None:
                 continue
-            # Once one is given by name, so are all that follow.
-            by_name = (
-                self.keyword_only
-                or any('=' in argument for argument in given)
-                or len(given)
-                <= len([n for n in self.arguments if list(self.arguments).index(n) < list(self.arguments).index(name)])
-            )
+            # One that others are left out before, or that follows one given by name, is given by name.
+            by_name = self.keyword_only or len(given) != number or '=' in given[-1]
             given.append(f'{name}={value}' if by_name or draw.random() < 0.5 else value)
         call = f'{callee}({", ".join(given)})'
         if self.returns == 'tensor':
@@ -198,12 +192,8 @@ def _draw_arguments(draw: random.Random, writer: Writer) -> list[str]:
     for argument in chosen:
         values, statements = known[argument]
         result = writer.new_name()
-        writer.body += [line.format(x=writer.tensor(), y=result) for line in _same_tensor(statements, writer)]
+        tensor = writer.tensor()
+        writer.body += [line.format(x=tensor, y=result) for line in statements]
         writer.live.append(result)
         writer.values[argument] = values
     return chosen
-
-
-def _same_tensor(statements: list[str], writer: Writer) -> list[str]:
-    tensor = writer.tensor()
-    return [statement.replace('{x}', tensor) for statement in statements]

@@ -7,8 +7,8 @@ import copy
 import random
 import re
 import zlib
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import sem_timm
 from sem_timm import GuardError, ModelError, RefusedError
 from tests.robustness.network_source import Network
+from tests.robustness.runs import Run, assert_equal_runs, leaves, run, same
 from tests.snapshot import assert_same, snapshot
 from tests.twins import inserted
 
@@ -39,17 +40,6 @@ class Outcome:
     reasons: tuple[str, ...] = ()
     guarded: int = 0
     late: bool = False
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything that can be seen of one forward and backward."""
-
-    outputs: list[Any]
-    gradients: dict[str, Tensor | None]
-    buffers: dict[str, Tensor]
-    attributes: dict[str, Any]
-    random_states: tuple[Any, ...]
 
 
 # torch's words for a branch that somebody changes before its gradient is computed.
@@ -100,11 +90,23 @@ def check_network(network: Network, operation: tuple[str, dict[str, Any]]) -> Ou
         return Outcome('refused', reasons=(str(error),))
     assert_same(before, snapshot(model))
     _check_layouts(plan, network)
-    sem_timm.patch_model(sem_timm.unpatch_model(sem_timm.patch_model(model, plan)), plan)
-    got, late = _runs_of(model, images, expected), False
+    sem_timm.unpatch_model(sem_timm.patch_model(model, plan))
+    assert_same({**before, 'rng': None}, {**snapshot(model), 'rng': None})
+    sem_timm.patch_model(model, plan)
     # External attention has its channels in another place, and a sum that is written into a view has a gradient in
     # another place than one that is not: sums of gradients have another order then.
     leaky = name == 'external2d' or _WRITES.search(network.source) is not None or _leaks(plan, network.build(), images)
+    late = _check_runs(model, images, expected, leaky)
+    guarded = _check_another_shape(network, model, OTHERS[turn % len(OTHERS)], leaky)
+    _check_sites_act(model, plan, images)
+    _check_undone(sem_timm.unpatch_model(model), network)
+    positions = tuple(site.position for site in plan)
+    return Outcome('patched', positions, tuple(refusal.reason for refusal in plan.refusals), guarded, late)
+
+
+def _check_runs(model: nn.Module, images: Tensor, expected: dict[str, Run], leaky: bool) -> bool:
+    """The patched network gives in each mode what its base gives; returns whether torch refused to differentiate."""
+    got, late = _runs_of(model, images, expected), False
     for mode, its in expected.items():
         error = '' if mode in got else _error(model, images, mode)
         if _LATE in error:  # by a child that changes what it is given; torch tells
@@ -112,14 +114,13 @@ def check_network(network: Network, operation: tuple[str, dict[str, Any]]) -> Ou
             continue
         assert not error, f'{mode}: the base runs, and the patched network does not: {error}'
         assert_equal_runs(its, got[mode], mode, leaky)
-    guarded = _check_another_shape(network, model, OTHERS[turn % len(OTHERS)], leaky)
-    _check_sites_act(model, plan, images)
-    sem_timm.unpatch_model(model)
+    return late
+
+
+def _check_undone(model: nn.Module, network: Network) -> None:
     fresh = network.build()
     assert [*fresh.state_dict()] == [*model.state_dict()]
     assert [type(m) for m in fresh.modules()] == [type(m) for m in model.modules()]
-    positions = tuple(site.position for site in plan)
-    return Outcome('patched', positions, tuple(refusal.reason for refusal in plan.refusals), guarded, late)
 
 
 MODES = ('eval', 'no_grad', 'frozen', 'train')
@@ -165,101 +166,6 @@ def _leaks(plan: sem_timm.Plan, base: nn.Module, images: Tensor) -> bool:
         with torch.no_grad(), contextlib.suppress(*_OWN_ERRORS):
             base.train(training)(images)
     return any(found)
-
-
-def run(model: nn.Module, images: Tensor, mode: str) -> Run:
-    """A forward and, if anything has a gradient, a backward, from the same random state."""
-    model.train(mode == 'train')
-    for parameter in model.parameters():
-        parameter.grad = None
-    images = images.clone().requires_grad_(mode not in ('no_grad', 'frozen'))
-    torch.manual_seed(0)
-    random.seed(0)
-    numpy.random.seed(0)
-    frozen = [p for p in model.parameters() if p.requires_grad] if mode == 'frozen' else []
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
-        with torch.set_grad_enabled(mode != 'no_grad'):
-            outputs = list(leaves(model(images)))
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-    losses = [
-        (out.double() * torch.linspace(0.5, 1.5, out.numel(), dtype=torch.float64).view(out.shape)).sum()
-        for out in outputs
-        if isinstance(out, Tensor) and out.requires_grad
-    ]
-    if losses and mode != 'frozen':
-        torch.stack(losses).sum().backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    states = (torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist())
-    return Run(outputs, {'images': images.grad, **gradients}, buffers, dict(attributes_of(model)), states)
-
-
-def leaves(value: Any) -> Iterator[Any]:
-    """The parts of an output with the types of what holds them, dataclasses included."""
-    if isinstance(value, (tuple, list)):
-        yield type(value).__name__
-        for entry in value:
-            yield from leaves(entry)
-    elif isinstance(value, dict):
-        for key, entry in value.items():
-            yield key
-            yield from leaves(entry)
-    elif is_dataclass(value):
-        yield type(value).__name__
-        for part in fields(value):
-            yield from leaves(getattr(value, part.name))
-    else:
-        yield value
-
-
-def attributes_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Counters, logs and caches: what a forward may have changed beside buffers."""
-    for name, module in model.named_modules():
-        for key, value in module.__dict__.items():
-            if not key.startswith('_') and key != 'training':
-                if isinstance(value, (list, dict, set)):
-                    value = repr(value)
-                yield f'{name}.{key}', value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def assert_equal_runs(first: Run, second: Run, where: str, leaky: bool = False) -> None:
-    """Fails with the name of what differs; ``leaky`` leaves gradients the error of another order of summation."""
-    assert len(first.outputs) == len(second.outputs), where
-    for number, (one, other) in enumerate(zip(first.outputs, second.outputs)):
-        assert same(one, other), f'{where}: output {number}'
-        if isinstance(one, Tensor):
-            alike = [[t.is_contiguous(), _is_channels_last(t)] for t in (one, other)]
-            assert alike[0] == alike[1], f'{where}: output {number} lies differently in memory'
-    largest = max((float(g.abs().max()) for g in first.gradients.values() if g is not None), default=0.0)
-    for kind in ('gradients', 'buffers', 'attributes'):
-        expected, got = getattr(first, kind), getattr(second, kind)
-        for name, value in expected.items():
-            assert name in got, f'{where}: {kind} {name} is gone'
-            close = leaky and kind == 'gradients' and value is not None and _close(value, got[name], largest)
-            assert same(value, got[name]) or close, f'{where}: {kind} {name}'
-    assert same(first.random_states[0], second.random_states[0]), f'{where}: random state'
-    assert first.random_states[1:] == second.random_states[1:], f'{where}: random state'
-
-
-def same(first: Any, second: Any) -> bool:
-    """Bit for bit, NaN being NaN."""
-    if isinstance(first, Tensor):
-        if not isinstance(second, Tensor) or first.dtype != second.dtype or first.shape != second.shape:
-            return False
-        return torch.equal(first, second) or torch.equal(first.nan_to_num(), second.nan_to_num())
-    return type(first) is type(second) and bool(first == second)
-
-
-def _close(first: Tensor, second: Tensor, largest: float) -> bool:
-    return torch.allclose(first, second, rtol=1e-3, atol=1e-5 * largest)
-
-
-def _is_channels_last(tensor: Tensor) -> bool:
-    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def _check_layouts(plan: sem_timm.Plan, network: Network) -> None:

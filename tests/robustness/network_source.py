@@ -12,12 +12,12 @@ import zlib
 from dataclasses import dataclass, field
 from textwrap import indent
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import nn
 
-from tests.robustness.block_source import CHANNELS, PREAMBLE, Block, Layout, write_block
+from tests.robustness.block_source import PREAMBLE, Block, Layout, write_block
+from tests.robustness.writer import CHANNELS
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,6 @@ def _returned(draw: random.Random, layout: Layout, extra: list[str]) -> list[str
     return [f'return {head}, x, {", ".join(extra)}'.rstrip(', ')]
 
 
-def describe(network: Network, value: Any = None) -> str:
+def describe(network: Network) -> str:
     """The source with line numbers, for messages."""
     return '\n'.join(f'{number:3} {line}' for number, line in enumerate(network.source.splitlines(), 1))

@@ -22,7 +22,7 @@ from sem_timm.surgery.freeze import unread_parameters
 from sem_timm.surgery.rewrite import edit_of
 from tests.families import FAMILIES
 from tests.robustness.arguments import IDENTITIES, OTHERS, SIZES, operations, targets
-from tests.robustness.network_check import same
+from tests.robustness.runs import same
 from tests.snapshot import assert_same, snapshot
 from tests.twins import trained
 
