@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -33,8 +34,8 @@ _BASES: dict[str, nn.Module] = {}
 class PatchedModel(RuleBasedStateMachine):
     """A model and a base, to which everything is done but the patches."""
 
-    @initialize(name=st.sampled_from(NAMES))
-    def start(self, name: str) -> None:
+    @initialize(name=st.sampled_from(NAMES), operation=st.sampled_from([None, *IDENTITIES, *OTHERS]))
+    def start(self, name: str, operation: Any) -> None:
         self.family = FAMILIES[name]
         if name not in _BASES:
             _BASES[name] = self.family.create()
@@ -42,6 +43,8 @@ class PatchedModel(RuleBasedStateMachine):
         self.model = copy.deepcopy(self.base)
         self.is_identity, self.compact = True, False
         self.plan: sem_timm.Plan | None = None
+        if operation is not None:
+            self.patch_with(operation)
 
     @rule(data=st.data(), operation=operations(), size=st.sampled_from(SIZES), strict=st.integers(0, 5))
     def patch(self, data: st.DataObject, operation: Any, size: Any, strict: int) -> None:
@@ -59,6 +62,9 @@ class PatchedModel(RuleBasedStateMachine):
     @rule(operation=st.sampled_from([*IDENTITIES, *OTHERS]))
     def patch_all(self, operation: Any) -> None:
         """A patch of all that can take it."""
+        self.patch_with(operation)
+
+    def patch_with(self, operation: Any) -> None:
         with self.unchanged_after_an_error():
             self.apply(sem_timm.plan_model(self.model, operation[0], **operation[1]))
 
@@ -107,9 +113,9 @@ class PatchedModel(RuleBasedStateMachine):
             sem_timm.unpatch_model(twin)
             assert_looks_like(self.base, twin)
 
-    @rule()
-    def copy(self) -> None:
-        self.model = copy.deepcopy(self.model)
+    @rule(how=st.sampled_from([copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]))
+    def copy(self, how: Any) -> None:
+        self.model = how(self.model)
 
     @rule(dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
     def cast(self, dtype: torch.dtype) -> None:

@@ -22,9 +22,9 @@ def _run(examples: int, steps: int, *, derandomize: bool) -> None:
 
 
 def test_any_order_of_calls() -> None:
-    _run(20, 12, derandomize=True)
+    _run(40, 15, derandomize=True)
 
 
 @pytest.mark.slow
 def test_any_order_of_calls_at_length() -> None:
-    _run(200, 30, derandomize=False)
+    _run(300, 30, derandomize=False)
