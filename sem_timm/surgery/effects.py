@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from torch import fx, nn
@@ -77,6 +77,24 @@ def needed_for(nodes: Iterable[fx.Node], module: nn.Module) -> set[fx.Node]:
         found |= ancestors(missing)
 
 
+def is_written_after(node: fx.Node, operand: fx.Node, module: nn.Module, passing: Collection[str]) -> bool:
+    """Whether a later statement writes into an operand of a node, under whatever name, other than the node itself.
+
+    Args:
+        node: The node.
+        operand: One of its operands.
+        module: The module that the graph belongs to.
+        passing: Names of the children that return what they are given.
+    """
+    order = {each: position for position, each in enumerate(node.graph.nodes)}
+    writes = {each: target for each in order if (target := _target_of_write(each, module)) is not None}
+    later = [target for write, target in writes.items() if order[write] > order[node]]
+    if not later:
+        return False
+    places = _places(order, writes, module, passing)
+    return any(_overlap(places[target], places[operand]) for target in later)
+
+
 def _target_of_write(node: fx.Node, module: nn.Module) -> fx.Node | None:
     """The node whose data a node overwrites."""
     if isinstance(node.kwargs.get('out'), fx.Node):
@@ -91,12 +109,15 @@ def _target_of_write(node: fx.Node, module: nn.Module) -> fx.Node | None:
     return node.all_input_nodes[0] if writes and node.all_input_nodes else None
 
 
-def _places(nodes: Iterable[fx.Node], writes: dict[fx.Node, fx.Node], module: nn.Module) -> dict[fx.Node, _Place]:
+def _places(
+    nodes: Iterable[fx.Node], writes: dict[fx.Node, fx.Node], module: nn.Module, passing: Collection[str] = ()
+) -> dict[fx.Node, _Place]:
     """Where the data of each node lies."""
     places: dict[fx.Node, _Place] = {}
     for node in nodes:
         source = writes.get(node)
-        if source is None and _is_view(node, module):
+        passes = node.op == 'call_module' and node.target in passing and bool(node.all_input_nodes)
+        if source is None and (passes or _is_view(node, module)):
             source = node.all_input_nodes[0]
         if source is None:
             places[node] = (node.target,) if node.op == 'get_attr' else (node,)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from sem_timm.errors import TraceError
 from sem_timm.surgery.blocks import find_blocks
@@ -99,6 +100,9 @@ class Inserter:
         tensor = output[0] if kind is not Tensor and output else output
         if not isinstance(tensor, Tensor):
             raise Refused(f'it returns a {type(output).__name__}, not a tensor')
+        call = self.reader.probe.calls[name]
+        if sum(tensor is leaf for leaf in tree_leaves((call.args, call.kwargs, output))) > 1:
+            raise Refused('it returns a tensor that it is given, or one twice; who changes the one changes the other')
         (attribute,) = free_names(module, self.operation.attribute)
         site = self._site(name, 'output', attribute, tensor, layout_of(tensor))
         source, bindings = output_source(type(module), forward_signature(type(module)), attribute, kind)

@@ -169,7 +169,8 @@ def _same_axis(source: Tensor, out: Tensor, axis: int | None) -> int | None:
 
 
 def _matmul(out: Tensor, index: int, outputs: Any, sources: list[Tensor], args: Any, kwargs: Any) -> Layout:
-    first, second = args[0], args[1] if len(args) > 1 else kwargs.get('other', kwargs.get('mat2'))
+    given = [*args, *(kwargs[key] for key in ('input', 'other', 'mat2') if key in kwargs)]
+    first, second = given[:2]
     left, right = layout_of(first), layout_of(second)
     batch = left.batch if left is not None and first.ndim == out.ndim else 0
     if left is not None and (right is None or right.channel == second.ndim - 1):

@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -28,3 +29,10 @@ def preserved_random_state(*, on_gpus: bool = True) -> Iterator[None]:
         random.setstate(state)
         if numpy_random:
             numpy_random.set_state(numpy_state)
+
+
+def random_states() -> tuple[Any, ...]:
+    """The states of the random generators of torch on the CPU, Python and numpy, to be compared."""
+    numpy_random = sys.modules.get('numpy.random')
+    _, keys, place, *_ = numpy_random.get_state() if numpy_random else ('', b'', 0)
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), bytes(keys), place

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sem_timm.errors import TraceError
 from sem_timm.surgery.bytecode import may_add
@@ -22,11 +23,16 @@ from sem_timm.surgery.trace import Trace, bind, forward_signature, is_guided, tr
 
 @dataclass(frozen=True)
 class Reading:
-    """A module's forward: its trace, the value of every node, and its residual adds, by training mode."""
+    """A module's forward: its trace, the value of every node, and its residual adds, by training mode.
+
+    Also the children that return what they are given, the tensor itself, as dropout does in eval mode: for each of the
+    tensors that they return, which of those they are given it is, or None.
+    """
 
     trace: Trace
     values: dict[bool, Values]
     adds: dict[bool, list[ResidualAdd]]
+    passing: dict[str, list[int | None]] = field(default_factory=dict)
 
 
 class Reader:
@@ -65,6 +71,7 @@ class Reader:
         """The reading of a module, or of one made and called alike; None follows methods where a sum is in them."""
         try:
             values = bound_arguments(self.modules[name], self.probe.calls[name])
+            self._check_state(name)
         except TraceError as error:
             return error
         structure, _ = self.structures.describe(self.modules[name])
@@ -76,6 +83,12 @@ class Reader:
             except TraceError as error:
                 self._readings[key] = error
         return self._readings[key]
+
+    def _check_state(self, name: str) -> None:
+        """Raises TraceError if the probe has left a module other than it was, so that a trace would begin elsewhere."""
+        if name in self.probe.changed:
+            cls = type(self.modules[name]).__name__
+            raise TraceError(f'{cls}.forward changes self.{self.probe.changed[name]}, which a graph cannot show')
 
     def holds_residual(self, name: str) -> bool:
         """Whether a module's own forward has a residual add; False where the forward cannot be read."""
@@ -116,10 +129,15 @@ class Reader:
         cached = self._trace(module, call, values, inline_methods)
         known = self._outputs_below(name, module)
         try:
-            return _evaluated(replace(cached, values=values), module, call, known)
+            return self._evaluated(replace(cached, values=values), name, known)
         except TraceError:
             # Perhaps a graph of a module that differs in a number of a child.
-            return _evaluated(trace(module, call, inline_methods=inline_methods), module, call, known)
+            return self._evaluated(trace(module, call, inline_methods=inline_methods), name, known)
+
+    def _evaluated(self, found: Trace, name: str, known: dict[str, Any]) -> Reading:
+        passed = {child: _passed(self.probe.calls[f'{name}.{child}' if name else child]) for child in known}
+        passing = {child: which for child, which in passed.items() if any(index is not None for index in which)}
+        return _evaluated(found, self.modules[name], self.probe.calls[name], known, passing)
 
     def _outputs_below(self, name: str, module: nn.Module) -> dict[str, Any]:
         """What the children returned in the probe, as far as each was called just once."""
@@ -175,7 +193,9 @@ def bound_arguments(module: nn.Module, call: Call) -> dict[str, Any]:
         raise TraceError(f'{type(module).__name__}.forward: {error}') from error
 
 
-def _evaluated(found: Trace, module: nn.Module, call: Call, known: dict[str, Any]) -> Reading:
+def _evaluated(
+    found: Trace, module: nn.Module, call: Call, known: dict[str, Any], passing: dict[str, list[int | None]]
+) -> Reading:
     values: dict[bool, Values] = {}
     adds: dict[bool, list[ResidualAdd]] = {}
     for training in (False, True):
@@ -186,13 +206,19 @@ def _evaluated(found: Trace, module: nn.Module, call: Call, known: dict[str, Any
             values[training] = evaluate(found, module, known, training=training)
         except Exception as error:  # a graph that does not run on the traced call's own values is wrong
             raise TraceError(f'{type(module).__name__}: the traced forward does not run: {error}') from error
-        adds[training] = residual_adds(found.graphs[training], module, values[training])
+        adds[training] = residual_adds(found.graphs[training], module, values[training], passing)
         output = next(values[training][node] for node in found.graphs[training].nodes if node.op == 'output')
         if _shapes(output) != _shapes(call.output):
             raise TraceError(f'{type(module).__name__}: the traced forward returns other shapes than the forward')
     if len(adds[True]) != len(adds[False]):
         raise TraceError(f'{type(module).__name__}.forward has other residual adds in training than in eval mode')
-    return Reading(found, values, adds)
+    return Reading(found, values, adds, passing)
+
+
+def _passed(call: Call) -> list[int | None]:
+    """For each tensor that a call returned, which of those that it was given it is."""
+    given = {id(leaf): index for index, leaf in reversed(list(enumerate(tree_leaves((call.args, call.kwargs)))))}
+    return [given.get(id(leaf)) for leaf in tree_leaves(call.output) if isinstance(leaf, Tensor)]
 
 
 def _shapes(value: Any) -> Any:

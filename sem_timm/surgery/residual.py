@@ -9,13 +9,14 @@ not reach the output as a whole.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from sem_timm.surgery.effects import is_written_after
 from sem_timm.surgery.graphs import Values, ancestors, is_data, operation_name
 from sem_timm.surgery.layout import Layout, layout_of
 
@@ -41,11 +42,20 @@ class ResidualAdd:
     partial: bool
 
 
-def residual_adds(graph: fx.Graph, module: nn.Module, values: Values) -> list[ResidualAdd]:
-    """The residual adds of a graph whose results carry the module's output, in the order they are executed."""
+def residual_adds(
+    graph: fx.Graph, module: nn.Module, values: Values, passing: Collection[str] = ()
+) -> list[ResidualAdd]:
+    """The residual adds of a graph whose results carry the module's output, in the order they are executed.
+
+    Args:
+        graph: The graph.
+        module: The module that it belongs to.
+        values: The value of every node.
+        passing: Names of the children that return what they are given.
+    """
     weights = _WeightCounter(module)
     sizes = {value.numel() for value in _leaves(values[_output(graph)]) if isinstance(value, Tensor)}
-    reached = ancestors([_output(graph)])
+    reached = _carried(_output(graph), values)
     found = []
     for node in graph.nodes:
         operands = _operands(node)
@@ -57,6 +67,8 @@ def residual_adds(graph: fx.Graph, module: nn.Module, values: Values) -> list[Re
         branch, shortcut = pair
         whole = _before_slices(branch, values)
         if any(_changed_in_place(operand, node) for operand in {branch, shortcut, whole}):
+            continue
+        if is_written_after(node, branch, module, passing):  # which the new module keeps for its gradient
             continue
         if sizes & {values[node].numel(), values[whole].numel()} or _rejoined(node, operands, values, graph):
             found.append(ResidualAdd(node, whole, shortcut, whole is not branch))
@@ -87,6 +99,24 @@ def site_layout(add: ResidualAdd, values: Values) -> Layout | None:
 
 def _output(graph: fx.Graph) -> fx.Node:
     return next(iter(reversed(graph.nodes)))
+
+
+def _carried(output: fx.Node, values: Values) -> set[fx.Node]:
+    """The nodes that an output is computed from, but for those of which only the size or type is asked."""
+    found: set[fx.Node] = set()
+    waiting = [output]
+    while waiting:
+        node = waiting.pop()
+        if node not in found and not isinstance(values[node], _LOOKED_UP):
+            found.add(node)
+            lends = node.op == 'call_method' and node.target in _AS_ANOTHER
+            waiting += node.all_input_nodes[:1] if lends else node.all_input_nodes
+    return found
+
+
+# Methods that take only the size or type of their second tensor.
+_AS_ANOTHER = ('type_as', 'view_as', 'reshape_as', 'expand_as')
+_LOOKED_UP = (int, float, str, torch.Size, torch.dtype, torch.device)
 
 
 def _leaves(value: Any) -> Iterator[Any]:

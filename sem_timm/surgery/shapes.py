@@ -36,7 +36,9 @@ def _in_place(input: Tensor, other: Any, **kwargs: Any) -> Any:
 
 def _elementwise(*operands: Any, **kwargs: Any) -> Any:
     tensors = [operand for operand in operands if isinstance(operand, Tensor)]
-    numbers = not kwargs.keys() - {'alpha'} and all(isinstance(operand, (Tensor, int, float)) for operand in operands)
+    if kwargs.keys() - {'alpha'} or not tensors:  # such as operands by name
+        return NotImplemented
+    numbers = all(isinstance(operand, (Tensor, int, float)) for operand in operands)
     first = tensors[0]
     if not numbers or not first.is_floating_point() or any(tensor.dtype != first.dtype for tensor in tensors):
         return NotImplemented

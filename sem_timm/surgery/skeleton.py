@@ -18,6 +18,7 @@ from torch import nn
 
 from sem_timm.errors import ModelError, OptionError
 from sem_timm.surgery.layout import Layout, LayoutMode, set_layout
+from sem_timm.surgery.state import State
 from sem_timm.surgery.tracers import place_of
 
 _SHARED: tuple[type, ...] = (
@@ -47,12 +48,16 @@ class Call:
 
 @dataclass
 class Probe:
-    """What one forward of the skeleton showed: the first call of every module, and how often each was called."""
+    """What one forward of the skeleton showed: the first call of every module, and how often each was called.
+
+    Also which modules it left with another attribute than before, such as a counter, and the name of the attribute.
+    """
 
     skeleton: nn.Module
     input_size: tuple[int, ...]
     calls: dict[str, Call] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    changed: dict[str, str] = field(default_factory=dict)
 
 
 def weightless(model: nn.Module) -> nn.Module:
@@ -200,6 +205,7 @@ def _run(skeleton: nn.Module, size: tuple[int, ...], batch_size: int) -> Probe:
         found.calls.setdefault(name, Call(*given[name], output))
 
     modules = list(skeleton.named_modules())
+    state = [State(module) for _, module in modules]
     for name, module in modules:
         # Set directly: the skeleton has no other hooks, and a handle for each would cost more than the forward.
         module._forward_pre_hooks[0] = partial(before, name=name)
@@ -213,6 +219,8 @@ def _run(skeleton: nn.Module, size: tuple[int, ...], batch_size: int) -> Probe:
             module._forward_pre_hooks.clear()
             module._forward_pre_hooks_with_kwargs.clear()
             module._forward_hooks.clear()
+    changed = {name: before.changed() for (name, _), before in zip(modules, state)}
+    found.changed.update((name, attributes[0]) for name, attributes in changed.items() if attributes)
     return found
 
 

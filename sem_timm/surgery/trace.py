@@ -34,6 +34,8 @@ _CONSTANTS = (type(None), bool, int, float, str)
 # Contexts and calls that act on what is computed inside them, or tell how; none of them leaves a node in a graph.
 _SWITCHES = {'autocast', 'no_grad', 'enable_grad', 'set_grad_enabled', 'inference_mode', 'checkpoint', 'checkpoint_seq'}
 _SWITCHES |= {'is_autocast_enabled', 'is_grad_enabled', 'is_inference_mode_enabled'}
+# Whether gradients are computed is asked of a tensor, too, and is another thing in training than in a plan.
+_SWITCHES |= {'requires_grad', 'grad_fn', 'is_leaf'}
 
 _Level = Callable[[dict[str, Any], frozenset[str]], LevelTracer]
 

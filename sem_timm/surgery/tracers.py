@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import random
 import traceback
 from collections.abc import Callable, Iterator
 from types import FunctionType
@@ -15,6 +14,9 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from sem_timm.errors import GuardError, TraceError
+from sem_timm.surgery.graphs import ancestors
+from sem_timm.surgery.random_state import random_states
+from sem_timm.surgery.state import State
 
 
 def own_methods(cls: type) -> Iterator[str]:
@@ -67,19 +69,18 @@ class LevelTracer(fx.Tracer):
         """Traces a module; calling one of its own methods in ``methods`` records a node, as calling a child does."""
         leaves = {name: self._leaf(name) for name in self.methods if name not in module.__dict__}
         module.__dict__.update(leaves)
-        before, drawn = dict(module.__dict__), _random_states()
+        state, drawn = State(module), random_states()
         try:
             graph = self.trace(module)
         finally:
-            added = module.__dict__.keys() - before.keys()
-            changed = [name for name in before if module.__dict__.get(name) is not before[name]]
-            module.__dict__.update(before)
-            for name in (*leaves, *added):
+            added, changed = state.added(), state.changed(_is_memory)
+            state.restore()
+            for name in leaves:
                 del module.__dict__[name]
-        if not all(map(_same_state, drawn, _random_states())):
+        if drawn != random_states():
             raise TraceError('the forward draws random numbers to decide what to do')
         if changed:
-            raise TraceError(f'the forward sets self.{changed[0]}, which a graph cannot show')
+            raise TraceError(f'the forward changes self.{changed[0]}, which a graph cannot show')
         if any(node.op == 'get_attr' and node.target in added for node in graph.nodes):
             raise TraceError('the forward makes a constant tensor')
         _drop_dead_reads(graph)
@@ -138,7 +139,11 @@ class _GuidedTracer(LevelTracer):
         root = self.root
         assert isinstance(root, nn.Module)
         if node.op == 'call_module' and str(node.target) in own_methods(type(root)):
-            return getattr(type(root), str(node.target))(root, *args, **kwargs)
+            state = State(root)
+            try:
+                return getattr(type(root), str(node.target))(root, *args, **kwargs)
+            finally:
+                state.restore()  # the method is called in the rewritten forward as well
         found: Any = root
         for part in str(node.target).split('.'):
             found = getattr(found, part)
@@ -204,12 +209,9 @@ def _mode() -> tuple[bool, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
-def _random_states() -> tuple[Any, ...]:
-    return torch.get_rng_state(), random.getstate()
-
-
-def _same_state(first: Any, second: Any) -> bool:
-    return torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
+def _is_memory(value: Any) -> bool:
+    """Whether a traced value is computed from weights alone, so that remembering it changes no result."""
+    return isinstance(value, fx.Proxy) and all(node.op != 'placeholder' for node in ancestors([value.node]))
 
 
 def _asks_for_device(node: fx.Node) -> bool:

@@ -9,16 +9,19 @@ forward did to its arguments, must agree bit for bit.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
+from math import isfinite
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from sem_timm.errors import TraceError
+from sem_timm.surgery.bytecode import names_called
 from sem_timm.surgery.layout import LayoutMode
+from sem_timm.surgery.random_state import preserved_random_state, random_states
 from sem_timm.surgery.reading import Reading
 from sem_timm.surgery.rewrite import Edit, patched_class
 from sem_timm.surgery.skeleton import Call
@@ -36,7 +39,9 @@ def verify(reading: Reading | None, module: nn.Module, call: Call, edit: Edit) -
         _check_output_edit(module, call, edit)
         return
     graphs = reading.trace.graphs
-    for training in {False} if graphs[True] is graphs[False] else {False, True}:
+    # A forward that looks at its mode may do so where the trace did not get to.
+    both = graphs[True] is not graphs[False] or 'training' in names_called(type(module))
+    for training in (False, True) if both else (False,):
         try:
             same = _agree(reading, module, edit, training)
         except Exception as error:  # the forward needs something of its children that stand-ins do not have
@@ -68,16 +73,17 @@ def _agree(reading: Reading, module: nn.Module, edit: Edit, training: bool) -> b
     trace, values = reading.trace, reading.values[training]
     numbers = _Numbers(_longest([*values.values(), *trace.values.values()]))
     arguments = {name: numbers.like(value, index) for index, (name, value) in enumerate(trace.values.items())}
-    results = []
+    results, drawn = [], []
     classes: tuple[Any, ...] = (edit.base, patched_class(edit))
     for cls in classes:
-        stand_in = _stand_in(module, trace.graphs[training], values, cls, training, numbers)
+        stand_in = _stand_in(module, reading, cls, training, numbers)
         stand_in.__dict__.update(dict.fromkeys(edit.inserted, _identity))
         given = {name: _cloned(value) for name, value in arguments.items()}
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), preserved_random_state(on_gpus=False):
             torch.default_generator.manual_seed(0)  # of the CPU only; torch.manual_seed would reach the GPUs too
-            results.append((cls.forward(stand_in, **given), given))
-    return _equal(*results)
+            results.append((cls.forward(stand_in, **given), given, numbers.calls()))
+            drawn.append(random_states())
+    return drawn[0] == drawn[1] and _equal(*results)
 
 
 def _identity(x: Tensor, shortcut: Tensor | None = None, shortcut_first: bool = False) -> Tensor:
@@ -90,7 +96,17 @@ class _Numbers:
     """A low-discrepancy sequence in (-0.5, 0.5), of which tensors of any shape are views."""
 
     def __init__(self, length: int) -> None:
+        self._calls: list[tuple[int, float]] = []
         self._sequence = torch.arange(length + 1000, dtype=torch.float32).mul_(_GOLDEN).frac_().sub_(0.5)
+
+    def note(self, seed: int, sample: float) -> None:
+        """Notes a call of a child: one whose result nobody uses may still count, or move statistics."""
+        self._calls.append((seed, sample if isfinite(sample) else 0.0))
+
+    def calls(self) -> list[tuple[int, float]]:
+        """The calls noted since the last time."""
+        calls, self._calls = self._calls, []
+        return calls
 
     def like(self, value: Any, seed: int) -> Any:
         """Numbers of the shape and type of a meta value; zero for integers, which are mostly indices."""
@@ -129,12 +145,11 @@ def _equal_numbers(first: Tensor, second: Tensor) -> bool:
     return first.shape == second.shape and torch.equal(first.nan_to_num(), second.nan_to_num())
 
 
-def _stand_in(
-    module: nn.Module, graph: fx.Graph, values: dict[fx.Node, Any], cls: type, training: bool, numbers: _Numbers
-) -> nn.Module:
+def _stand_in(module: nn.Module, reading: Reading, cls: type, training: bool, numbers: _Numbers) -> nn.Module:
     """The module with real numbers for the tensors its forward reads and stand-ins for all it calls."""
     root = _shell(module, cls)
     root.__dict__['training'] = training
+    graph, values = reading.trace.graphs[training], reading.values[training]
     outputs: dict[str, list[Any]] = {}
     for node in graph.nodes:
         if node.op == 'call_module':
@@ -150,7 +165,7 @@ def _stand_in(
             child = owner._modules[name]
             assert child is not None
             shell = _shell(child, type(child))
-            shell.__dict__['forward'] = _calls(numbers, templates, seed)
+            shell.__dict__['forward'] = _calls(numbers, templates, seed, reading.passing.get(target, []))
             for alias, other in owner._modules.items():  # a child may have several names, and fx uses the first
                 if other is child:
                     owner._modules[alias] = shell
@@ -179,24 +194,37 @@ def _owner(root: nn.Module, module: nn.Module, target: str) -> tuple[nn.Module, 
     return root, name
 
 
-def _calls(numbers: _Numbers, templates: list[Any], seed: int) -> Callable[..., Any]:
-    """A stand-in for a child: returns numbers of the recorded shapes that depend on what it is given."""
+def _calls(
+    numbers: _Numbers, templates: list[Any], seed: int, passing: Sequence[int | None] = ()
+) -> Callable[..., Any]:
+    """A stand-in for a child: returns numbers of the recorded shapes that depend on what it is given.
+
+    What the child passes on, the stand-in passes on as well: a change of the one in place is one of the other.
+    """
     calls = iter(templates)
 
     def stand_in(*args: Any, **kwargs: Any) -> Any:
-        return _scaled(numbers.like(next(calls), 7 * seed % 900), 1 + _sample((args, kwargs)))
+        sample = _sample((args, kwargs))
+        numbers.note(seed, sample)
+        result = _scaled(numbers.like(next(calls), 7 * seed % 900), 1 + sample)
+        if not passing:
+            return result
+        given, which = tree_leaves((args, kwargs)), iter(passing)
+        return tree_map_only(Tensor, lambda new: new if (index := next(which)) is None else given[index], result)
 
     return stand_in
 
 
 def _sample(value: Any) -> float:
-    """A number that depends on a few hundred entries of each tensor and on where they are."""
+    """A number that depends on a few hundred entries of each tensor, on where they are, and on its place in memory."""
     total = 0.0
     for tensor in tree_leaves(value):
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
             entries = tensor.reshape(-1)[:: max(1, tensor.numel() // 251)].double()
             weights = torch.linspace(0.5, 1.5, len(entries), dtype=torch.float64)
             total += float(entries @ weights) / len(entries)
+            # A layer may add up in another order if its input lies differently in memory.
+            total += 1e-3 * sum(stride / (axis + 2) for axis, stride in enumerate(tensor.stride()))
     return total
 
 

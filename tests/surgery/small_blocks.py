@@ -31,6 +31,13 @@ class Copy(nn.Module):
         return x.clone()
 
 
+class Both(nn.Module):
+    """Returns what it is given and something new."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x * 2
+
+
 class Net(nn.Module):
     """A stem and one block, on 8 channels."""
 
@@ -52,6 +59,9 @@ class Block(nn.Module):
         self.b = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1))
         self.narrow = nn.Conv2d(8, 8, 1)
         self.wide = nn.Conv2d(8, 12, 1)
+        self.drop = nn.Dropout(0.1)
+        self.both = Both()
+        self.relu = nn.ReLU(inplace=True)
         self.scale = nn.Parameter(torch.rand(8, 1, 1))
         self.position = nn.Parameter(torch.rand(1, 8, 8, 8))
 

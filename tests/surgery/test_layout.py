@@ -175,6 +175,25 @@ class ConvBlock(nn.Module):
         return x + self.conv(x)
 
 
+class Named(nn.Module):
+    """Sums and products whose operands have names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 12)
+        self.mix = nn.Parameter(torch.rand(12, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)
+        return torch.add(input=x, other=torch.matmul(input=self.linear(x), other=self.mix))
+
+
+def test_operands_by_name() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 12, 1), Named())
+    (site,) = sem_timm.plan_model(model, target='1', position='residual', input_size=(3, 4, 4))
+    assert (site.layout, site.channels) == ('NLC', 12)
+
+
 def test_other_numbers_of_axes() -> None:
     model = Volume()
     (site,) = sem_timm.plan_model(model, input_size=(1, 8, 8, 8))

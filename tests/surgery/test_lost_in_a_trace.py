@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import timm
 import torch
@@ -53,12 +55,38 @@ def adds_in_a_statement(self: Any, x: Tensor) -> Tensor:
     return y
 
 
+def drops_itself_by_numpy(self: Any, x: Tensor) -> Tensor:
+    if self.training and numpy.random.rand() < 0.5:
+        return x
+    return x + self.conv(x)
+
+
+def asks_whether_gradients_are_wanted(self: Any, x: Tensor) -> Tensor:
+    return x + (self.conv(x) if x.requires_grad else 2 * self.conv(x))
+
+
+def asks_whether_it_is_frozen(self: Any, x: Tensor) -> Tensor:
+    y = self.conv(x)
+    return x + (y if any(p.requires_grad for p in self.parameters()) else y.detach())
+
+
+def asks_for_a_graph(self: Any, x: Tensor) -> Tensor:
+    return x + (self.conv(x) if x.grad_fn is None else 2 * self.conv(x))
+
+
+def asks_whether_it_is_a_tensor(self: Any, x: Tensor) -> Tensor:
+    if torch.is_tensor(x):  # laid out like this, the convolution adds up in another order
+        x = x.transpose(1, -1).contiguous().transpose(1, -1)
+    return x + self.conv(x)
+
+
 @torch.no_grad()
 def is_decorated(self: Any, x: Tensor) -> Tensor:
     return x + self.conv(x)
 
 
 FORWARDS = [switches_autocast_off, stops_gradients, drops_itself_at_random, adds_in_a_statement, is_decorated]
+FORWARDS += [drops_itself_by_numpy, asks_whether_gradients_are_wanted, asks_whether_it_is_frozen, asks_for_a_graph]
 
 
 @pytest.mark.parametrize('forward', FORWARDS)
@@ -72,6 +100,35 @@ def test_such_a_block_is_gated_as_a_whole(forward: Callable[..., Tensor]) -> Non
     (site,) = sem_timm.plan_model(model, Doubles, target='1', input_size=(3, 8, 8))
     assert site.position == 'output'
     assert torch.equal(2 * expected, sem_timm.patch_model(model, Doubles, target='1', input_size=(3, 8, 8))(x))
+
+
+def asks_for_an_attribute(self: Any, x: Tensor) -> Tensor:
+    if hasattr(x, 'decomposed'):  # as far as a trace can tell, it has any attribute
+        self.norm(x)
+    return x + self.conv(x)
+
+
+def test_calls_whose_results_are_not_used_count() -> None:
+    model = network(asks_for_an_attribute)
+    model[1].norm = nn.BatchNorm2d(8)
+    with pytest.raises(sem_timm.RefusedError, match='rewritten, it computes something else'):
+        sem_timm.plan_model(model, target='1', position='residual', input_size=(3, 8, 8))
+
+
+def draws_if_it_is_a_tensor(self: Any, x: Tensor) -> Tensor:
+    if torch.is_tensor(x) and self.training:
+        random.random()
+    return x + self.conv(x)
+
+
+def test_numbers_that_are_drawn_and_not_used_count() -> None:
+    with pytest.raises(sem_timm.RefusedError, match='rewritten, it computes something else'):
+        sem_timm.plan_model(network(draws_if_it_is_a_tensor), target='1', position='residual', input_size=(3, 8, 8))
+
+
+def test_another_place_in_memory_is_another_input() -> None:
+    with pytest.raises(sem_timm.RefusedError, match='rewritten, it computes something else'):
+        sem_timm.plan_model(network(asks_whether_it_is_a_tensor), target='1', input_size=(3, 8, 8))
 
 
 def test_a_sequence_does_not_get_a_new_step() -> None:

@@ -89,6 +89,23 @@ def sum_used_twice(self: Any, x: Tensor) -> Any:
     return total * out
 
 
+def through_a_child_that_passes_on(self: Any, x: Tensor) -> Any:
+    out = self.drop(x)
+    out += self.a(x)
+    return out
+
+
+def through_a_child_that_changes(self: Any, x: Tensor) -> Any:
+    out = self.relu(x)
+    return out.add_(self.a(x))
+
+
+def through_a_child_that_returns_more(self: Any, x: Tensor) -> Any:
+    out, new = self.both(x)
+    out += self.a(x)
+    return out * new
+
+
 def kept_in_a_list(self: Any, x: Tensor) -> Any:
     out = [x]
     out[0] = out[0] + self.a(x)
@@ -103,6 +120,9 @@ def kept_in_a_list(self: Any, x: Tensor) -> Any:
         functional_statement_before_the_sum,
         on_the_shortcut,
         sum_used_twice,
+        through_a_child_that_passes_on,
+        through_a_child_that_changes,
+        through_a_child_that_returns_more,
         kept_in_a_list,
     ],
 )
@@ -123,6 +143,45 @@ def test_changes_in_place(forward: Callable[..., Any], operation: Any) -> None:
     with torch.no_grad():
         assert torch.equal(base(first), model.block(second))
     assert torch.equal(first, second)  # what the forward does to its argument, the patched one does too
+
+
+def lends_its_type(self: Any, x: Tensor) -> Any:
+    out = x + self.b(x)
+    return self.a(x).to(out.dtype)
+
+
+def test_a_sum_of_which_only_the_type_is_used_is_no_site() -> None:
+    with pytest.raises(RefusedError, match='no residual add'):
+        sem_timm.plan_model(Net(block(lends_its_type)), target='block', position='residual', input_size=(3, 8, 8))
+
+
+def returns_its_input(self: Any, x: Tensor) -> Any:
+    return self.drop(x)
+
+
+def returns_one_tensor_twice(self: Any, x: Tensor) -> Any:
+    out = self.a(x)
+    return out, out
+
+
+@pytest.mark.parametrize('forward', [returns_its_input, returns_one_tensor_twice])
+def test_an_output_that_others_hold_is_no_site(forward: Callable[..., Any]) -> None:
+    with pytest.raises(RefusedError, match='who changes the one changes the other'):
+        sem_timm.plan_model(Net(block(forward)), target='block', input_size=(3, 8, 8))
+
+
+def change_after_the_sum(self: Any, x: Tensor) -> Any:
+    out = self.a(x)
+    same = self.drop(out)
+    total = x + same
+    out.mul_(2)
+    return total
+
+
+def test_what_changes_after_the_sum_is_no_branch() -> None:
+    """The new module keeps the branch for its gradient."""
+    with pytest.raises(RefusedError, match='no residual add'):
+        sem_timm.plan_model(Net(block(change_after_the_sum)), target='block', position='residual', input_size=(3, 8, 8))
 
 
 def plus(self: Any, x: Tensor) -> Any:

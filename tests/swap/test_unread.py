@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import sem_timm
 from tests.families import Family
 from tests.snapshot import assert_same, snapshot
 from tests.swap.classes import CLASSES, SHARED_TABLES
+from tests.swap.small_attention import Model, Plain
 from tests.swap.swapping import assert_all_learn, backward, outputs, swap, swapped, without_gradient
 
 FAMILIES = {
@@ -167,6 +168,36 @@ def test_a_table_that_two_modules_share_is_trained_while_one_reads_it(exclude: s
     assert without_gradient(model) == set()
     sem_timm.unpatch_model(model)
     assert first.relative_position_bias_table.requires_grad
+
+
+class ReturnsValues(Plain):
+    """Gives its values to whoever asks for them."""
+
+    def forward(self, x: Tensor) -> Any:
+        values = self.heads(self.v(x))
+        out = self.attend(self.heads(self.q(x)), self.heads(self.k(x)), values)
+        return self.proj(out.transpose(1, 2).flatten(2)), values
+
+
+@pytest.mark.parametrize('use', [False, True])
+def test_what_is_returned_and_not_used_is_unread(use: bool) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = ReturnsValues()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out, values = self.inner(x)
+            return out + values.mean() if use else out
+
+    model = Model(Outer())
+    plan = sem_timm.plan_model(model, 'external', input_size=(3, 32, 32))
+    keys = {f'attention.inner.k.{name}' for name in ('weight', 'bias')}
+    values = {f'attention.inner.v.{name}' for name in ('weight', 'bias')}
+    assert set(plan.unread) == (keys if use else keys | values)
+    swap(model, plan)
+    backward(model, torch.randn(2, 3, 32, 32))
+    assert without_gradient(model) == set()
 
 
 def test_values_that_only_lend_their_type_are_unread() -> None:

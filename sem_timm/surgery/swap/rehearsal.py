@@ -17,7 +17,7 @@ from sem_timm.surgery.rewrite import Edit, patched_class
 from sem_timm.surgery.skeleton import Call
 from sem_timm.surgery.swap.original import Original
 from sem_timm.surgery.swap.tables import unread_tables
-from sem_timm.surgery.swap.unread import reached_parameters, unread_parameters, upstream_arguments
+from sem_timm.surgery.swap.unread import may_lose_others, reached_parameters, unread_parameters
 
 
 def rehearse_swap(reader: Reader, placements: dict[str, Placement], operation: Swap) -> Aftermath:
@@ -29,8 +29,8 @@ def rehearse_swap(reader: Reader, placements: dict[str, Placement], operation: S
     skeleton, call = reader.probe.skeleton, reader.probe.calls['']
     images: Tensor = call.args[0]
     unread = unread_parameters(reader, placements)
-    upstream = upstream_arguments(reader, placements)
-    before = reached_parameters(skeleton, images) if upstream else set()
+    more = may_lose_others(reader, placements)
+    before = reached_parameters(skeleton, images) if more else set()
     sliced, originals = {}, {}
     for name, placement in placements.items():
         module = reader.modules[name]
@@ -43,10 +43,12 @@ def rehearse_swap(reader: Reader, placements: dict[str, Placement], operation: S
         originals[name] = Original(graph, placement.swapping.cores.get(False, {}))
     _check_run(skeleton, call, operation)
     tables: dict[str, Edit] = {}
-    if upstream:
+    if more:
         lost = before - reached_parameters(skeleton, images)
         unread = tuple(name for name, _ in skeleton.named_parameters() if name in lost or name in unread)
-        tables = unread_tables(skeleton, images, lost, operation)
+        inside = tuple(f'{name}.' for name in placements)  # whose own forwards say what they still call
+        others = {name for name in lost if not name.startswith(inside)}
+        tables = unread_tables(skeleton, images, others, operation)
         for name, edit in tables.items():
             skeleton.get_submodule(name).__class__ = patched_class(edit)
         if tables:

@@ -40,8 +40,14 @@ def unread_parameters(reader: Reader, placements: dict[str, Placement]) -> tuple
     return tuple(name for name in found if id(parameters[name]) not in alive)
 
 
-def upstream_arguments(reader: Reader, placements: dict[str, Placement]) -> bool:
-    """Whether a module no longer reads an argument that may be computed from parameters alone."""
+def may_lose_others(reader: Reader, placements: dict[str, Placement]) -> bool:
+    """Whether parameters may be lost that the forwards of the modules still read, or that are not theirs.
+
+    So it may be if a module no longer reads an argument that is computed from parameters alone, or returns several
+    tensors, such as the values beside its result, of which its parent perhaps uses one.
+    """
+    if any(len(_tensors(reader.probe.calls[name].output)) > 1 for name in placements):
+        return True
     tables = {id(buffer) for buffer in reader.probe.skeleton.buffers()}  # handed on as they are, as masks of windows
     for name, placement in placements.items():
         values = bound_arguments(reader.modules[name], reader.probe.calls[name])

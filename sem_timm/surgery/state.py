@@ -1,0 +1,80 @@
+"""Attributes of a module beside its tensors and children: what a forward may change as it goes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from sem_timm.surgery.layout import layout_of
+
+_INFRASTRUCTURE = frozenset(nn.Module().__dict__)
+_PLAIN = (bool, int, float, str)
+_CONTAINERS = (list, dict, set)
+
+
+def _is_of_weights(value: Any) -> bool:
+    return isinstance(value, Tensor) and layout_of(value) is None
+
+
+class State:
+    """The attributes of a module at one time, with what is in its lists, dictionaries and sets."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.attributes = dict(module.__dict__)
+        self.contents = {
+            name: copy.copy(value)
+            for name, value in self.attributes.items()
+            if type(value) in _CONTAINERS and name not in _INFRASTRUCTURE
+        }
+
+    def added(self) -> set[str]:
+        """Names of the attributes that are new."""
+        return self.module.__dict__.keys() - self.attributes.keys()
+
+    def changed(self, is_memory: Callable[[Any], bool] = _is_of_weights) -> list[str]:
+        """Names of the attributes that are others now.
+
+        Args:
+            is_memory: Whether an entry of a dictionary is only kept to save computing it again.
+        """
+        now = self.module.__dict__
+        rebound = [name for name, value in self.attributes.items() if not _same(now.get(name), value)]
+        return rebound + [
+            name
+            for name, before in self.contents.items()
+            if name not in rebound and _entries(now[name]) != _entries(before)
+            if not isinstance(before, dict) or not _only_remembers(before, now[name], is_memory)
+        ]
+
+    def restore(self) -> None:
+        """Undoes all changes."""
+        for name in self.added():
+            del self.module.__dict__[name]
+        self.module.__dict__.update(self.attributes)
+        for name, before in self.contents.items():
+            container: Any = self.attributes[name]
+            if _entries(container) != _entries(before):
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(before)
+
+
+def _same(first: Any, second: Any) -> bool:
+    if first is second or type(first) is not type(second):
+        return first is second
+    if isinstance(first, tuple):
+        return len(first) == len(second) and all(map(_same, first, second))
+    return isinstance(first, _PLAIN) and bool(first == second)
+
+
+def _entries(container: Any) -> list[int]:
+    if isinstance(container, dict):
+        return [*map(id, container.keys()), *map(id, container.values())]
+    return sorted(map(id, container)) if isinstance(container, set) else [*map(id, container)]
+
+
+def _only_remembers(before: dict[Any, Any], now: dict[Any, Any], is_memory: Callable[[Any], bool]) -> bool:
+    return all(before.get(key) is value or is_memory(value) for key, value in now.items())

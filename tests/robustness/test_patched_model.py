@@ -1,0 +1,30 @@
+"""Any order of patching, undoing, saving, loading, copying, casting and training: never half-patched, always undone."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from tests.robustness.patched_model import PatchedModel
+
+
+def _run(examples: int, steps: int, *, derandomize: bool) -> None:
+    options = settings(
+        max_examples=examples,
+        stateful_step_count=steps,
+        derandomize=derandomize,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    run_state_machine_as_test(PatchedModel, settings=options)
+
+
+def test_any_order_of_calls() -> None:
+    _run(40, 15, derandomize=True)
+
+
+@pytest.mark.slow
+def test_any_order_of_calls_at_length() -> None:
+    _run(300, 30, derandomize=False)
