@@ -6,6 +6,7 @@ import copy
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from timm.models import create_feature_extractor
 
@@ -22,18 +23,21 @@ from tests.compatibility.twins import (
 )
 from tests.twins import assert_equal
 
+# torchvision's tracer finds that LeViT keeps its biases in evaluation mode
+graphs = pytest.mark.filterwarnings('ignore:NOTE. The nodes obtained:UserWarning')
+
 
 @capability('`features_only=True`')
 def test_features_only(twins: Twins) -> None:
     check_features(twins)
 
 
-@capability("`features_only=True, feature_cls='list'`")
+@capability("`features_only=True, feature_cls='list'`", slow=True)
 def test_features_only_list(twins: Twins) -> None:
     check_features(twins, feature_cls='list')
 
 
-@capability("`features_only=True, feature_cls='dict'`")
+@capability("`features_only=True, feature_cls='dict'`", slow=True)
 def test_features_only_dict(twins: Twins) -> None:
     check_features(twins, feature_cls='dict')
 
@@ -43,11 +47,12 @@ def test_features_only_hook(twins: Twins) -> None:
     check_features(twins, feature_cls='hook')
 
 
-@capability("`features_only=True, feature_cls='getter'`")
+@capability("`features_only=True, feature_cls='getter'`", slow=True)
 def test_features_only_getter(twins: Twins) -> None:
     check_features(twins, feature_cls='getter')
 
 
+@graphs
 @capability("`features_only=True, feature_cls='fx'`")
 def test_features_only_fx(twins: Twins) -> None:
     check_features(twins, feature_cls='fx')
@@ -102,6 +107,7 @@ def test_forward_intermediates(twins: Twins) -> None:
     assert not torch.equal(features[-1], outputs(twins.model.forward_intermediates, images)[-1])
 
 
+@graphs
 @capability("timm's `create_feature_extractor` (torch.fx) on a patched model")
 def test_create_feature_extractor(twins: Twins) -> None:
     def nodes(model: Any) -> list[str]:

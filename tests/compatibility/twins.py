@@ -143,7 +143,7 @@ def gradients(model: nn.Module, *inputs: Any, call: Callable[..., Any] | None = 
     """The gradients of all parameters that get one, by name; of a loss of what ``call`` returns, or the model."""
     model.zero_grad()
     torch.manual_seed(3)  # for dropout and stochastic depth
-    loss_of((call or model)(*inputs)).backward()
+    loss_of((model if call is None else call)(*inputs)).backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
