@@ -25,13 +25,8 @@ def test_compile_captured(twins: Twins) -> None:
     check_compile(twins, twins.moved(), backend='eager', batch_sizes=(2,))
 
 
-@capability("`torch.compile(fullgraph=True, backend='inductor')`", slow=True)
-def test_compile_inductor(twins: Twins) -> None:
-    check_compile(twins, twins.moved(), backend='inductor', batch_sizes=(2,))
-
-
 @capability("`torch.compile(fullgraph=True, backend='inductor')`, dynamic batch", slow=True)
-def test_compile_inductor_dynamic(twins: Twins) -> None:
+def test_compile_inductor(twins: Twins) -> None:
     check_compile(twins, twins.moved(), backend='inductor', batch_sizes=(2, 5, 3))
 
 
