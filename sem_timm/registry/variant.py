@@ -49,7 +49,7 @@ def create_variant(
         overlay.update(_sources(architecture, cfg))
 
     def patch(model: nn.Module) -> nn.Module:
-        _patch(model, kind, options)
+        _patch(model, kind, {**_image_shape(kwargs), **options})
         if inserted:
             load_inserted(model, inserted, name, kind, strict=kwargs.get('pretrained_strict', True))
             restore_source(model, cfg)
@@ -64,6 +64,13 @@ def create_variant(
     if kind.swaps_attention and pretrained and not inserted:
         _warn(f'{name} has the weights of {architecture} but for its new attention ({kind.operation})')
     return model
+
+
+def _image_shape(arguments: dict[str, Any]) -> Options:
+    """The shape of the images that a base is built for, where it is told: not every family keeps it in the model."""
+    size = arguments.get('img_size')
+    sides = (size, size) if isinstance(size, int) else tuple(size or ())
+    return {'input_size': (arguments.get('in_chans', 3), *sides)} if sides else {}
 
 
 def _sources(architecture: str, cfg: PretrainedCfg) -> dict[str, Any]:

@@ -169,3 +169,12 @@ def test_unknown_option_is_an_error_that_lists_the_known() -> None:
     )
     with pytest.raises(OptionError, match=f"test_resnet_sem has no option 'sem_reducton'. There are: {known}."):
         timm.create_model('test_resnet_sem', sem_reducton=8)
+
+
+@pytest.mark.parametrize('name', ['levit_128s_sem', 'levit_128s_ea', 'mvitv2_tiny_sem', 'mvitv2_tiny_ea'])
+def test_variants_for_images_of_another_size_than_their_family_keeps(name: str) -> None:
+    with torch.device('meta'):
+        model = timm.create_model(name, img_size=128, in_chans=4)
+    assert {part.input_size for part in sem_timm.patched(model)} == {(4, 128, 128)}
+    assert 'input_size' not in str(model._model_args)
+    assert model(torch.empty(2, 4, 128, 128, device='meta')).shape == (2, 1000)
