@@ -19,6 +19,7 @@ from torch import nn
 from sem_timm.errors import ModelError, OptionError
 from sem_timm.surgery.layout import Layout, LayoutMode, set_layout
 from sem_timm.surgery.tracers import place_of
+from sem_timm.surgery.walk import modules_by_name
 
 _SHARED: tuple[type, ...] = (
     bool,
@@ -85,7 +86,12 @@ def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device='meta')
 
 
-_FRESH = frozenset(nn.Module().__dict__)
+_FRESH = dict(nn.Module().__dict__)
+
+
+def _fresh() -> dict[str, Any]:
+    """The attributes of a new module; making one would cost ten times as much."""
+    return {name: value if value is None or value is True else type(value)() for name, value in _FRESH.items()}
 
 
 class _Copier:
@@ -96,11 +102,11 @@ class _Copier:
         self.twins: dict[int, Any] = {}
 
     def copy(self, model: nn.Module) -> nn.Module:
-        modules = list(model.modules())
+        modules = list(modules_by_name(model).values())
         for module in modules:
             twin = object.__new__(type(module))
             # A fresh module's own attributes: empty hook dictionaries, and nothing shared with the live module.
-            twin.__dict__.update(nn.Module().__dict__)
+            twin.__dict__.update(_fresh())
             self.twins[id(module)] = twin
         for module in modules:
             self._fill(self.twins[id(module)], module)
@@ -108,13 +114,13 @@ class _Copier:
         return copied
 
     def _fill(self, twin: Any, module: nn.Module) -> None:
+        state = twin.__dict__
+        for name in ('_parameters', '_buffers'):
+            state[name] = {key: None if t is None else self._tensor(t) for key, t in module.__dict__[name].items()}
+        state['_modules'] = {key: self.twins.get(id(child)) for key, child in module._modules.items()}
         for name, value in module.__dict__.items():
-            if name in ('_parameters', '_buffers'):
-                twin.__dict__[name] = {key: None if t is None else self._tensor(t) for key, t in value.items()}
-            elif name == '_modules':
-                twin._modules = {key: self.twins.get(id(child)) for key, child in value.items()}
-            elif name not in _FRESH:
-                twin.__dict__[name] = self._value(value)
+            if name not in _FRESH:
+                state[name] = value if type(value) in _SHARED else self._value(value)
         if 'forward' in twin.__dict__ and getattr(twin.forward, '__self__', None) is not twin:
             # A forward from elsewhere may hold on to the live module; the mark stays that there was one.
             twin.__dict__['forward'] = MethodType(type(twin).forward, twin)
@@ -125,8 +131,7 @@ class _Copier:
             twin = self.convert(tensor)
             is_parameter = isinstance(tensor, nn.Parameter)
             self.twins[id(tensor)] = nn.Parameter(twin, requires_grad=False) if is_parameter else twin
-        converted = self.twins[id(tensor)]
-        assert isinstance(converted, torch.Tensor)
+        converted: torch.Tensor = self.twins[id(tensor)]
         return converted
 
     def _value(self, value: Any) -> Any:
@@ -188,32 +193,34 @@ def probe(model: nn.Module, input_size: tuple[int, ...] | None = None, batch_siz
 def _run(skeleton: nn.Module, size: tuple[int, ...], batch_size: int) -> Probe:
     found = Probe(skeleton, size)
     image = set_layout(torch.empty(batch_size, *size, dtype=dtype_of(skeleton), device='meta'), Layout(channel=1))
-    given: dict[str, tuple[Any, Any]] = {}
-
-    def before(module: nn.Module, args: Any, kwargs: Any, *, name: str) -> None:
-        found.counts[name] = found.counts.get(name, 0) + 1
-        if name not in given:
-            # Lists are taken as they are now: dense blocks append to theirs later.
-            given[name] = (_snapshot(args), {key: _snapshot(value) for key, value in kwargs.items()})
-
-    def after(module: nn.Module, args: Any, output: Any, *, name: str) -> None:
-        found.calls.setdefault(name, Call(*given[name], output))
-
-    modules = list(skeleton.named_modules())
-    for name, module in modules:
-        # Set directly: the skeleton has no other hooks, and a handle for each would cost more than the forward.
-        module._forward_pre_hooks[0] = partial(before, name=name)
-        module._forward_pre_hooks_with_kwargs[0] = True
-        module._forward_hooks[0] = partial(after, name=name)
+    modules = modules_by_name(skeleton)
+    for name, module in modules.items():
+        # Where torch looks for a compiled call before it looks for hooks, which would cost more than the forwards.
+        module.__dict__['_compiled_call_impl'] = _recorder(found, name, module)
     try:
         with torch.no_grad(), LayoutMode():
             skeleton(image)
     finally:
-        for _, module in modules:
-            module._forward_pre_hooks.clear()
-            module._forward_pre_hooks_with_kwargs.clear()
-            module._forward_hooks.clear()
+        for module in modules.values():
+            del module.__dict__['_compiled_call_impl']
     return found
+
+
+def _recorder(found: Probe, name: str, module: nn.Module) -> Callable[..., Any]:
+    """Calls a module's forward, counts the calls and keeps the first."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        count = found.counts.get(name, 0)
+        found.counts[name] = count + 1
+        if count:
+            return module.forward(*args, **kwargs)
+        # Lists are taken as they are now: dense blocks append to theirs later.
+        given = _snapshot(args), {key: _snapshot(value) for key, value in kwargs.items()}
+        output = module.forward(*args, **kwargs)
+        found.calls[name] = Call(*given, output)
+        return output
+
+    return call
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
