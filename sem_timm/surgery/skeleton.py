@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType, MappingProxyType, MethodType
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class Probe:
 
 def weightless(model: nn.Module) -> nn.Module:
     """Copies the structure of ``model`` to the meta device, in eval mode and without hooks; reads no weights."""
-    return _Copier(_on_meta).copy(model)
+    return _Copier(_on_meta, _WITHOUT_HOOKS).copy(model)
 
 
 def shadow(model: nn.Module) -> nn.Module:
@@ -89,16 +89,22 @@ def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
 _FRESH = dict(nn.Module().__dict__)
 
 
-def _fresh() -> dict[str, Any]:
-    """The attributes of a new module; making one would cost ten times as much."""
-    return {name: value if value is None or value is True else type(value)() for name, value in _FRESH.items()}
+# For weightless copies: a dozen empty dictionaries in each module would keep Python's garbage collector busy for longer
+# than all the rest of a copy takes. What would write into these fails.
+_WITHOUT_HOOKS: dict[str, Any] = {
+    name: MappingProxyType({}) if isinstance(value, dict) else frozenset() if isinstance(value, set) else value
+    for name, value in _FRESH.items()
+}
 
 
 class _Copier:
     """Copies modules with other tensors; what the original shares, the copy shares."""
 
-    def __init__(self, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self, convert: Callable[[torch.Tensor], torch.Tensor], attributes: dict[str, Any] | None = None
+    ) -> None:
         self.convert = convert
+        self.attributes = attributes  # of a module that has no others yet; by default those of a new module each
         self.twins: dict[int, Any] = {}
 
     def copy(self, model: nn.Module) -> nn.Module:
@@ -106,7 +112,7 @@ class _Copier:
         for module in modules:
             twin = object.__new__(type(module))
             # A fresh module's own attributes: empty hook dictionaries, and nothing shared with the live module.
-            twin.__dict__.update(_fresh())
+            twin.__dict__.update(nn.Module().__dict__ if self.attributes is None else self.attributes)
             self.twins[id(module)] = twin
         for module in modules:
             self._fill(self.twins[id(module)], module)
@@ -141,7 +147,9 @@ class _Copier:
         if isinstance(value, torch.Tensor):
             return self._tensor(value)
         if isinstance(value, nn.Module):  # one that is hidden in a list
-            return self.twins[id(value)] if id(value) in self.twins else _Copier(self.convert).copy(value)
+            return (
+                self.twins[id(value)] if id(value) in self.twins else _Copier(self.convert, self.attributes).copy(value)
+            )
         if type(value) in (list, tuple, set):
             return type(value)(self._value(entry) for entry in value)
         if type(value) is dict:
