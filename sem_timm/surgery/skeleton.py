@@ -90,21 +90,26 @@ _FRESH = dict(nn.Module().__dict__)
 
 
 # For weightless copies: a dozen empty dictionaries in each module would keep Python's garbage collector busy for longer
-# than all the rest of a copy takes. What would write into these fails.
+# than all the rest of a copy takes. Nobody asks such a copy for hooks; one that is registered all the same fails.
 _WITHOUT_HOOKS: dict[str, Any] = {
-    name: MappingProxyType({}) if isinstance(value, dict) else frozenset() if isinstance(value, set) else value
-    for name, value in _FRESH.items()
+    name: MappingProxyType({}) for name, value in _FRESH.items() if '_hooks' in name and value == {}
 }
+
+
+def _fresh_but(shared: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of a new module, with some of them from elsewhere."""
+    own = {
+        name: type(value)() for name, value in _FRESH.items() if isinstance(value, (dict, set)) and name not in shared
+    }
+    return {**_FRESH, **shared, **own}
 
 
 class _Copier:
     """Copies modules with other tensors; what the original shares, the copy shares."""
 
-    def __init__(
-        self, convert: Callable[[torch.Tensor], torch.Tensor], attributes: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, convert: Callable[[torch.Tensor], torch.Tensor], hooks: dict[str, Any] | None = None) -> None:
         self.convert = convert
-        self.attributes = attributes  # of a module that has no others yet; by default those of a new module each
+        self.hooks = hooks  # what all copies share of them; by default each has its own
         self.twins: dict[int, Any] = {}
 
     def copy(self, model: nn.Module) -> nn.Module:
@@ -112,7 +117,7 @@ class _Copier:
         for module in modules:
             twin = object.__new__(type(module))
             # A fresh module's own attributes: empty hook dictionaries, and nothing shared with the live module.
-            twin.__dict__.update(nn.Module().__dict__ if self.attributes is None else self.attributes)
+            twin.__dict__.update(nn.Module().__dict__ if self.hooks is None else _fresh_but(self.hooks))
             self.twins[id(module)] = twin
         for module in modules:
             self._fill(self.twins[id(module)], module)
@@ -147,9 +152,7 @@ class _Copier:
         if isinstance(value, torch.Tensor):
             return self._tensor(value)
         if isinstance(value, nn.Module):  # one that is hidden in a list
-            return (
-                self.twins[id(value)] if id(value) in self.twins else _Copier(self.convert, self.attributes).copy(value)
-            )
+            return self.twins[id(value)] if id(value) in self.twins else _Copier(self.convert, self.hooks).copy(value)
         if type(value) in (list, tuple, set):
             return type(value)(self._value(entry) for entry in value)
         if type(value) is dict:
