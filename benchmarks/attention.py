@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
-from gate import keep_freed_memory
-from measuring import Line, Times, peak_mib, record, take_turns
+from measuring import Line, Times, options, peak_mib, prepared, record, take_turns
 from rich.progress import track
 from timm.models import VisionTransformer
 from torch import Tensor, nn
@@ -163,37 +161,26 @@ def curves(bench: Bench, tokens: tuple[int, ...]) -> tuple[dict[str, dict[str, l
     return {'milliseconds': milliseconds, 'peak_mib': mib}, lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--runs', type=int, default=11, help='rounds per figure')
-    parser.add_argument('--device', choices=TOKENS, default='cpu')
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = options(__doc__)
     parser.add_argument('--tokens', type=int, nargs='*', help='squares; by default what the device is good for')
     parser.add_argument('--compile', action=argparse.BooleanOptionalAction, help='by default on a GPU only')
-    parser.add_argument('--out', type=Path, help='file of figures, such as docs/attention_cost.json; printed only')
-    parser.add_argument('--fresh-pages', action='store_true', help="leave the allocator's own habits alone")
-    args = parser.parse_args()
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        parser.error('--device cuda: torch sees no GPU here.')
-    if not args.fresh_pages:
-        keep_freed_memory()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+    args = prepared(parser, arguments)
     warnings.simplefilter('ignore', sem_timm.SwapWarning)
     # Of the kernels for plain softmax attention, the flash one is to be measured.
     torch.backends.cuda.enable_cudnn_sdp(False)
     compiled = args.device == 'cuda' if args.compile is None else args.compile
-    tokens = tuple(args.tokens or TOKENS[args.device])
+    tokens = tuple(args.tokens or ((16,) if args.quick else TOKENS[args.device]))
     bench = Bench([ORIGINAL, *attention_kinds()], args.device, compiled, args.runs)
     with torch.inference_mode():
         figures, lines = curves(bench, tokens)
-        lines += bench.doubling()
-        lines += [bench.eamlp(196, 1), bench.eamlp(196, 8), bench.eamlp(1024, 1)]
-        lines += [bench.flatness(kind) for kind in ('efficient', 'linear')]
-    print(*lines, sep='\n')
+        if not args.quick:
+            lines += bench.doubling()
+            lines += [bench.eamlp(196, 1), bench.eamlp(196, 8), bench.eamlp(1024, 1)]
+            lines += [bench.flatness(kind) for kind in ('efficient', 'linear')]
     kept = [line for line in lines if line.goal or line.name.startswith('external')]
-    if args.out:
-        setting = {'channels': CHANNELS, 'heads': HEADS, 'batch': 1, 'dtype': str(bench.dtype), 'compiled': compiled}
-        record(args.out, args.device, 'layer', kept, setting=setting, tokens=tokens, **figures)
+    setting = {'channels': CHANNELS, 'heads': HEADS, 'batch': 1, 'dtype': str(bench.dtype), 'compiled': compiled}
+    record(args.out, args.device, 'layer', kept, setting=setting, tokens=tokens, **figures)
 
 
 if __name__ == '__main__':

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from gate import keep_freed_memory
-from measuring import Line, peak_mib, record, take_turns
+from measuring import Line, options, peak_mib, prepared, record, take_turns
 from torch import nn
 
 import sem_timm
@@ -62,28 +60,18 @@ def compare(kind: str, image_size: int, training: bool, args: argparse.Namespace
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--runs', type=int, default=11, help='rounds per figure')
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = options(__doc__)
     parser.add_argument('--batch-size', type=int, default=8)
     parser.add_argument('--kinds', nargs='*', default=['external'], help='goals are for external attention')
-    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
-    parser.add_argument('--out', type=Path, help='file of figures, such as docs/attention_cost.json; printed only')
-    parser.add_argument('--fresh-pages', action='store_true', help="leave the allocator's own habits alone")
-    args = parser.parse_args()
-    if not args.fresh_pages:
-        keep_freed_memory()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+    args = prepared(parser, arguments)
     warnings.simplefilter('ignore', sem_timm.SwapWarning)
     lines = []
     for kind in args.kinds:
-        for image_size, training in ((224, False), (224, True), (512, False)):
+        for image_size, training in ((32, True),) if args.quick else ((224, False), (224, True), (512, False)):
             lines += compare(kind, image_size, training, args)
-            print(*lines[-1 - training :], sep='\n', flush=True)
-    if args.out:
-        setting = {'model': NAME, 'batch': args.batch_size, 'dtype': 'torch.float32', 'compiled': False}
-        record(args.out, args.device, 'model', lines, setting=setting)
+    setting = {'model': NAME, 'batch': args.batch_size, 'dtype': 'torch.float32', 'compiled': False}
+    record(args.out, args.device, 'model', lines, setting=setting)
 
 
 if __name__ == '__main__':

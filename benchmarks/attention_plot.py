@@ -1,7 +1,7 @@
 """Draws what `attention.py` measured: time and memory of one layer against the number of tokens.
 
-    python benchmarks/attention.py --out docs/attention_cost.json
-    python benchmarks/attention_plot.py docs/attention_cost.json docs/attention_cost.png
+    python benchmarks/attention.py --out build/figures.json
+    python benchmarks/attention_plot.py build/figures.json docs/attention_cost.png
 
 Both axes are logarithmic. Broken lines are attentions whose time is quadratic in tokens.
 """

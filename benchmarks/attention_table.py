@@ -21,6 +21,7 @@ from pathlib import Path
 
 import timm
 import torch
+from meta import create_on_meta
 from torch import nn
 
 import sem_timm
@@ -68,8 +69,7 @@ def rows(names: Iterable[str], kinds: list[str], known: dict[tuple[str, str], Ro
         wanted = [kind for kind in kinds if (name, kind) not in known]
         yield from (known[name, kind] for kind in kinds if kind not in wanted)
         if wanted:
-            with torch.device('meta'):
-                model = timm.create_model(name)
+            model = create_on_meta(name)
             yield from (plan(model, name, kind) for kind in wanted)
 
 

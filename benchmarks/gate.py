@@ -1,75 +1,80 @@
-"""SEM with the residual add against timm's squeeze-and-excitation with it: eager, inference, one thread.
+"""SEM with the residual add against timm's squeeze-and-excitation with it, in inference.
 
-Prints the median time of both sides, measured in turn in one process, and their ratio next to the goal.
+    python benchmarks/gate.py                 # one thread of a CPU, eager, float32
+    python benchmarks/gate.py --device cuda   # batch 256, bfloat16, eager and compiled, also against a copy in memory
+
+Both sides take turns in one process, in series that keep the caches their own; ratios are medians over rounds.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import statistics
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
+from measuring import Line, options, prepared, record, take_turns
 from timm.layers import SEModule
-from torch.utils.benchmark import Timer
+from torch import Tensor, nn
 
 from sem_timm.layers import SEM
 
 GOALS = {(8, 256, 56, 56): 0.75, (8, 1024, 14, 14): 0.80}
+COPY_GOAL = 1.3
+SIZES = {'cpu': tuple(GOALS), 'cuda': ((256, 256, 56, 56), (256, 1024, 14, 14), (256, 2048, 7, 7))}
+FORMATS = {'contiguous': torch.contiguous_format, 'channels last': torch.channels_last}
+
+# A call of a few milliseconds that starts from what the other system left in the caches is not what a network sees.
+SERIES_SECONDS = 0.15
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory, so that no result has to be paged in anew.
-
-    Without it a tensor of this size is given back to the system or not by chance, which decides the outcome of a whole
-    run: paging in costs more than the arithmetic, and squeeze-and-excitation has two such tensors to SEM's one.
-    """
-    if sys.platform == 'linux':
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at its largest
-
-
-def medians(calls: dict[str, Callable[[], torch.Tensor]], runs: int) -> dict[str, float]:
-    """Median seconds of each call; the calls take turns, in series of twenty that keep the caches their own."""
-    timers = {name: Timer('call()', globals={'call': call}) for name, call in calls.items()}
-    rounds = [{name: timer.timeit(20).mean for name, timer in timers.items()} for _ in range(runs // 20)]
-    return {name: statistics.median(times[name] for times in rounds) for name in calls}
-
-
-def compare(shape: tuple[int, int, int, int], memory_format: torch.memory_format, runs: int) -> dict[str, float]:
-    """Median seconds of both systems and of the residual add alone."""
+def systems(shape: tuple[int, ...], layout: str, args: argparse.Namespace, compiled: bool) -> dict[Any, Any]:
+    """A call of each system on equal inputs."""
+    dtype = torch.bfloat16 if args.device == 'cuda' else torch.float32
     generator = torch.Generator().manual_seed(0)
     branch, shortcut = (
-        torch.randn(shape, generator=generator).contiguous(memory_format=memory_format) for _ in range(2)
+        torch.randn(shape, generator=generator).to(args.device, dtype).contiguous(memory_format=FORMATS[layout])
+        for _ in range(2)
     )
-    sem, squeeze_excitation = SEM(shape[1]).eval(), SEModule(shape[1]).eval()
-    calls: dict[str, Callable[[], torch.Tensor]] = {
-        'SEM + add': lambda: sem(branch, shortcut),
-        'timm SE + add': lambda: squeeze_excitation(branch) + shortcut,
-        'add alone': lambda: branch + shortcut,
+    sem, squeeze_excitation = (cls(shape[1]).eval().to(args.device, dtype) for cls in (SEM, SEModule))
+
+    def with_add(x: Tensor, shortcut: Tensor) -> Tensor:
+        return squeeze_excitation(x) + shortcut
+
+    gated: nn.Module | Callable[..., Tensor] = sem
+    if compiled:
+        torch.compiler.reset()
+        gated, with_add = (torch.compile(each, fullgraph=True, dynamic=False) for each in (sem, with_add))
+    calls: dict[Any, Callable[[], object]] = {
+        'SEM + add': lambda: gated(branch, shortcut),
+        'timm SE + add': lambda: with_add(branch, shortcut),
     }
+    if args.device == 'cuda':
+        # Pooling reads one tensor, the rest reads two and writes one: four, as a copy of two.
+        source, target = torch.stack((branch, shortcut)), torch.empty((2, *shape), device=args.device, dtype=dtype)
+        calls['copy of as many bytes'] = lambda: target.copy_(source)
+    return calls
+
+
+def lines(args: argparse.Namespace) -> Iterator[Line]:
+    """The ratios at all sizes, in both layouts."""
+    sizes = ((2, 16, 8, 8),) if args.quick else SIZES[args.device]
+    for compiled in (False, True) if args.device == 'cuda' else (False,):
+        for layout in FORMATS:
+            for shape in sizes:
+                times = take_turns(systems(shape, layout, args, compiled), args.runs, args.device, SERIES_SECONDS)
+                where = f'{"x".join(map(str, shape))} {layout}{", compiled" if compiled else ""}'
+                goal = GOALS.get(shape) if layout == 'contiguous' else None
+                yield times.line(f'SEM + add / SE + add, {where}', 'SEM + add', 'timm SE + add', goal)
+                if args.device == 'cuda':
+                    names = 'SEM + add', 'copy of as many bytes'
+                    yield times.line(f'SEM + add / copy, {where}', *names, COPY_GOAL if compiled else None)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = prepared(options(__doc__), arguments)
     with torch.inference_mode():
-        return medians(calls, runs)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--runs', type=int, default=400, help='calls per shape and system')
-    parser.add_argument('--fresh-pages', action='store_true', help="leave the allocator's own habits alone")
-    arguments = parser.parse_args()
-    runs = arguments.runs
-    if not arguments.fresh_pages:
-        keep_freed_memory()
-    for name, memory_format in (('contiguous', torch.contiguous_format), ('channels_last', torch.channels_last)):
-        for shape, goal in GOALS.items():
-            result = compare(shape, memory_format, runs)
-            ratio = result['SEM + add'] / result['timm SE + add']
-            figures = ', '.join(f'{label} {value * 1e3:.3f} ms' for label, value in result.items())
-            aim = f' (goal {goal:.2f})' if name == 'contiguous' else ''
-            print(f'{"x".join(map(str, shape)):>14} {name:13} {figures}; ratio {ratio:.3f}{aim}')
+        record(args.out, args.device, 'gate', list(lines(args)))
 
 
 if __name__ == '__main__':

@@ -1,84 +1,108 @@
-"""Whole networks: `resnet50_sem` against timm's `seresnet50`, and against plain `resnet50`.
+"""Whole networks with SEM against the same with squeeze-and-excitation in the same places, and against plain ones.
 
-    python benchmarks/models.py
+    python benchmarks/models.py                 # one thread of a CPU, batch 8 at 224 pixels, float32
+    python benchmarks/models.py --device cuda   # batch 256, bfloat16, eager and compiled
 
-One thread, batch 8 at 224 pixels, alternating runs in one process, medians. Memory is the peak of a training step.
-Goals: at most 1.00 of `seresnet50` in each of forward, forward + backward and memory.
+All three take turns in one process; ratios are medians over rounds. Memory is the peak of a training step beyond the
+weights, counted by the allocator.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import timm
 import torch
-from measuring import peak_mib
+from measuring import Line, options, peak_mib, prepared, record, take_turns
 from torch import nn
 
-import sem_timm  # noqa: F401  registers the variants
+import sem_timm
 
-NAMES = ('resnet50_sem', 'seresnet50', 'resnet50')
+NETWORKS = ('resnet50', 'convnext_tiny', 'vit_small_patch16_224')
+FORWARD, TRAINING, MEMORY = 'forward', 'forward + backward', 'peak memory'
+GOALS = {
+    ('resnet50', 'SE', FORWARD): 1.00,
+    ('resnet50', 'SE', TRAINING): 0.97,
+    ('resnet50', 'SE', MEMORY): 1.00,
+    ('convnext_tiny', 'plain', TRAINING): 1.06,
+    ('vit_small_patch16_224', 'plain', TRAINING): 1.06,
+}
+COMPILED_TRAINING_GOAL = 1.05  # of the plain network, on a GPU
 
 
-def training_step(model: nn.Module, images: torch.Tensor) -> None:
+def systems(network: str, args: argparse.Namespace) -> dict[str, nn.Module]:
+    """The network with SEM, with squeeze-and-excitation, and plain."""
+    has_own = timm.is_model(f'se{network}')
+    models = {
+        'SEM': timm.create_model(f'{network}_sem'),
+        'SE': timm.create_model(f'se{network}') if has_own else sem_timm.patch_model(timm.create_model(network), 'se'),
+        'plain': timm.create_model(network),
+    }
+    if args.device == 'cpu':
+        return models
+    layout: dict[str, Any] = {} if network.startswith('vit') else {'memory_format': torch.channels_last}
+    return {name: model.to(args.device, torch.bfloat16, **layout) for name, model in models.items()}
+
+
+def training_step(model: Callable[..., torch.Tensor], owner: nn.Module, images: torch.Tensor) -> None:
     """One forward and backward, and gradients freed again."""
     model(images).logsumexp(-1).mean().backward()
-    model.zero_grad(set_to_none=True)
+    owner.zero_grad(set_to_none=True)
 
 
-@torch.inference_mode()
-def forward(model: nn.Module, images: torch.Tensor) -> None:
+@torch.no_grad()
+def forward(model: Callable[..., torch.Tensor], owner: nn.Module, images: torch.Tensor) -> None:
     """One forward without gradients."""
     model(images)
 
 
-def medians(steps: dict[str, Callable[[], None]], runs: int) -> dict[str, float]:
-    """Median seconds of each step; they take turns in changing order, so that a slow spell hits all of them."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for run in range(runs + 1):
-        for name in list(steps) if run % 2 else reversed(list(steps)):
-            start = time.perf_counter()
-            steps[name]()
-            if run:  # the first is a warm-up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+def compare(network: str, args: argparse.Namespace, compiled: bool) -> Iterator[Line]:
+    """The ratios of SEM to both others in one network."""
+    models = systems(network, args)
+    size = next(iter(models.values())).pretrained_cfg['input_size'] if not args.quick else (3, 64, 64)
+    images = torch.randn(args.batch_size, *size, device=args.device)
+    images = images.to(next(models['plain'].parameters()).dtype)
+    for what, step in ((FORWARD, forward), (TRAINING, training_step)):
+        calls: dict[Any, Callable[[], object]] = {}
+        torch.compiler.reset()
+        for name, model in models.items():
+            model.train(step is training_step)
+            run = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+            calls[name] = partial(step, run, model, images)
+        times = take_turns(calls, args.runs, args.device)
+        yield from (times.line(*_titled(network, other, what, args, compiled)) for other in ('SE', 'plain'))
+        if step is training_step:
+            mib = {name: peak_mib(call, args.device) for name, call in calls.items()}
+            for other in ('SE', 'plain'):
+                title, _, _, goal = _titled(network, other, MEMORY, args, compiled)
+                yield Line(title, mib['SEM'] / mib[other], goal, {n: mib[n] for n in ('SEM', other)}, 'MiB')
 
 
-def training_memory(name: str, batch_size: int) -> float:
-    """Peak MiB that one training step allocates beyond weights and images: activations, scratch and gradients.
-
-    Counted by the allocator, not from the resident size of the process, so it is the same in every run.
-    """
-    model, images = timm.create_model(name).train(), torch.randn(batch_size, 3, 224, 224)
-    return peak_mib(lambda: training_step(model, images), 'cpu')
-
-
-def report(title: str, unit: str, values: dict[str, float]) -> None:
-    """One row: each network's figure, and the ratios that matter."""
-    figures = '  '.join(f'{name} {value:8.3f} {unit}' for name, value in values.items())
-    sem, se, plain = (values[name] for name in NAMES)
-    print(f'{title:20} {figures}  sem/se {sem / se:.3f}  sem/plain {sem / plain:.3f}', flush=True)
+def _titled(
+    network: str, other: str, what: str, args: argparse.Namespace, compiled: bool
+) -> tuple[str, str, str, float | None]:
+    goal = GOALS.get((network, other, what)) if args.device == 'cpu' else None
+    if compiled and other == 'plain' and what == TRAINING:
+        goal = COMPILED_TRAINING_GOAL
+    return f'{network}, SEM / {other}, {what}{", compiled" if compiled else ""}', 'SEM', other, goal
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--runs', type=int, default=12)
-    parser.add_argument('--batch-size', type=int, default=8)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    report('peak memory', 'MiB', {name: training_memory(name, args.batch_size) for name in NAMES})
-    images = torch.randn(args.batch_size, 3, 224, 224)
-    models = {name: timm.create_model(name) for name in NAMES}
-    for model in models.values():
-        model.eval()
-    report('forward', 's', medians({n: (lambda m=m: forward(m, images)) for n, m in models.items()}, args.runs))
-    for model in models.values():
-        model.train()
-    steps = {n: (lambda m=m: training_step(m, images)) for n, m in models.items()}
-    report('forward + backward', 's', medians(steps, args.runs))
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = options(__doc__, runs=7)
+    parser.add_argument('--batch-size', type=int, help='by default 8 on a CPU, 256 on a GPU')
+    parser.add_argument('--networks', nargs='*', default=NETWORKS)
+    args = prepared(parser, arguments)
+    args.batch_size = args.batch_size or (1 if args.quick else 8 if args.device == 'cpu' else 256)
+    networks = ('test_resnet',) if args.quick else args.networks
+    lines: list[Line] = []
+    for network in networks:
+        for compiled in (False, True) if args.device == 'cuda' else (False,):
+            lines += compare(network, args, compiled)
+    setting = {'batch': args.batch_size, 'dtype': 'float32' if args.device == 'cpu' else 'bfloat16'}
+    record(args.out, args.device, 'models', lines, setting=setting)
 
 
 if __name__ == '__main__':

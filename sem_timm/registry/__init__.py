@@ -8,6 +8,7 @@ prefix ``sem_``, ``ea_``, ``eamlp_`` and so on.
 from __future__ import annotations
 
 import copy
+import sys
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -59,9 +60,13 @@ def register_variants(*operations: str) -> None:
     table = read_table()
     for layer in _LEAVES:
         register_notrace_module(layer)
+    names = list(__all__)
     for architecture in timm.list_models():
         if model_entrypoint(architecture).__module__ != __name__:
+            __all__.clear()  # register_model looks through all of it for every name that it adds
             _register(architecture, [kind for kind in kinds if _serves(kind, architecture, table)])
+            names += __all__
+    __all__[:] = names
 
 
 def base_architecture(name: str) -> str:
@@ -79,8 +84,8 @@ def _serves(kind: Kind, architecture: str, table: AttentionTable) -> bool:
 
 
 def _register(architecture: str, kinds: list[Kind]) -> None:
-    cfgs = get_arch_pretrained_cfgs(architecture) if kinds else {}
-    weightless = {name: _without_weights(cfg) for name, cfg in cfgs.items() if any(k.swaps_attention for k in kinds)}
+    cfgs = _pretrained_cfgs(architecture) if kinds else {}
+    weightless = {tag: _without_weights(cfg) for tag, cfg in cfgs.items() if any(k.swaps_attention for k in kinds)}
     for kind in kinds:
         name = architecture + kind.suffix
         if cfgs:
@@ -88,10 +93,28 @@ def _register(architecture: str, kinds: list[Kind]) -> None:
         globals()[name] = register_model(_entrypoint(architecture, kind, name))
 
 
-def _default_cfg(cfgs: dict[str, PretrainedCfg]) -> DefaultCfg:
+def _pretrained_cfgs(architecture: str) -> dict[str, PretrainedCfg]:
+    """The pretrained cfgs of an architecture by tag, the default first."""
+    # From where the architecture's own registration took them: asked for by name, timm copies each of them in depth,
+    # which would be most of the time that importing this package takes. They are not changed here.
+    given = getattr(sys.modules[model_entrypoint(architecture).__module__], 'default_cfgs', {}).get(architecture)
+    if not isinstance(given, DefaultCfg):
+        return {split_model_name_tag(name)[1]: cfg for name, cfg in get_arch_pretrained_cfgs(architecture).items()}
+    return {tag: _with_repository(given.cfgs[tag], architecture, tag) for tag in given.tags}
+
+
+def _with_repository(cfg: PretrainedCfg, architecture: str, tag: str) -> PretrainedCfg:
+    """The cfg with its repository on the hub in full, which registration would complete by the name of a variant."""
+    if cfg.hf_hub_id != 'timm/':
+        return cfg
+    cfg = copy.copy(cfg)
+    cfg.hf_hub_id = f'timm/{architecture}.{tag}' if tag else f'timm/{architecture}'
+    return cfg
+
+
+def _default_cfg(by_tag: dict[str, PretrainedCfg]) -> DefaultCfg:
     """The pretrained cfgs of an architecture as timm takes them, the default first."""
-    by_tag = {split_model_name_tag(name)[1]: cfg for name, cfg in cfgs.items()}
-    return DefaultCfg(deque(by_tag), by_tag, is_pretrained=any(cfg.has_weights for cfg in cfgs.values()))
+    return DefaultCfg(deque(by_tag), by_tag, is_pretrained=any(cfg.has_weights for cfg in by_tag.values()))
 
 
 def _without_weights(cfg: PretrainedCfg) -> PretrainedCfg:

@@ -53,9 +53,9 @@ class LayoutMode(TorchFunctionMode):
             name = getattr(func.__self__, '__name__', '')
             if name not in ('T', 'mT', 'H', 'mH'):
                 return func(*args, **kwargs)
-        sources = [value for value in _tensors((*args, *kwargs.values())) if layout_of(value) is not None]
-        # Only for data: what is computed from parameters alone is rare and keeps torch's own ways.
-        shape = SHAPES.get(name) if sources and sources[0].is_meta else None
+        tensors = list(_tensors((*args, *kwargs.values())))
+        sources = [tensor for tensor in tensors if layout_of(tensor) is not None]
+        shape = SHAPES.get(name) if tensors and tensors[0].is_meta else None
         out = NotImplemented if shape is None else shape(*args, **kwargs)
         if out is NotImplemented:
             out = func(*args, **kwargs)

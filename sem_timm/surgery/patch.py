@@ -21,6 +21,7 @@ from sem_timm.surgery.planning import check_model, structure_of
 from sem_timm.surgery.rewrite import edit_of, patched_class
 from sem_timm.surgery.skeleton import dtype_of
 from sem_timm.surgery.swap import match_scales
+from sem_timm.surgery.walk import modules_by_name
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def patched(model: nn.Module) -> tuple[PatchedModule, ...]:
         The modules that were operated on, in the order of ``named_modules``; empty if none was.
     """
     found = []
-    for name, module in model.named_modules():
+    for name, module in modules_by_name(model).items():
         edit = edit_of(module)
         if edit is not None:
             number, input_size, sites = module.__dict__.get(_APPLIED, (0, (), ()))

@@ -22,6 +22,7 @@ from sem_timm.surgery.rewrite import DISABLED, Edit
 from sem_timm.surgery.select import Target, select
 from sem_timm.surgery.skeleton import dtype_of, probe
 from sem_timm.surgery.swap import NoCore, Swapper, may_attend
+from sem_timm.surgery.walk import modules_by_name
 
 
 def plan_insertion(
@@ -128,7 +129,7 @@ def structure_of(model: nn.Module) -> dict[str, Hashable]:
             'forward' in module.__dict__,
             *((key, None if p is None else p.shape) for key, p in module._parameters.items()),
         )
-        for name, module in model.named_modules()
+        for name, module in modules_by_name(model).items()
     }
 
 
@@ -136,7 +137,7 @@ def _excluded(model: nn.Module, exclude: Target | None) -> set[str]:
     """The modules that an exclude selects, and all inside them."""
     chosen = [] if exclude is None else [name for _, names in select(model, exclude, 'exclude') for name in names]
     inside = tuple(name + '.' for name in chosen)
-    return {name for name, _ in model.named_modules() if name in chosen or (inside and name.startswith(inside))}
+    return {name for name in modules_by_name(model) if name in chosen or (inside and name.startswith(inside))}
 
 
 _DIGITS = re.compile(r'\b\d+\b')
@@ -233,12 +234,13 @@ def check_model(model: Any) -> None:
     """Raises ModelError, with the call that unwraps it, for a model that is wrapped, or a part of which is."""
     if not isinstance(model, nn.Module):
         raise ModelError(f'a torch.nn.Module is needed, not {type(model).__name__}.')
-    first_of = {type(module): name for name, module in reversed(list(model.named_modules()))}
+    modules = modules_by_name(model)
+    first_of = {type(module): name for name, module in reversed(modules.items())}
     for cls, name in first_of.items():
         wrapper = next((base.__name__ for base in cls.__mro__ if base.__name__ in _ADVICE), None)
         if wrapper is not None:
             raise ModelError(f'{name or "the model"} is wrapped in {wrapper}; {_ADVICE[wrapper]}.')
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if getattr(module, '_compiled_call_impl', None) is not None:
             raise ModelError(f'{name or "the model"} was compiled in place; patch the model before compile().')
         if module.__dict__.get(DISABLED) is not None:

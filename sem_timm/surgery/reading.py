@@ -19,6 +19,7 @@ from sem_timm.surgery.rewrite import edit_of
 from sem_timm.surgery.skeleton import Call, Probe
 from sem_timm.surgery.structure import Structures, call_key
 from sem_timm.surgery.trace import Trace, bind, forward_signature, is_guided, trace
+from sem_timm.surgery.walk import modules_by_name
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Reader:
     def __init__(self, probe: Probe) -> None:
         self.probe = probe
         self.structures = Structures()
-        self.modules: dict[str, nn.Module] = dict(probe.skeleton.named_modules())
+        self.modules: dict[str, nn.Module] = modules_by_name(probe.skeleton)
         self._traces: dict[Hashable, Trace | TraceError] = {}
         self._readings: dict[Hashable, Reading | TraceError] = {}
         self.failures: dict[str, TraceError] = {}

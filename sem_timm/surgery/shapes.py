@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def _same(input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    if 'dtype' in kwargs or 'out' in kwargs:
+    if 'dtype' in kwargs or 'out' in kwargs or not input.is_floating_point():
         return NotImplemented
     return input.detach()  # the cheapest new tensor there is; without data, sharing it means nothing
 
@@ -36,7 +36,7 @@ def _in_place(input: Tensor, other: Any, **kwargs: Any) -> Any:
 
 def _elementwise(*operands: Any, **kwargs: Any) -> Any:
     tensors = [operand for operand in operands if isinstance(operand, Tensor)]
-    if kwargs.keys() - {'alpha'} or not tensors:  # such as operands by name
+    if kwargs.keys() - {'alpha', 'value'} or not tensors:  # such as operands by name
         return NotImplemented
     numbers = all(isinstance(operand, (Tensor, int, float)) for operand in operands)
     first = tensors[0]
@@ -88,7 +88,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return torch.empty((*input.shape[:-1], *weight.shape[:-1]), dtype=input.dtype, device='meta')
 
 
-def _conv2d(
+def _convolution(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -97,7 +97,7 @@ def _conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Any:
-    if input.ndim != 4 or isinstance(padding, str) or not input.is_contiguous():
+    if input.ndim != weight.ndim or isinstance(padding, str) or not input.is_contiguous():
         return NotImplemented
     if input.shape[1] != weight.shape[1] * groups:
         raise RuntimeError(f'convolution of {weight.shape[1] * groups} channels got an input with {input.shape[1]}')
@@ -115,6 +115,76 @@ def _at(value: Any, axis: int) -> int:
     return int(value if isinstance(value, int) else value[axis % len(value)])
 
 
+def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
+    return _activation(input, inplace)
+
+
+def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    return _activation(input, inplace)
+
+
+def _normalize(input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Any:
+    return input.detach() if out is None and input.is_floating_point() else NotImplemented
+
+
+def _clamp(input: Tensor, min: Any = None, max: Any = None) -> Any:
+    bounded = input.is_floating_point() and not isinstance(min, Tensor) and not isinstance(max, Tensor)
+    return input.detach() if bounded else NotImplemented
+
+
+def _power(input: Any, exponent: Any) -> Any:
+    raised = isinstance(input, Tensor) and input.is_floating_point() and isinstance(exponent, (int, float))
+    return input.detach() if raised else NotImplemented
+
+
+def _roll(input: Tensor, shifts: Any, dims: Any = None) -> Tensor:
+    return torch.empty(input.shape, dtype=input.dtype, device='meta')
+
+
+def _cat(tensors: Any, dim: int = 0) -> Any:
+    first = tensors[0]
+    dim %= max(first.ndim, 1)
+    sizes = [(*tensor.shape[:dim], *tensor.shape[dim + 1 :]) for tensor in tensors]
+    alike = all(t.ndim == first.ndim and t.dtype == first.dtype for t in tensors)
+    # Maps have a layout in memory that a concatenation keeps.
+    plain = first.ndim < 4 or all(tensor.is_contiguous() for tensor in tensors)
+    if not alike or not plain or any(size != sizes[0] for size in sizes):
+        return NotImplemented
+    whole = (*first.shape[:dim], sum(tensor.shape[dim] for tensor in tensors), *first.shape[dim + 1 :])
+    return torch.empty(whole, dtype=first.dtype, device='meta')
+
+
+def _matmul(input: Tensor, other: Tensor) -> Any:
+    batches = input.shape[:-2]
+    if input.ndim < 3 or other.ndim not in (2, input.ndim) or input.dtype != other.dtype:
+        return NotImplemented
+    if input.shape[-1] != other.shape[-2] or (other.ndim > 2 and other.shape[:-2] != batches):
+        return NotImplemented
+    return torch.empty((*input.shape[:-1], other.shape[-1]), dtype=input.dtype, device='meta')
+
+
+def _adaptive_pool(input: Tensor, output_size: Any) -> Any:
+    if input.ndim != 4 or not input.is_contiguous():
+        return NotImplemented
+    size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+    kept = (extent if new is None else new for new, extent in zip(size, input.shape[2:]))
+    return torch.empty((*input.shape[:2], *kept), dtype=input.dtype, device='meta')
+
+
+def _lstm(input: Tensor, hidden: Any, *args: Any) -> Any:
+    """Of torch's two forms the one without packed sequences; by steps, it would run through all of them."""
+    if isinstance(hidden, Tensor) or input.ndim != 3 or len(args) != 7 or input.dtype != hidden[0].dtype:
+        return NotImplemented
+    is_bidirectional, batch_first = args[5:]
+    width = hidden[0].shape[-1] * (2 if is_bidirectional else 1)
+    steps = input.transpose(0, 1) if batch_first else input
+    out = torch.empty((*steps.shape[:-1], width), dtype=input.dtype, device='meta')
+    return (
+        out.transpose(0, 1) if batch_first else out,
+        *(torch.empty(state.shape, dtype=state.dtype, device='meta') for state in hidden),
+    )
+
+
 def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device='meta')
 
@@ -122,14 +192,28 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
 SHAPES: dict[str, Callable[..., Any]] = {
     'batch_norm': _batch_norm,
     'linear': _linear,
-    'conv2d': _conv2d,
+    **dict.fromkeys(('conv1d', 'conv2d'), _convolution),
     'scaled_dot_product_attention': _attention,
     'layer_norm': _layer_norm,
+    'rms_norm': _layer_norm,
     'stack': _stack,
+    'cat': _cat,
+    'roll': _roll,
+    'clamp': _clamp,
+    'pow': _power,
+    'normalize': _normalize,
+    'lstm': _lstm,
+    'adaptive_avg_pool2d': _adaptive_pool,
+    'hardtanh': _hardtanh,
+    'leaky_relu': _leaky_relu,
+    **dict.fromkeys(('matmul', '__matmul__'), _matmul),
     **dict.fromkeys(('mean', 'prod'), _mean),
-    **dict.fromkeys(('group_norm', 'sigmoid', 'tanh', 'softmax'), _same),
+    **dict.fromkeys(('group_norm', 'sigmoid', 'tanh', 'softmax', 'neg', 'exp'), _same),
     **dict.fromkeys(('relu', 'gelu', 'silu', 'hardswish', 'hardsigmoid', 'relu6'), _activation),
-    **dict.fromkeys(('add', 'mul', 'sub', '__add__', '__mul__', '__sub__', '__radd__', '__rmul__'), _elementwise),
+    **dict.fromkeys(
+        ('add', 'mul', 'sub', '__add__', '__mul__', '__sub__', '__radd__', '__rmul__', 'div', '__truediv__'),
+        _elementwise,
+    ),
     'addcmul': _elementwise,
     **dict.fromkeys(('relu_', 'sigmoid_'), _itself),
     **dict.fromkeys(('add_', 'mul_', '__iadd__', '__imul__'), _in_place),

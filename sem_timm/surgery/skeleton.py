@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType, MappingProxyType, MethodType
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from sem_timm.errors import ModelError, OptionError
 from sem_timm.surgery.layout import Layout, LayoutMode, set_layout
 from sem_timm.surgery.state import State
 from sem_timm.surgery.tracers import place_of
+from sem_timm.surgery.walk import modules_by_name
 
 _SHARED: tuple[type, ...] = (
     bool,
@@ -62,7 +63,7 @@ class Probe:
 
 def weightless(model: nn.Module) -> nn.Module:
     """Copies the structure of ``model`` to the meta device, in eval mode and without hooks; reads no weights."""
-    return _Copier(_on_meta).copy(model)
+    return _Copier(_on_meta, _WITHOUT_HOOKS).copy(model)
 
 
 def shadow(model: nn.Module) -> nn.Module:
@@ -90,22 +91,38 @@ def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device='meta')
 
 
-_FRESH = frozenset(nn.Module().__dict__)
+_FRESH = dict(nn.Module().__dict__)
+
+
+# For weightless copies: a dozen empty dictionaries in each module would keep Python's garbage collector busy for longer
+# than all the rest of a copy takes. Nobody asks such a copy for hooks; one that is registered all the same fails.
+_WITHOUT_HOOKS: dict[str, Any] = {
+    name: MappingProxyType({}) for name, value in _FRESH.items() if '_hooks' in name and value == {}
+}
+
+
+def _fresh_but(shared: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of a new module, with some of them from elsewhere."""
+    own = {
+        name: type(value)() for name, value in _FRESH.items() if isinstance(value, (dict, set)) and name not in shared
+    }
+    return {**_FRESH, **shared, **own}
 
 
 class _Copier:
     """Copies modules with other tensors; what the original shares, the copy shares."""
 
-    def __init__(self, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, convert: Callable[[torch.Tensor], torch.Tensor], hooks: dict[str, Any] | None = None) -> None:
         self.convert = convert
+        self.hooks = hooks  # what all copies share of them; by default each has its own
         self.twins: dict[int, Any] = {}
 
     def copy(self, model: nn.Module) -> nn.Module:
-        modules = list(model.modules())
+        modules = list(modules_by_name(model).values())
         for module in modules:
             twin = object.__new__(type(module))
             # A fresh module's own attributes: empty hook dictionaries, and nothing shared with the live module.
-            twin.__dict__.update(nn.Module().__dict__)
+            twin.__dict__.update(nn.Module().__dict__ if self.hooks is None else _fresh_but(self.hooks))
             self.twins[id(module)] = twin
         for module in modules:
             self._fill(self.twins[id(module)], module)
@@ -113,13 +130,13 @@ class _Copier:
         return copied
 
     def _fill(self, twin: Any, module: nn.Module) -> None:
+        state = twin.__dict__
+        for name in ('_parameters', '_buffers'):
+            state[name] = {key: None if t is None else self._tensor(t) for key, t in module.__dict__[name].items()}
+        state['_modules'] = {key: self.twins.get(id(child)) for key, child in module._modules.items()}
         for name, value in module.__dict__.items():
-            if name in ('_parameters', '_buffers'):
-                twin.__dict__[name] = {key: None if t is None else self._tensor(t) for key, t in value.items()}
-            elif name == '_modules':
-                twin._modules = {key: self.twins.get(id(child)) for key, child in value.items()}
-            elif name not in _FRESH:
-                twin.__dict__[name] = self._value(value)
+            if name not in _FRESH:
+                state[name] = value if type(value) in _SHARED else self._value(value)
         if 'forward' in twin.__dict__ and getattr(twin.forward, '__self__', None) is not twin:
             # A forward from elsewhere may hold on to the live module; the mark stays that there was one.
             twin.__dict__['forward'] = MethodType(type(twin).forward, twin)
@@ -130,8 +147,7 @@ class _Copier:
             twin = self.convert(tensor)
             is_parameter = isinstance(tensor, nn.Parameter)
             self.twins[id(tensor)] = nn.Parameter(twin, requires_grad=False) if is_parameter else twin
-        converted = self.twins[id(tensor)]
-        assert isinstance(converted, torch.Tensor)
+        converted: torch.Tensor = self.twins[id(tensor)]
         return converted
 
     def _value(self, value: Any) -> Any:
@@ -141,7 +157,7 @@ class _Copier:
         if isinstance(value, torch.Tensor):
             return self._tensor(value)
         if isinstance(value, nn.Module):  # one that is hidden in a list
-            return self.twins[id(value)] if id(value) in self.twins else _Copier(self.convert).copy(value)
+            return self.twins[id(value)] if id(value) in self.twins else _Copier(self.convert, self.hooks).copy(value)
         if type(value) in (list, tuple, set):
             return type(value)(self._value(entry) for entry in value)
         if type(value) is dict:
@@ -193,35 +209,37 @@ def probe(model: nn.Module, input_size: tuple[int, ...] | None = None, batch_siz
 def _run(skeleton: nn.Module, size: tuple[int, ...], batch_size: int) -> Probe:
     found = Probe(skeleton, size)
     image = set_layout(torch.empty(batch_size, *size, dtype=dtype_of(skeleton), device='meta'), Layout(channel=1))
-    given: dict[str, tuple[Any, Any]] = {}
-
-    def before(module: nn.Module, args: Any, kwargs: Any, *, name: str) -> None:
-        found.counts[name] = found.counts.get(name, 0) + 1
-        if name not in given:
-            # Lists are taken as they are now: dense blocks append to theirs later.
-            given[name] = (_snapshot(args), {key: _snapshot(value) for key, value in kwargs.items()})
-
-    def after(module: nn.Module, args: Any, output: Any, *, name: str) -> None:
-        found.calls.setdefault(name, Call(*given[name], output))
-
-    modules = list(skeleton.named_modules())
-    state = [State(module) for _, module in modules]
-    for name, module in modules:
-        # Set directly: the skeleton has no other hooks, and a handle for each would cost more than the forward.
-        module._forward_pre_hooks[0] = partial(before, name=name)
-        module._forward_pre_hooks_with_kwargs[0] = True
-        module._forward_hooks[0] = partial(after, name=name)
+    modules = modules_by_name(skeleton)
+    states = {name: State(module) for name, module in modules.items()}
+    for name, module in modules.items():
+        # Where torch looks for a compiled call before it looks for hooks, which would cost more than the forwards.
+        module.__dict__['_compiled_call_impl'] = _recorder(found, name, module)
     try:
         with torch.no_grad(), LayoutMode():
             skeleton(image)
     finally:
-        for _, module in modules:
-            module._forward_pre_hooks.clear()
-            module._forward_pre_hooks_with_kwargs.clear()
-            module._forward_hooks.clear()
-    changed = {name: before.changed() for (name, _), before in zip(modules, state)}
+        for module in modules.values():
+            del module.__dict__['_compiled_call_impl']
+    changed = {name: state.changed() for name, state in states.items()}
     found.changed.update((name, attributes[0]) for name, attributes in changed.items() if attributes)
     return found
+
+
+def _recorder(found: Probe, name: str, module: nn.Module) -> Callable[..., Any]:
+    """Calls a module's forward, counts the calls and keeps the first."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        count = found.counts.get(name, 0)
+        found.counts[name] = count + 1
+        if count:
+            return module.forward(*args, **kwargs)
+        # Lists are taken as they are now: dense blocks append to theirs later.
+        given = _snapshot(args), {key: _snapshot(value) for key, value in kwargs.items()}
+        output = module.forward(*args, **kwargs)
+        found.calls[name] = Call(*given, output)
+        return output
+
+    return call
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

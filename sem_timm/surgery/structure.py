@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import lru_cache
 from types import BuiltinFunctionType, FunctionType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from sem_timm.surgery.bytecode import names_called
 from sem_timm.surgery.layout import layout_of
+from sem_timm.surgery.walk import modules_by_name
 
 _INFRASTRUCTURE = frozenset(nn.Module().__dict__)
 _PLAIN = (bool, int, float, str, type(None))
@@ -41,37 +43,42 @@ class Structures:
         Returns:
             The description, and whether it holds for this model only.
         """
-        mentioned = names_called(type(module))
+        mentioned = names_called(type(module)) - _INFRASTRUCTURE
         looked_into = tuple(
             (name, key, _exact(child.__dict__[key]))
-            for name, child in module.named_modules()
-            if child is not module
-            for key in sorted((mentioned & child.__dict__.keys()) - _INFRASTRUCTURE)
+            for name, child in modules_by_name(module).items()
+            if name
+            for key in sorted(mentioned & child.__dict__.keys())
         )
-        description = self._described(module, _exact)
-        return (type(module).forward, *description, looked_into), _is_local((*description, looked_into))
+        cls, attributes, tensors, children = self._described(module, _exact)
+        is_local = _is_local(attributes) or _is_local(looked_into) or _is_local(children)
+        return (cls.forward, cls, attributes, tensors, children, looked_into), is_local
 
     def _number(self, module: nn.Module) -> int:
         key = id(module)
         if key not in self._known:
             description = self._described(module, _without_integers)
-            if _is_local(description):
+            if _is_local(description[1]) or _is_local(description[3]):
                 self._known[key] = self._local_numbers.setdefault(description, _Local(len(self._local_numbers)))
             else:
                 self._known[key] = self._numbers.setdefault(description, len(self._numbers))
         return self._known[key]
 
     def _described(self, module: nn.Module, plain: Callable[[Any], Hashable]) -> tuple[Any, ...]:
-        state = module.__dict__
-        mentioned = names_called(type(module))
-        read = (
-            state.keys() if mentioned & {'getattr', 'vars', '__dict__'} else mentioned & state.keys()
-        ) - _INFRASTRUCTURE
-        noted = {name for name in read if name.startswith('_surgery_')}  # about a patch, and no forward looks at it
-        attributes = tuple((name, plain(state[name])) for name in sorted(read - noted))
+        state, cls = module.__dict__, cast(Hashable, type(module))
+        attributes = tuple((name, plain(state[name])) for name in _attributes_read(cls, tuple(state)))
         tensors = tuple((k, t is None) for store in ('_parameters', '_buffers') for k, t in state[store].items())
         children = tuple((k, None if m is None else self._number(m)) for k, m in module._modules.items())
         return type(module), attributes, tensors, children
+
+
+@lru_cache(maxsize=4096)
+def _attributes_read(cls: type, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of a module's attributes that its forward may look at."""
+    mentioned = names_called(cls)
+    read = set(names) if mentioned & {'getattr', 'vars', '__dict__'} else mentioned.intersection(names)
+    noted = {name for name in read if name.startswith('_surgery_')}  # about a patch, and no forward looks at it
+    return tuple(sorted(read - _INFRASTRUCTURE - noted))
 
 
 def _is_local(description: Hashable) -> bool:

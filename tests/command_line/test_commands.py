@@ -116,9 +116,21 @@ def test_finetune_prints_what_was_gained(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_benchmarks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(['bench']) == 0
+    assert main(['bench', '--list']) == 0
     printed = capsys.readouterr().out
     assert 'gate ' in printed and 'measuring' not in printed
+
+
+def test_one_command_measures_all_that_has_a_goal(tmp_path: Path) -> None:
+    assert main(['bench', '--quick', '--zoo', '--out', str(tmp_path)]) == 0
+    (file,) = (path for path in tmp_path.glob('*.json'))
+    parts = json.loads(file.read_text())['cpu']
+    assert list(parts) == ['gate', 'models', 'patching', 'layer', 'model', 'zoo']
+    assert all(line['value'] > 0 and line['sides'] for part in parts.values() for line in part['lines'].values())
+    assert all(part['machine']['threads'] == 1 and part['machine']['torch'] for part in parts.values())
+    text = file.with_suffix('.md').read_text()
+    assert all(name in text for part in parts.values() for name in part['lines'])
+    assert file.with_suffix('.png').stat().st_size > 1000
 
 
 def test_values_are_read_as_typed() -> None:

@@ -59,6 +59,23 @@ def test_weights_stay_in_the_repositories_of_the_bases() -> None:
     assert default is not None and default.hf_hub_id == 'timm/resnet50.a1_in1k'
 
 
+def test_cfgs_of_users_in_either_form_are_mirrored(user_architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    entrypoint, old = model_entrypoint(user_architecture), {'url': 'https://example.org/old.pth', 'num_classes': 7}
+    new = timm.models.generate_default_cfgs({'user_resnet.tag': {'hf_hub_id': 'timm/', 'num_classes': 7}})[
+        'user_resnet'
+    ]
+    for given, source in ((old, old['url']), (new, 'timm/user_resnet.tag')):
+        for name in ('user_resnet', 'user_resnet_sem'):
+            timm_registry._model_entrypoints.pop(name, None)
+            timm_registry._clear_model_entries(name)
+        monkeypatch.setitem(globals(), 'default_cfgs', {'user_resnet': given})
+        register_model(entrypoint)
+        register_variants('sem')
+        (mirrored,) = get_arch_pretrained_cfgs('user_resnet_sem').values()
+        assert source in (mirrored.url, mirrored.hf_hub_id) and mirrored.num_classes == 7
+        assert mirrored.architecture == 'user_resnet_sem'
+
+
 def test_listings_of_modules_are_unchanged() -> None:
     for module in timm.list_modules():
         has_variants = any(name.endswith('_sem') for name in timm.list_models(module=module))

@@ -18,13 +18,23 @@ _ROOTS = (Path(sem_timm.__file__).parents[1], Path.cwd())
 _FOLDERS = [root / 'benchmarks' for root in _ROOTS if (root / 'benchmarks' / 'measuring.py').is_file()]
 
 
-def command(
-    name: Annotated[str | None, typer.Argument(help='The benchmark to run; without one, they are listed.')] = None,
-    arguments: Annotated[list[str] | None, typer.Argument(help="The benchmark's own arguments, after --.")] = None,
-) -> None:
-    """Run a benchmark of the repository, or list them.
+_ALL = 'everything'
 
-    Examples: `sem-timm bench`, `sem-timm bench gate`, `sem-timm bench models -- --help`.
+
+def command(
+    name: Annotated[str | None, typer.Argument(help='One benchmark; without a name, all that have a goal.')] = None,
+    arguments: Annotated[list[str] | None, typer.Argument(help="The benchmark's own arguments, after --.")] = None,
+    listed: Annotated[bool, typer.Option('--list', help='List the benchmarks.')] = False,
+    device: Annotated[str | None, typer.Option(help='cpu or cuda.')] = None,
+    out: Annotated[Path | None, typer.Option(help='Where results go; for all, a folder.')] = None,
+    zoo: Annotated[bool, typer.Option('--zoo', help="Also plan all of timm's architectures: minutes.")] = False,
+    quick: Annotated[bool, typer.Option('--quick', help='Tiny sizes: shows that it works.')] = False,
+) -> None:
+    """Measure every ratio that has a goal, into a dated result file and a plot; or run one benchmark.
+
+    Needs a clone of the repository, where the folder benchmarks/ is.
+
+    Examples: `sem-timm bench`, `sem-timm bench --list`, `sem-timm bench gate`, `sem-timm bench models -- --help`.
     """
     files = sorted(_FOLDERS[0].glob('*.py')) if _FOLDERS else []
     scripts = {path.stem: path for path in files if "'__main__'" in path.read_text('utf-8')}
@@ -33,12 +43,16 @@ def command(
             'benchmarks are scripts in the folder benchmarks/ of the repository, which is not part of an installed '
             "package. Get a clone, and there: pip install -e '.[bench]'"
         )
-    if name is None:
+    if listed:
         for script, path in scripts.items():
             title = (ast.get_docstring(ast.parse(path.read_text('utf-8'))) or '').splitlines()[:1]
             print(f'{script:20}{"".join(title)}')
         return
+    name = name or _ALL
     if name not in scripts:
         raise OptionError(f'benchmark {name!r} is unknown. {closest(name, scripts)}')
-    code = subprocess.call([sys.executable, str(scripts[name]), *(arguments or ())])
+    typed = ['--zoo'] * zoo + ['--quick'] * quick
+    typed += ['--device', device] if device else []
+    typed += ['--out', str(out.absolute())] if out else []
+    code = subprocess.call([sys.executable, str(scripts[name]), *typed, *(arguments or ())])
     raise typer.Exit(code)
