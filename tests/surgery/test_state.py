@@ -32,7 +32,7 @@ def notes_once(self: Any, x: Tensor) -> Tensor:
 def starts_up(self: Any, x: Tensor) -> Tensor:
     if not self.ready:
         self.ready = True
-        return x
+        return x.clone()
     return x + self.conv(x)
 
 
