@@ -50,7 +50,6 @@ class Row:
     architecture: str
     family: str
     parameters: int = 0
-    image_size: int = 0
     device: str = ''
     seconds: float = 0.0
     error: str = ''
@@ -78,7 +77,6 @@ def check_architecture(name: str) -> Row:
     try:
         subject = Subject(name)
         row.parameters, row.device = subject.parameters, subject.images.device.type
-        row.image_size = subject.images.shape[-1]
         row.results = {operation: subject.check(operation) for operation in OPERATIONS}
     except Exception as error:  # one failure must not stop the sweep; it is listed
         row.error = f'{type(error).__name__}: {error}'
@@ -189,7 +187,7 @@ def _gradient_errors(rows: list[Row]) -> str:
     return (
         f'The gradients of old parameters are the same bit for bit in {len(errors) - differing:,} architectures. In '
         f'the other {differing} a tensor is read three times, and autograd adds its gradients in another order; the '
-        f'largest difference is {errors[largest]:.1e} of their norm, in {largest}.'
+        f'largest difference in double precision is {errors[largest]:.1e} of their norm, in {largest}.'
     )
 
 
@@ -225,8 +223,11 @@ def _architecture(row: Row) -> str:
     for op in OPERATIONS:
         result = row.results.get(op, Result(failed={'created': row.error}))
         cells.append((f'{result.sites:,}' if result.sites else '–') + (' ✗' if result.failed else ''))
-    size, device = row.image_size, 'numbers' if row.device == 'cpu' else row.device
-    return f'| {row.architecture} | {row.parameters / 1e6:,.1f} M | {size} | {device} | {" | ".join(cells)} |'
+    sizes = dict.fromkeys(str(result.image_size) for result in row.results.values())
+    device = 'numbers' if row.device == 'cpu' else row.device
+    return (
+        f'| {row.architecture} | {row.parameters / 1e6:,.1f} M | {", ".join(sizes)} | {device} | {" | ".join(cells)} |'
+    )
 
 
 def main() -> None:
