@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
 from sem_timm.errors import SemTimmError
 
@@ -13,6 +14,7 @@ __all__ = ['main']
 
 _USAGE = 2
 _INTERRUPTED = 130
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for errors, 130 and 143 after Ctrl-C and SIGTERM.
     """
+    if arguments is None and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         from sem_timm.command_line.application import create_application
     except ImportError as error:
@@ -35,17 +39,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if stopped is not None and arguments is None:
             _ignore_signals()
         return _fail(' '.join(str(error).split()), stopped or _USAGE)
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, SystemExit) as error:
         if arguments is None:
             _ignore_signals()
-        # One that came while the first one was being told.
-        return getattr(error.__context__, 'exit_code', _INTERRUPTED)
+        # It may have come while the first one was being told.
+        return getattr(error.__context__, 'exit_code', getattr(error, 'code', _INTERRUPTED))
     except BrokenPipeError:  # such as of ``sem-timm list | head``
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         # What typer says of wrong usage has other classes in other versions.
         told = getattr(error, 'format_message', None)
+        if type(error).__name__ == 'Abort':  # its word for KeyboardInterrupt
+            return _INTERRUPTED
         if told is None:
             raise
         return _fail(f'{told()} See: sem-timm --help')
@@ -54,8 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _ignore_signals() -> None:
     """Lets this process end in peace: a signal on its way out would print the traceback of whatever it meets."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """Where no training is there to save itself."""
+    raise SystemExit(128 + number)
 
 
 def _fail(message: str, code: int = _USAGE) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -152,8 +154,15 @@ class _WorkerInit:
         os.setpgid(0, 0)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.excepthook = _tell_but_lost_connections
         if self.then is not None:
             self.then(worker)
+
+
+def _tell_but_lost_connections(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """In a worker: the training process may go while it is handed a batch, and then there is nobody to tell."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _read(loader: Any, device: torch.device) -> Iterator[Batch]:

@@ -36,8 +36,12 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.patient = True
+        # Held back meanwhile: Python reports a signal whose handler goes while it is on its way.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, self._previous)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if kind is KeyboardInterrupt and self.signal_number is not None:
             at_once = 'at once, at a second signal; what was saved before is whole'
             raise StoppedError(self.signal_number, at_once) from None

@@ -36,6 +36,18 @@ def test_command_is_the_same_as_a_module_and_as_an_entry_point(command: list[str
     assert done.stderr.count('\n') == 1
 
 
+@pytest.mark.parametrize(('number', 'code'), [('SIGINT', 130), ('SIGTERM', 143)])
+def test_signal_ends_a_command_without_a_word(number: str, code: int) -> None:
+    script = (
+        'import os, signal, sys, sem_timm.command_line as c, sem_timm.command_line.commands.plan as plan\n'
+        f'plan.plan_model = lambda *a, **k: os.kill(os.getpid(), signal.{number})\n'
+        'sys.argv = ["sem-timm", "plan", "test_resnet"]\n'
+        'sys.exit(c.main())\n'
+    )
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (code, '', '')
+
+
 def test_list_filters_and_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(['list', 'vit_tiny_patch16_2*', '--json']) == 0
     row = json.loads(capsys.readouterr().out)[0]
