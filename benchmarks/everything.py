@@ -6,7 +6,8 @@
     python benchmarks/everything.py --device cuda         # a GPU: bfloat16, batch 256, eager and compiled
 
 Each part is a script of this folder and runs in a process of its own, one after the other; nothing else should run
-beside them. Results go to docs/benchmarks/DATE.json, .md and .png, figures of a GPU beside those of a CPU.
+beside them. Results go to docs/benchmarks/DATE.json, .md and .png, figures of a GPU beside those of a CPU, and the
+README quotes them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from quoting import README, quoted
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parent / 'docs' / 'benchmarks'
@@ -99,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = json.loads(out.read_text())
     out.with_suffix('.md').write_text(as_markdown(results))
     importlib.import_module('goals_plot').draw(results, out.with_suffix('.png'))
+    if args.out is None:
+        README.write_text(quoted(README.read_text(), results, out.stem))
     print(f'\n{out}, .md and .png')
 
 

@@ -34,7 +34,9 @@ def draw(results: dict[str, Any], picture: Path) -> None:
         color = REACHED if share <= 1 else MISSED
         axes.plot([0, share], [row, row], color=color, linewidth=5, solid_capstyle='butt')
         text = f'{line["value"]:.3g}, goal {line["goal"]:.4g}'
-        axes.annotate(text, (share, row), (6, 0), textcoords='offset points', va='center', fontsize=8.5, color=color)
+        axes.annotate(
+            text, (max(share, 1), row), (6, 0), textcoords='offset points', va='center', fontsize=8.5, color=color
+        )
     axes.axvline(1, color='#1b1b1b', linewidth=1.1)
     axes.set_yticks(range(len(lines)), list(lines), fontsize=9)
     axes.set_ylim(len(lines) - 0.4, -0.6)

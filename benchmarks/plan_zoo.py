@@ -11,6 +11,7 @@ continues where the last one stopped.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import re
 import time
@@ -250,6 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter('ignore', sem_timm.SwapWarning)
+    gc.freeze()  # what was imported stays, and need not be searched for garbage again and again
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         if args.restart:
@@ -257,19 +259,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # timm's own, without the variants that sem_timm registers.
     own = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith('timm.')]
     rows = list(sweep(args.names or own, args.operation, args.apply, args.json))
+    gc.unfreeze()
     seconds, sides = sum(row.seconds for row in rows), {'create': sum(row.creating for row in rows)}
     sides['plan'] = seconds - sides['create']
     if args.figures:
         goal = SECONDS if args.operation == 'sem' and len(rows) >= len(own) else None
         line = Line(f'plan {args.operation} in {len(rows):,} architectures, seconds', seconds, goal, sides, 's')
         record(args.figures, 'cpu', 'zoo', [line])
-        if not args.out:
-            return
     report = insertion_report if args.operation == 'sem' else swap_report
     text = report(rows, seconds)
     if args.out:
         args.out.write_text(text)
-    else:
+    elif not args.figures:
         print(text)
 
 
