@@ -1,7 +1,7 @@
 """Runs all cells of the matrix of timm's and torch's API, slow ones too, and writes what they gave as a page.
 
     python benchmarks/compatibility.py
-    python benchmarks/compatibility.py -k 'onnx or inductor'
+    python benchmarks/compatibility.py -k 'onnx or distributed'
 
 Needs `pip install -e '.[dev]'` and a C compiler. All cells take about an hour on one core. What was run is kept in
 build/compatibility.json, so that a run of a part, chosen by arguments for pytest, adds to the page; the page is written

@@ -101,7 +101,8 @@ class Inserter:
         if not isinstance(tensor, Tensor):
             raise Refused(f'it returns a {type(output).__name__}, not a tensor')
         call = self.reader.probe.calls[name]
-        if sum(tensor is leaf for leaf in tree_leaves((call.args, call.kwargs, output))) > 1:
+        shared = sum(tensor is leaf for leaf in tree_leaves((call.args, call.kwargs, output))) > 1
+        if shared and not getattr(module, 'inplace', False):  # what such a module is given nobody reads afterwards
             raise Refused('it returns a tensor that it is given, or one twice; who changes the one changes the other')
         (attribute,) = free_names(module, self.operation.attribute)
         site = self._site(name, 'output', attribute, tensor, layout_of(tensor))

@@ -84,6 +84,9 @@ EXCEPTIONS: tuple[DoesNotApply | CannotWork, ...] = (
         DoesNotApply(row, _ONE_SIZE, 'these models are built for images of one size')
         for row in ('other_sizes', 'export_resolution')
     ),
+    CannotWork(
+        'onnx', ('maxvit',), 'the reshape that joins its windows fixes the size of the batch in this exporter', ('sem',)
+    ),
     DoesNotApply(
         'no_weight_decay',
         ('resnet', 'efficientnet', 'convnext', 'nfnet', 'repvgg', 'mobileone'),

@@ -20,14 +20,9 @@ def forgotten() -> Iterator[None]:
     torch.compiler.reset()
 
 
-@capability('`torch.compile(fullgraph=True)`, captured only')
+@capability('`torch.compile(fullgraph=True)`, captured only', slow=True)
 def test_compile_captured(twins: Twins) -> None:
     check_compile(twins, twins.moved(), backend='eager', batch_sizes=(2,))
-
-
-@capability("`torch.compile(fullgraph=True, backend='inductor')`, dynamic batch", slow=True)
-def test_compile_inductor(twins: Twins) -> None:
-    check_compile(twins, twins.moved(), backend='inductor', batch_sizes=(2, 5, 3))
 
 
 def check_compile(twins: Twins, model: nn.Module, backend: str, batch_sizes: tuple[int, ...]) -> None:

@@ -104,4 +104,6 @@ def check(twins: Twins, results: list[dict[str, Any]], wrap: str) -> None:
     assert_equal(moved['weights'], other['weights'])
     start = dict(twins.moved().named_parameters())
     changed = {name for name, weight in moved['weights'].items() if not torch.equal(weight, start[name].detach())}
-    assert new_parameters(twins.moved()).keys() <= changed == moved['gradients'].keys()
+    new = new_parameters(twins.moved()).keys()
+    # Not all of them move: some gradients are zero, as those of hidden units that are off, or lost in rounding.
+    assert new <= moved['gradients'].keys() >= changed and new & changed
