@@ -40,6 +40,7 @@ def test_command_is_the_same_as_a_module_and_as_an_entry_point(command: list[str
 def test_signal_ends_a_command_without_a_word(number: str, code: int) -> None:
     script = (
         'import os, signal, sys, sem_timm.command_line as c, sem_timm.command_line.commands.plan as plan\n'
+        'signal.signal(signal.SIGINT, signal.default_int_handler)\n'  # a process in the background is born deaf to it
         f'plan.plan_model = lambda *a, **k: os.kill(os.getpid(), signal.{number})\n'
         'sys.argv = ["sem-timm", "plan", "test_resnet"]\n'
         'sys.exit(c.main())\n'

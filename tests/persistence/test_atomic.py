@@ -99,7 +99,7 @@ def weights_file_of(folder: Path) -> str:
 
 def test_a_folder_that_cannot_be(tmp_path: Path, two: list[Any]) -> None:
     (tmp_path / 'file').touch()
-    with pytest.raises(OSError, match='file'):
+    with pytest.raises(sem_timm.PatchFileError, match='is a file'):
         sem_timm.save_patch(two[0], tmp_path / 'file')
     assert sem_timm.save_patch(two[0], str(tmp_path / 'a' / 'b')) == tmp_path / 'a' / 'b'
 
