@@ -20,7 +20,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 import sem_timm
-from sem_timm.operations import attention_kinds
+from sem_timm.layers import attention_kinds
 
 CHANNELS, HEADS = 384, 6
 ORIGINAL = 'original'

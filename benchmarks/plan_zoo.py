@@ -29,7 +29,7 @@ from rich.progress import track
 from torch import nn
 
 import sem_timm
-from sem_timm.operations import attention_kinds
+from sem_timm.layers import attention_kinds
 
 
 @dataclass

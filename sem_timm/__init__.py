@@ -38,36 +38,36 @@ from sem_timm.layers import (
     invariance_penalty,
     register_excitation,
 )
-from sem_timm.operations import (
-    AttentionConfig,
-    ExcitationConfig,
-    ExternalAttention2dConfig,
-    InsertConfig,
-    SEMConfig,
-    TimmAttentionConfig,
-    operation_names,
-    patch_model,
-    plan_model,
-)
 from sem_timm.registry import register_variants
-from sem_timm.surgery import (
-    AttentionSite,
-    PatchedModule,
-    Plan,
-    Refusal,
-    Site,
-    compact_model,
-    disabled,
-    patched,
-    trainable_parameters,
-    unpatch_model,
-)
 
 if TYPE_CHECKING:
     from sem_timm.attention_transfer import TransferOptions, TransferResult, initialize_memories, match_layers, transfer
     from sem_timm.finetuning import FinetuneOptions, FinetuneResult, finetune, open_run
+    from sem_timm.operations import (
+        AttentionConfig,
+        ExcitationConfig,
+        ExternalAttention2dConfig,
+        InsertConfig,
+        SEMConfig,
+        TimmAttentionConfig,
+        operation_names,
+        patch_model,
+        plan_model,
+    )
     from sem_timm.persistence import load_patch, save_patch
     from sem_timm.reports import AttentionMap, Decisions, Summary, attention_map, decisions, summary
+    from sem_timm.surgery import (
+        AttentionSite,
+        PatchedModule,
+        Plan,
+        Refusal,
+        Site,
+        compact_model,
+        disabled,
+        patched,
+        trainable_parameters,
+        unpatch_model,
+    )
 
 __version__ = '0.1.0'
 
@@ -148,8 +148,31 @@ _LAZY = {
         'transfer',
     ),
     'sem_timm.finetuning': ('FinetuneOptions', 'FinetuneResult', 'finetune', 'open_run'),
+    'sem_timm.operations': (
+        'AttentionConfig',
+        'ExcitationConfig',
+        'ExternalAttention2dConfig',
+        'InsertConfig',
+        'SEMConfig',
+        'TimmAttentionConfig',
+        'operation_names',
+        'patch_model',
+        'plan_model',
+    ),
     'sem_timm.persistence': ('load_patch', 'save_patch'),
     'sem_timm.reports': ('AttentionMap', 'Decisions', 'Summary', 'attention_map', 'decisions', 'summary'),
+    'sem_timm.surgery': (
+        'AttentionSite',
+        'PatchedModule',
+        'Plan',
+        'Refusal',
+        'Site',
+        'compact_model',
+        'disabled',
+        'patched',
+        'trainable_parameters',
+        'unpatch_model',
+    ),
 }
 
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 import sem_timm
 from sem_timm import InsertConfig, OptionError, SEMConfig, TimmAttentionConfig
-from sem_timm.layers import timm_attention_names
-from sem_timm.operations import attention_kinds
+from sem_timm.layers import attention_kinds, timm_attention_names
 from tests.families import FAMILIES
 from tests.snapshot import assert_same, snapshot
 

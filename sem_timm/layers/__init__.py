@@ -1,7 +1,12 @@
 """Layers: pure modules with timm's constructor conventions, usable without any surgery."""
 
 from sem_timm.layers.attention_core import AttentionCore
-from sem_timm.layers.attention_cores import attention_core_class, attention_core_names
+from sem_timm.layers.attention_cores import (
+    WHOLE_ATTENTION,
+    attention_core_class,
+    attention_core_names,
+    attention_kinds,
+)
 from sem_timm.layers.causal import CausalAttention, invariance_penalty
 from sem_timm.layers.cross_sample import CrossSampleAttention
 from sem_timm.layers.efficient import EfficientAttention, LinearAttention
@@ -26,6 +31,7 @@ from sem_timm.layers.timm_attention import ChannelsFirst, timm_attention, timm_a
 __all__ = [
     'GATE_INITS',
     'SEM',
+    'WHOLE_ATTENTION',
     'AttentionCore',
     'CausalAttention',
     'ChannelGate',
@@ -47,6 +53,7 @@ __all__ = [
     'ZeroableExcitation',
     'attention_core_class',
     'attention_core_names',
+    'attention_kinds',
     'excitation_names',
     'invariance_penalty',
     'register_excitation',

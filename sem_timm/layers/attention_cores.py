@@ -1,4 +1,4 @@
-"""The attention cores by name."""
+"""The attentions that can take the place of self-attention, by name."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ _CORES: dict[str, type[AttentionCore]] = {
     'catt': CrossSampleAttention,
     'caam': CausalAttention,
 }
+
+WHOLE_ATTENTION = 'eamlp'  # takes the place of whole modules, with their projections
+
+
+def attention_kinds() -> tuple[str, ...]:
+    """The names of the attentions that can take the place of self-attention: all cores, and the whole one."""
+    return (*_CORES, WHOLE_ATTENTION)
 
 
 def attention_core_names() -> tuple[str, ...]:

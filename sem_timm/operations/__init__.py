@@ -1,6 +1,6 @@
 """Operations: what can be done to a model, and the calls that do it."""
 
-from sem_timm.operations.attention import AttentionConfig, attention_kinds
+from sem_timm.operations.attention import AttentionConfig
 from sem_timm.operations.calls import operation_names, patch_model, plan_model, resolve_operation
 from sem_timm.operations.configs import (
     ExcitationConfig,
@@ -19,7 +19,6 @@ __all__ = [
     'InsertionConfig',
     'SEMConfig',
     'TimmAttentionConfig',
-    'attention_kinds',
     'operation_names',
     'patch_model',
     'plan_model',

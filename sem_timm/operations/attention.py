@@ -10,19 +10,19 @@ import torch
 from torch import nn
 
 from sem_timm.errors import OptionError, closest
-from sem_timm.layers import AttentionCore, MultiHeadExternalAttention, attention_core_class, attention_core_names
+from sem_timm.layers import (
+    WHOLE_ATTENTION,
+    AttentionCore,
+    MultiHeadExternalAttention,
+    attention_core_class,
+    attention_core_names,
+    attention_kinds,
+)
 from sem_timm.surgery import AttentionSite
 from sem_timm.surgery.swap.whole import WholeSite
 
-_WHOLE = 'eamlp'
-
 # What a site says and no option can.
 _FROM_SITE = {'self', 'head_dim', 'value_dim', 'head_axis', 'dim', 'device', 'dtype'}
-
-
-def attention_kinds() -> tuple[str, ...]:
-    """The names of the attentions that can take the place of self-attention."""
-    return (*attention_core_names(), _WHOLE)
 
 
 @dataclass(frozen=True, init=False)
@@ -69,7 +69,7 @@ class AttentionConfig:
             return self.kind
         if not isinstance(self.kind, str):
             raise OptionError(f'kind={self.kind!r} is neither a name nor a subclass of AttentionCore.')
-        if self.kind == _WHOLE:
+        if self.kind == WHOLE_ATTENTION:
             return MultiHeadExternalAttention
         if self.kind not in attention_core_names():
             raise OptionError(f'attention {self.kind!r} is unknown. {closest(self.kind, attention_kinds())}')
@@ -98,7 +98,7 @@ class AttentionConfig:
     @property
     def replaces_module(self) -> bool:
         """Whether it replaces whole attention modules."""
-        return self.kind == _WHOLE
+        return self.kind == WHOLE_ATTENTION
 
     @property
     def is_identity(self) -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from sem_timm.errors import OptionError, closest
-from sem_timm.layers import AttentionCore, excitation_names, timm_attention_names
-from sem_timm.operations.attention import AttentionConfig, attention_kinds
+from sem_timm.layers import AttentionCore, attention_kinds, excitation_names, timm_attention_names
+from sem_timm.operations.attention import AttentionConfig
 from sem_timm.operations.configs import (
     ExcitationConfig,
     ExternalAttention2dConfig,

@@ -26,11 +26,9 @@ from timm.models import (
 )
 from torch import nn
 
-from sem_timm.layers import SEM, AttentionCore, ExternalAttention2d, MultiHeadExternalAttention
-from sem_timm.operations import attention_kinds
+from sem_timm.layers import SEM, AttentionCore, ExternalAttention2d, MultiHeadExternalAttention, attention_kinds
 from sem_timm.registry.kinds import Kind
 from sem_timm.registry.table import AttentionTable, read_table
-from sem_timm.registry.variant import create_variant
 
 __all__ = ['base_architecture', 'register_variants']
 
@@ -126,6 +124,8 @@ def _without_weights(cfg: PretrainedCfg) -> PretrainedCfg:
 
 def _entrypoint(architecture: str, kind: Kind, name: str) -> Callable[..., nn.Module]:
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        from sem_timm.registry.variant import create_variant  # with the surgery, which a listing does not need
+
         return create_variant(architecture, kind, pretrained, **kwargs)
 
     entrypoint.__name__ = entrypoint.__qualname__ = name

@@ -19,7 +19,8 @@ from torch import nn
 from sem_timm.errors import SwapWarning
 from sem_timm.operations import patch_model
 from sem_timm.registry.features import build_features
-from sem_timm.registry.kinds import Kind, Options
+from sem_timm.registry.kinds import Kind
+from sem_timm.registry.options import Options, pop_options
 from sem_timm.registry.weights import load_inserted, own_weights, restore_source, split
 from sem_timm.surgery import patched
 
@@ -36,7 +37,7 @@ def create_variant(
 ) -> nn.Module:
     """Builds a base with its weights, patches it, and loads the weights of the new modules where there are any."""
     name = architecture + kind.suffix
-    options = kind.pop_options(name, kwargs)
+    options = pop_options(kind, name, kwargs)
     if not kind.swaps_attention:
         options.setdefault('init', 'identity' if pretrained else 'paper')
     overlay = dict(pretrained_cfg_overlay or {}, architecture=name)

@@ -11,6 +11,7 @@ from timm.models._hub import HF_WEIGHTS_NAME, load_state_dict_from_path
 from torch import Tensor, nn
 
 from sem_timm.errors import OptionError
+from sem_timm.operations import AttentionConfig, SEMConfig
 from sem_timm.registry.kinds import Kind
 
 Weights = dict[str, Tensor]
@@ -38,13 +39,15 @@ def own_weights(cfg: PretrainedCfg, cache_dir: Any) -> Weights:
 
 def split(weights: Weights, kind: Kind) -> tuple[Weights, Weights]:
     """The entries of a state_dict that belong to inserted modules, and the others."""
-    inserted = {key: weights[key] for key in weights if _is_inserted(key, kind)}
+    inserted = _of_inserted(weights, kind)
     return inserted, {key: weights[key] for key in weights if key not in inserted}
 
 
-def _is_inserted(key: str, kind: Kind) -> bool:
+def _of_inserted(weights: Weights, kind: Kind) -> Weights:
+    config = AttentionConfig(kind.operation) if kind.swaps_attention else SEMConfig()
     # Named sem, or sem1 and sem2 where one module has two, and sem_ where sem was taken.
-    return re.search(rf'(^|\.){kind.attribute}\d*_*\.', key) is not None
+    name = re.compile(rf'(^|\.){config.attribute}\d*_*\.')
+    return {key: value for key, value in weights.items() if name.search(key)}
 
 
 def load_inserted(model: nn.Module, inserted: Weights, name: str, kind: Kind, *, strict: bool) -> None:
@@ -53,7 +56,7 @@ def load_inserted(model: nn.Module, inserted: Weights, name: str, kind: Kind, *,
     Raises:
         OptionError: If they do not fit.
     """
-    expected = {key: value for key, value in model.state_dict().items() if _is_inserted(key, kind)}
+    expected = _of_inserted(model.state_dict(), kind)
     missing, unexpected = sorted(expected.keys() - inserted.keys()), sorted(inserted.keys() - expected.keys())
     reshaped = [key for key in sorted(expected.keys() & inserted.keys()) if expected[key].shape != inserted[key].shape]
     if reshaped or (strict and (missing or unexpected)):

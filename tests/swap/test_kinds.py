@@ -37,7 +37,7 @@ MODELS = {
 
 
 def test_the_kinds() -> None:
-    from sem_timm.operations import attention_kinds
+    from sem_timm.layers import attention_kinds
 
     assert set(attention_kinds()) == {'external', 'eamlp', *CORES} <= set(sem_timm.operation_names())
 

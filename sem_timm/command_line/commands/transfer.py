@@ -17,7 +17,8 @@ from sem_timm.command_line.values import complete_operation, parse_pairs, parse_
 from sem_timm.errors import OptionError, SwapWarning, closest
 from sem_timm.finetuning.files import OPTIONS, PATCH, WEIGHTS, explained, write_whole
 from sem_timm.finetuning.runs import Run, open_run
-from sem_timm.operations import AttentionConfig, attention_kinds, patch_model
+from sem_timm.layers import attention_kinds
+from sem_timm.operations import AttentionConfig, patch_model
 from sem_timm.persistence import save_patch
 from sem_timm.registry import base_architecture
 from sem_timm.surgery import patched
