@@ -9,7 +9,10 @@ import torch
 from torch import nn
 
 from tests.compatibility.cells import capability
-from tests.compatibility.twins import Twins, assert_close, gradients, outputs, unpatched
+from tests.compatibility.twins import Twins, assert_close, gradients, unpatched
+from tests.outputs import outputs
+
+BATCH_SIZES = (2, 5, 3)
 
 
 @pytest.fixture(autouse=True)
@@ -20,30 +23,36 @@ def forgotten() -> Iterator[None]:
     torch.compiler.reset()
 
 
-@capability('`torch.compile(fullgraph=True)`, captured only', slow=True)
+@capability('`torch.compile(fullgraph=True)`, captured only: one graph for all batches', slow=True)
 def test_compile_captured(twins: Twins) -> None:
-    check_compile(twins, twins.moved(), backend='eager', batch_sizes=(2,))
+    check_compile(twins, twins.moved(), backend='eager')
 
 
-def check_compile(twins: Twins, model: nn.Module, backend: str, batch_sizes: tuple[int, ...]) -> None:
-    """The compiled model has the results and gradients of the model; one graph serves all sizes of batches."""
-    expected = [(outputs(model, x), gradients(model, x)) for x in map(twins.images, batch_sizes)]
+@capability("`torch.compile(fullgraph=True, backend='inductor')`, dynamic batch", slow=True)
+def test_compile_inductor(twins: Twins) -> None:
+    check_compile(twins, twins.moved(), backend='inductor')
+
+
+def check_compile(twins: Twins, model: nn.Module, backend: str) -> None:
+    """The compiled model has the results and gradients of the model, for batches of several sizes."""
+    expected = [(outputs(model, x), gradients(model, x)) for x in map(twins.images, BATCH_SIZES)]
     try:
-        found = compiled(twins, model, backend, batch_sizes)
+        found = compiled(twins, model, backend)
     except Exception:
         with unpatched():
-            compiled(twins, twins.base, backend, batch_sizes)
+            compiled(twins, twins.base, backend)
         raise
     assert_close(found, expected, rtol=1e-3, scale=1e-3)  # fused operations round differently
 
 
-def compiled(twins: Twins, model: nn.Module, backend: str, batch_sizes: tuple[int, ...]) -> list[object]:
-    dynamic = True if len(batch_sizes) > 1 else None
-    use = torch.compile(model, fullgraph=True, backend=backend, dynamic=dynamic)
+def compiled(twins: Twins, model: nn.Module, backend: str) -> list[object]:
+    use = torch.compile(model, fullgraph=True, backend=backend, dynamic=True)
     results = []
-    for number, batch_size in enumerate(batch_sizes):
+    for number, batch_size in enumerate(BATCH_SIZES):
         images = twins.images(batch_size)
-        with torch.compiler.set_stance('default' if number == 0 else 'fail_on_recompile'):
+        # Inductor itself chooses other kernels from some size on, and compiles again for them, without a patch too.
+        one_graph = number > 0 and backend == 'eager'
+        with torch.compiler.set_stance('fail_on_recompile' if one_graph else 'default'):
             learned = gradients(model, images, call=use)
         with torch.no_grad():
             results.append((use(images), learned))
