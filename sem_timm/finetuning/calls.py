@@ -17,7 +17,7 @@ from sem_timm.errors import OptionError, closest
 from sem_timm.finetuning.checkpoints import Checkpoints, State, find_checkpoint
 from sem_timm.finetuning.engine import Trainer
 from sem_timm.finetuning.errors import CheckpointError
-from sem_timm.finetuning.files import OPTIONS, PATCH, RESULT, WEIGHTS, explained, write_whole
+from sem_timm.finetuning.files import OPTIONS, PATCH, RESULT, WEIGHTS, explained, write_text, write_whole
 from sem_timm.finetuning.logs import start_logs
 from sem_timm.finetuning.models import inserted_parameters
 from sem_timm.finetuning.options import NO_OPERATION, FinetuneOptions
@@ -170,7 +170,7 @@ def _prepare_folder(run: Path, options: FinetuneOptions, accelerator: Accelerato
             raise OptionError(f'{run} exists and is not empty; {way} another --output.')
         with explained(run):
             run.mkdir(parents=True, exist_ok=True)
-        write_whole(run / OPTIONS, lambda path: path.write_text(options.to_json(), encoding='utf-8'))
+        write_text(run / OPTIONS, options.to_json())
     accelerator.wait_for_everyone()
 
 
@@ -184,8 +184,7 @@ def _load(parts: Parts, checkpoint: Path, changed: FinetuneOptions | None) -> St
         for group, told in zip(parts.optimizer.param_groups, groups):  # which come back with the state
             group.update(lr_scale=told['lr_scale'], name=told['name'])
         if parts.accelerator.is_main_process:
-            text = replace(changed, resume=None, stop_at=None).to_json()
-            write_whole(run / OPTIONS, lambda path: path.write_text(text, encoding='utf-8'))
+            write_text(run / OPTIONS, replace(changed, resume=None, stop_at=None).to_json())
     return state
 
 
@@ -237,11 +236,10 @@ def _finish(parts: Parts, state: State, options: FinetuneOptions, run: Path, sec
     )
     if accelerator.is_main_process:
         write_whole(run / WEIGHTS, lambda path: save_model(model, str(path)))
-        text = json.dumps(result.to_dict(), indent=1)
         if options.freeze_base and patched(model):  # else the patch alone is not what was trained
             with explained(run / PATCH):
                 save_patch(model, run / PATCH, include_head=True)
-        write_whole(run / RESULT, lambda path: path.write_text(text, encoding='utf-8'))
+        write_text(run / RESULT, json.dumps(result.to_dict(), indent=1))
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return result

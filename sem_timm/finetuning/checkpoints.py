@@ -23,7 +23,7 @@ from sem_timm.finetuning.files import (
     remove_folder,
     remove_leftovers,
     unfinished_name,
-    write_whole,
+    write_text,
 )
 
 _FOLDER, _PREFIX = 'checkpoints', 'step-'
@@ -115,8 +115,7 @@ class Checkpoints:
 
     def _mark_and_prune(self, folder: Path, state: State) -> None:
         if state.best and state.best['step'] == state.step:
-            text = json.dumps({'checkpoint': folder.name, **state.best})
-            write_whole(self.folder / _BEST, lambda path: path.write_text(text, encoding='utf-8'))
+            write_text(self.folder / _BEST, json.dumps({'checkpoint': folder.name, **state.best}))
         best = self.best()
         for old in self.all()[: -self.keep]:
             if old != best:

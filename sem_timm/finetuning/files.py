@@ -40,6 +40,11 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
             raise
 
 
+def write_text(file: Path, text: str) -> None:
+    """`write_whole` of a text."""
+    write_whole(file, lambda path: path.write_text(text, encoding='utf-8'))
+
+
 def unfinished_name(path: Path) -> Path:
     """Where something is written until it is whole."""
     return path.with_name(_UNFINISHED + path.name)

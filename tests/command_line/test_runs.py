@@ -98,6 +98,7 @@ def test_transfer_keeps_what_it_made(attending: Path, tmp_path: Path, capsys: py
         (['decisions', '{attending}'], 'has no Switchable Excitation Module'),
         (['transfer', '{attending}', '--transfer', 'bogus=1'], "option 'bogus' is unknown"),
         (['transfer', '{attending}', '--operation', 'sem'], "operation 'sem' is no attention"),
+        (['transfer', '{gated}', '--output', '{gated}/swapped'], 'name one operation. Leave --output'),
         (['finetune', '--output', '{gated}/result.json'], 'result.json is a file; name a new folder'),
         (['finetune', '--output', '{gated}/patch'], 'patch exists and is not empty; name another --output'),
         (['transfer', '{attending}', '--output', '{attending}'], 'exists; name a new folder'),

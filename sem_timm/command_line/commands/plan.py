@@ -10,6 +10,7 @@ import torch
 import typer
 from torch import nn
 
+from sem_timm.command_line.arguments import OperationOptions, Targets
 from sem_timm.command_line.values import complete_model, complete_operation, parse_pairs, parse_target
 from sem_timm.errors import OptionError, closest
 from sem_timm.operations import plan_model
@@ -20,13 +21,9 @@ def command(
     operation: Annotated[
         str, typer.Option('--operation', '-o', help='What to put in.', autocompletion=complete_operation)
     ] = 'sem',
-    target: Annotated[
-        list[str] | None, typer.Option(help='Where: a regular expression over module names, or repeated, exact names.')
-    ] = None,
+    target: Targets = None,
     exclude: Annotated[list[str] | None, typer.Option(help='Where not, by the same rules.')] = None,
-    options: Annotated[
-        list[str] | None, typer.Option('--set', help='Option key=value of the operation; repeatable.')
-    ] = None,
+    options: OperationOptions = None,
     model_options: Annotated[
         list[str] | None, typer.Option('--model-options', help='Argument key=value of the model; repeatable.')
     ] = None,

@@ -13,9 +13,10 @@ import typer
 from safetensors.torch import save_model
 
 from sem_timm.attention_transfer import TransferOptions, transfer
+from sem_timm.command_line.arguments import OperationOptions, Targets
 from sem_timm.command_line.values import complete_operation, parse_pairs, parse_target
 from sem_timm.errors import OptionError, SwapWarning, closest
-from sem_timm.finetuning.files import OPTIONS, PATCH, WEIGHTS, explained, write_whole
+from sem_timm.finetuning.files import OPTIONS, PATCH, WEIGHTS, explained, write_text, write_whole
 from sem_timm.finetuning.runs import Run, open_run
 from sem_timm.layers import attention_kinds
 from sem_timm.operations import AttentionConfig, patch_model
@@ -29,12 +30,8 @@ def command(
     operation: Annotated[
         str, typer.Option('--operation', '-o', help='The new attention.', autocompletion=complete_operation)
     ] = 'external',
-    target: Annotated[
-        list[str] | None, typer.Option(help='Where: a regular expression over module names, or repeated, exact names.')
-    ] = None,
-    options: Annotated[
-        list[str] | None, typer.Option('--set', help='Option key=value of the operation; repeatable.')
-    ] = None,
+    target: Targets = None,
+    options: OperationOptions = None,
     transfer_options: Annotated[
         list[str] | None,
         typer.Option('--transfer', help='Option key=value of the transfer, such as train=module; repeatable.'),
@@ -57,22 +54,18 @@ def command(
         raise OptionError(f'--output {output} exists; name a new folder.')
     opened = open_run(run)
     _check_not_swapped(run, opened)
+    if output is not None:
+        _check_not_patched(run, opened)
     names, chosen = parse_target(target), parse_pairs(options, '--set')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', SwapWarning)  # it is about to be trained
-        patch_model(
-            opened.model,
-            operation,
-            target=names,
-            input_size=opened.input_size,
-            **chosen,
-        )
+        patch_model(opened.model, operation, target=names, input_size=opened.input_size, **chosen)
     result = transfer(opened.model, opened.training, how, evaluation=opened.validation)
     if output is not None:
         with explained(output):
             output.mkdir(parents=True)
         told = replace(opened.options, operation=operation, operation_options=chosen, target=names, output=str(output))
-        write_whole(output / OPTIONS, lambda path: path.write_text(told.to_json(), encoding='utf-8'))
+        write_text(output / OPTIONS, told.to_json())
         write_whole(output / WEIGHTS, lambda path: save_model(opened.model, str(path)))
         if how.train == 'new' and how.distill_train in (None, 'new'):  # else the base has changed with it
             save_patch(opened.model, output / PATCH)
@@ -89,6 +82,15 @@ def _check_not_swapped(run: Path, opened: Run) -> None:
         raise OptionError(
             f'{run} has {here.operation} in place of self-attention already, so that there is no original to learn '
             f'from. Train one first: sem-timm finetune {name} --operation none --data {own.data} --output FOLDER'
+        )
+
+
+def _check_not_patched(run: Path, opened: Run) -> None:
+    here = next(iter(patched(opened.model)), None)
+    if here is not None:
+        raise OptionError(
+            f'{run} has {here.operation} already, and the options of a run, which --output would write, name one '
+            'operation. Leave --output; or transfer in Python, with open_run, patch_model, transfer and save_patch.'
         )
 
 
