@@ -11,7 +11,6 @@ a change of the code, start with --restart.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ from pathlib import Path
 import timm
 import torch
 from meta import create_on_meta
+from run_log import append_record, read_log
 from torch import nn
 
 import sem_timm
@@ -73,17 +73,10 @@ def rows(names: Iterable[str], kinds: list[str], known: dict[tuple[str, str], Ro
             yield from (plan(model, name, kind) for kind in wanted)
 
 
-def read_log(file: Path) -> dict[tuple[str, str], Row]:
-    """The plans of earlier runs with this version of timm, all but a line in which a run was stopped."""
-    known = {}
-    for line in file.read_text(encoding='utf-8').splitlines() if file.is_file() else ():
-        try:
-            row = Row(**json.loads(line))
-        except json.JSONDecodeError:
-            continue
-        if row.timm == timm.__version__:
-            known[row.architecture, row.kind] = row
-    return known
+def known_rows(log: Path) -> dict[tuple[str, str], Row]:
+    """The plans of earlier runs with this version of timm."""
+    logged = [Row(**record) for record in read_log(log)]
+    return {(row.architecture, row.kind): row for row in logged if row.timm == timm.__version__}
 
 
 def progress(found: Iterable[Row], total: int) -> Iterator[Row]:
@@ -159,15 +152,12 @@ def main() -> int:
     if args.restart:
         args.log.unlink(missing_ok=True)
     names = [name for name in timm.list_models() if not timm.models.is_model_in_modules(name, 'registry')]
-    known = read_log(args.log)
-    args.log.parent.mkdir(parents=True, exist_ok=True)
+    known = known_rows(args.log)
     found = []
-    with args.log.open('a', encoding='utf-8') as log:
-        print(file=log)  # ends a line in which a run was stopped
-        for row in progress(rows(names, args.kinds, known), len(names) * len(args.kinds)):
-            found.append(row)
-            if (row.architecture, row.kind) not in known:
-                print(json.dumps(asdict(row)), file=log, flush=True)
+    for row in progress(rows(names, args.kinds, known), len(names) * len(args.kinds)):
+        found.append(row)
+        if (row.architecture, row.kind) not in known:
+            append_record(args.log, asdict(row))
     report(found)
     return 0 if write([*known.values(), *found], names) else 1
 

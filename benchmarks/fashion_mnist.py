@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 from fashion_data import FOLDER, fashion_mnist
-from fashion_log import append_record, is_logged, read_log
 from fashion_models import FAMILIES, check_depth
 from fashion_plot import draw
 from fashion_results import markdown, sections
 from fashion_training import AUGMENTATIONS, Run, Setting, cost, train_and_measure
 from fashion_vit import Recipe
 from measuring import machine
+from run_log import append_record, is_logged, read_log
 
 import sem_timm
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from fashion_log import Record
 from fashion_models import FAMILIES
 from fashion_training import AUGMENTATIONS, Setting
+from run_log import Record
 
 _INTRODUCTION = """\
 # Results on Fashion-MNIST

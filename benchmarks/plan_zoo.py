@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import re
 import time
 import warnings
@@ -26,6 +25,7 @@ import torch
 from measuring import Line, record
 from meta import create_on_meta
 from rich.progress import track
+from run_log import Record, append_record, read_log
 from torch import nn
 
 import sem_timm
@@ -50,6 +50,12 @@ class Row:
     listing: list[str] = field(default_factory=list)
     seconds: float = 0.0  # of processor time, creating included
     creating: float = 0.0
+
+    @classmethod
+    def read(cls, record: Record) -> Row:
+        """What a log has of an earlier run."""
+        counters = {name: Counter(record[name]) for name in ('classes', 'layouts')}
+        return cls(**{**record, **counters})
 
 
 SECONDS = 240.0  # the goal for planning SEM in all architectures
@@ -216,26 +222,15 @@ def _families(rows: list[Row]) -> list[tuple[str, list[Row]]]:
     return sorted(families.items())
 
 
-def read_log(path: Path) -> list[Row]:
-    """The rows of an earlier run. Its last line goes if the run was stopped in the middle of it."""
-    lines = [line for line in path.read_text().splitlines() if line.endswith('}')] if path.is_file() else []
-    path.write_text(''.join(f'{line}\n' for line in lines))
-    rows = [Row(**json.loads(line)) for line in lines]
-    for row in rows:
-        row.classes, row.layouts = Counter(row.classes), Counter(row.layouts)
-    return rows
-
-
 def sweep(names: list[str], operation: str, apply: bool, log: Path | None) -> Iterator[Row]:
     """The rows of architectures; those in the log are not planned again."""
-    earlier = read_log(log) if log else []
+    earlier = map(Row.read, read_log(log)) if log else ()
     known = {row.architecture: row for row in earlier if row.operation == operation}
     for name in track(names, description='planning'):
         if name not in known:
             known[name] = plan_architecture(name, operation, apply)
             if log:
-                with log.open('a') as file:
-                    print(json.dumps(vars(known[name])), file=file)
+                append_record(log, vars(known[name]))
         yield known[name]
 
 
@@ -252,10 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter('ignore', sem_timm.SwapWarning)
     gc.freeze()  # what was imported stays, and need not be searched for garbage again and again
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        if args.restart:
-            args.json.unlink(missing_ok=True)
+    if args.json and args.restart:
+        args.json.unlink(missing_ok=True)
     # timm's own, without the variants that sem_timm registers.
     own = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith('timm.')]
     rows = list(sweep(args.names or own, args.operation, args.apply, args.json))

@@ -18,14 +18,15 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import sem_timm
-from tests.zoo_check import OPERATIONS, Result, Subject, own_architectures
+from benchmarks.run_log import Record, append_record, read_log
+from tests.zoo_check import Result, check
+from tests.zoo_subject import OPERATIONS, Subject, own_architectures
 
 VERSIONS = {'sem_timm': sem_timm.__version__, 'timm': timm.__version__, 'torch': torch.__version__}
 LOG = Path('build/zoo.jsonl')
@@ -57,10 +58,9 @@ class Row:
     versions: dict[str, str] = field(default_factory=lambda: VERSIONS)
 
     @classmethod
-    def read(cls, line: str) -> Row:
-        values: dict[str, Any] = json.loads(line)
-        results = {name: Result(**result) for name, result in values.pop('results').items()}
-        return cls(**values, results=results)
+    def read(cls, record: Record) -> Row:
+        results = {name: Result(**result) for name, result in record['results'].items()}
+        return cls(**{**record, 'results': results})
 
     @property
     def failures(self) -> list[str]:
@@ -77,7 +77,7 @@ def check_architecture(name: str) -> Row:
     try:
         subject = Subject(name)
         row.parameters, row.device = subject.parameters, subject.images.device.type
-        row.results = {operation: subject.check(operation) for operation in OPERATIONS}
+        row.results = {operation: check(subject, operation) for operation in OPERATIONS}
     except Exception as error:  # one failure must not stop the sweep; it is listed
         row.error = f'{type(error).__name__}: {error}'
     row.seconds = time.process_time() - start
@@ -85,42 +85,26 @@ def check_architecture(name: str) -> Row:
 
 
 def sweep(names: list[str], log: Path, processes: int) -> Iterator[Row]:
-    """The rows of all architectures, first those that are in the log already."""
-    known = {row.architecture: row for row in read_log(log) if row.architecture in names}
+    """The rows of all architectures, first those that an earlier run with the same versions left in the log."""
+    logged = [row for row in map(Row.read, read_log(log)) if row.versions == VERSIONS]
+    known = {row.architecture: row for row in logged if row.architecture in names}
     yield from known.values()
     rest = [name for name in names if name not in known]
-    with log.open('a') as file:
-        # New processes for every hundred, since memory that a large model took is not always given back.
-        for start in range(0, len(rest), 100):
-            with ProcessPoolExecutor(processes, multiprocessing.get_context('spawn')) as pool:
-                for future in as_completed(
-                    [pool.submit(check_architecture, name) for name in rest[start : start + 100]]
-                ):
-                    row = future.result()
-                    print(json.dumps(asdict(row)), file=file, flush=True)
-                    yield row
-
-
-def read_log(log: Path) -> list[Row]:
-    """The rows of an earlier run with the same versions. Half a line, left by a run that was killed, goes."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    lines = [line for line in log.read_text().splitlines() if line.endswith('}')] if log.is_file() else []
-    log.write_text(''.join(f'{line}\n' for line in lines))
-    return [row for row in map(Row.read, lines) if row.versions == VERSIONS]
+    # New processes for every hundred, since memory that a large model took is not always given back.
+    for start in range(0, len(rest), 100):
+        with ProcessPoolExecutor(processes, multiprocessing.get_context('spawn')) as pool:
+            for future in as_completed([pool.submit(check_architecture, name) for name in rest[start : start + 100]]):
+                row = future.result()
+                append_record(log, asdict(row))
+                yield row
 
 
 def report(rows: list[Row]) -> str:
     """The whole page: what was compared, the families, what failed, what was refused, and every architecture."""
-    hours = sum(row.seconds for row in rows) / 3600
-    in_numbers = [row for row in rows if row.device == 'cpu']
     lines = [
         '# The zoo',
         '',
-        f'All {len(rows):,} architectures of timm {timm.__version__}, patched and given back by '
-        f'`python -m benchmarks.zoo` with torch {torch.__version__} in {hours:.1f} hours of one core. '
-        f'{len(in_numbers):,} of them, up to 100 M parameters, were compared in numbers, with random weights, on the '
-        f'CPU, at the smallest images that they take; {len(rows) - len(in_numbers):,} on the meta device, where '
-        'numbers count as equal if their shapes and types are.',
+        _circumstances(rows),
         '',
         '| | sem | external |',
         '|---|---:|---:|',
@@ -155,6 +139,18 @@ def report(rows: list[Row]) -> str:
         *map(_architecture, sorted(rows, key=lambda row: row.architecture)),
     ]
     return '\n'.join([*lines, ''])
+
+
+def _circumstances(rows: list[Row]) -> str:
+    hours = sum(row.seconds for row in rows) / 3600
+    in_numbers = sum(row.device == 'cpu' for row in rows)
+    return (
+        f'All {len(rows):,} architectures of timm {timm.__version__}, patched and given back by '
+        f'`python -m benchmarks.zoo` with torch {torch.__version__} in {hours:.1f} hours of one core. '
+        f'{in_numbers:,} of them, up to 100 M parameters, were compared in numbers, with random weights, on the CPU, '
+        f'at the smallest images that they take; {len(rows) - in_numbers:,} on the meta device, where numbers count as '
+        'equal if their shapes and types are.'
+    )
 
 
 def _summary(rows: list[Row]) -> list[str]:

@@ -10,6 +10,18 @@ import torch
 from torch import Tensor, nn
 
 
+def create(architecture: str, **options: Any) -> nn.Module:
+    """A model in inference, with the same random weights each time, norms and layer scales included."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model(architecture, **options)
+        for parameter in model.parameters():
+            # Layer scales, last norms and heads start at zero in some families, which would hide every branch.
+            if parameter.ndim <= 1 or not parameter.any():
+                nn.init.uniform_(parameter, 0.5, 1.0)
+    return model.eval()
+
+
 @dataclass(frozen=True)
 class Family:
     """A small member of a family, its inputs, and what it shows."""
@@ -21,14 +33,7 @@ class Family:
 
     def create(self, **options: Any) -> nn.Module:
         """The model with random weights that do not depend on what ran before, norms and layer scales included."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = timm.create_model(self.architecture, **{'num_classes': 10, **self.options, **options})
-            for parameter in model.parameters():
-                # Layer scales, last norms and heads start at zero in some families, which would hide every branch.
-                if parameter.ndim <= 1 or not parameter.any():
-                    nn.init.uniform_(parameter, 0.5, 1.0)
-        return model.eval()
+        return create(self.architecture, **{'num_classes': 10, **self.options, **options})
 
     def images(self, batch_size: int = 2, size: int | None = None) -> Tensor:
         size = size or self.size
@@ -39,6 +44,15 @@ class Family:
         return (3, self.size, self.size)
 
 
+# A Swin of two stages, for models of which only a block of each kind matters.
+SMALL_SWIN: dict[str, Any] = {
+    'img_size': 64,
+    'window_size': 4,
+    'embed_dim': 24,
+    'depths': (2, 2),
+    'num_heads': (3, 6),
+    'strict_img_size': False,
+}
 _SWIN = {'img_size': 64, 'window_size': 4, 'embed_dim': 24, 'depths': (2, 2, 2, 2), 'strict_img_size': False}
 
 FAMILIES = {

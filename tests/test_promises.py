@@ -12,16 +12,11 @@ import timm
 import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 import sem_timm
 from tests.families import FAMILIES, Family
+from tests.outputs import outputs
 from tests.snapshot import assert_same, snapshot
-
-
-def outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
-    with torch.no_grad():
-        return [leaf for leaf in tree_leaves(model(images)) if isinstance(leaf, Tensor)]
 
 
 def assert_bit_identical(first: list[Tensor], second: list[Tensor]) -> None:

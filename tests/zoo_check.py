@@ -11,20 +11,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 import sem_timm
-from tests.snapshot import Snapshot, assert_same, snapshot
+from tests.outputs import outputs
+from tests.snapshot import assert_same, snapshot
+from tests.zoo_subject import Step, Subject
 
-MAX_PARAMETERS = 100_000_000
-OPERATIONS = ('sem', 'external')
 GRADIENT_TOLERANCE = 1e-10  # of the norm, in double precision
-SIZES = (32, 64, 96, 128, 160, 192, 224)  # of images, tried before the model's own
 
 
 @dataclass
@@ -54,103 +50,43 @@ class Result:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def own_architectures() -> list[str]:
-    """timm's own names, without the variants that sem_timm registers."""
-    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith('timm.')]
+def check(subject: Subject, operation: str) -> Result:
+    """Patches a copy of the model, compares it with the model in every way, and undoes the patch.
 
-
-@dataclass
-class Step:
-    """A training step without an update: the outputs, and the gradients of the parameters that got one."""
-
-    outputs: list[Tensor]
-    gradients: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, model: nn.Module, images: Tensor) -> Step:
-        """Runs ``model`` in training mode; everything random in it starts from the same seed each time."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(3)
-            leaves = _tensors(model.train()(images))
-        torch.stack([leaf.float().square().mean() for leaf in leaves]).sum().backward()
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        return cls([leaf.detach() for leaf in leaves], gradients)
-
-
-class Subject:
-    """An unpatched model, its images, and what it computes with them.
-
-    Args:
-        architecture: Its name in timm.
-        smallest: Whether its images are the smallest it takes, or those of its configuration.
-
-    Attributes:
-        parameters: Their number.
-        model: The model, with the same random weights each time.
-        images: Two images.
-        probe: Shape (C, H, W) to plan with, where it is not the one that the model's configuration names.
+    A forward that pads some images and not others is planned for one of both. Such a model is checked with the
+    images of its configuration, which it was planned for.
     """
+    try:
+        return _check(subject, operation)
+    except sem_timm.GuardError:
+        return _check(Subject(subject.architecture, smallest=False), operation)
 
-    def __init__(self, architecture: str, smallest: bool = True) -> None:
-        self.architecture = architecture
-        with torch.device('meta'):
-            model = timm.create_model(architecture)
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        size = int(model.pretrained_cfg['input_size'][-1])
-        self.probe: tuple[int, ...] | None = None
-        if self.parameters > MAX_PARAMETERS:
-            self.model, self.images = model.eval(), _images(model, size)
-        elif not smallest:
-            self.model = _created(architecture)
-            self.images = _images(self.model, size)
-        else:
-            self.model, self.images, self.probe = _smallest(architecture, size)
 
-    @cached_property
-    def outputs(self) -> list[Tensor]:
-        """In inference."""
-        return _outputs(self.model, self.images)
-
-    @cached_property
-    def step(self) -> Step:
-        """In training."""
-        return Step.of(copy.deepcopy(self.model), self.images)
-
-    def check(self, operation: str) -> Result:
-        """Patches a copy of the model, compares it with the model in every way, and undoes the patch.
-
-        A forward that pads some images and not others is planned for one of both. Such a model is checked with the
-        images of its configuration, which it was planned for.
-        """
-        try:
-            return self._check(operation)
-        except sem_timm.GuardError:
-            return Subject(self.architecture, smallest=False)._check(operation)
-
-    def _check(self, operation: str) -> Result:
-        _ = self.outputs  # some models keep what they computed for inference
-        result, model = Result(self.images.shape[-1]), copy.deepcopy(self.model)
-        before = _state(model)
-        try:
-            plan = sem_timm.plan_model(model, operation, input_size=self.probe)
-        except sem_timm.RefusedError as refusal:
-            result.message = str(refusal)
-            _record(result, {'undo': lambda: assert_same(before, _state(model))})
-            return result
-        result.sites, result.residual = len(plan), sum(site.position == 'residual' for site in plan)
-        result.refused = [f'{refusal.name}: {refusal.reason}' for refusal in plan.refusals]
-        result.new_parameters = plan.num_parameters
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore', sem_timm.SwapWarning)
-            sem_timm.patch_model(model, plan)
-        comparison = Comparison(self, model, plan)
-        _ = comparison.outputs
-        _record(result, comparison.statements())
-        if 'old gradients' in result.held:
-            result.gradient_error = comparison.gradient_error
-        sem_timm.unpatch_model(model)
-        _record(result, {'undo': lambda: assert_same(before, _state(model))})
+def _check(subject: Subject, operation: str) -> Result:
+    _ = subject.outputs  # some models keep what they computed for inference
+    result, model = Result(subject.images.shape[-1]), copy.deepcopy(subject.model)
+    before = snapshot(model)
+    undone = {'undo': lambda: assert_same(before, snapshot(model), random_state=False)}
+    try:
+        plan = sem_timm.plan_model(model, operation, input_size=subject.probe)
+    except sem_timm.RefusedError as refusal:
+        result.message = str(refusal)
+        _record(result, undone)
         return result
+    result.sites, result.residual = len(plan), sum(site.position == 'residual' for site in plan)
+    result.refused = [f'{refusal.name}: {refusal.reason}' for refusal in plan.refusals]
+    result.new_parameters = plan.num_parameters
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', sem_timm.SwapWarning)
+        sem_timm.patch_model(model, plan)
+    comparison = Comparison(subject, model, plan)
+    _ = comparison.outputs
+    _record(result, comparison.statements())
+    if 'old gradients' in result.held:
+        result.gradient_error = comparison.gradient_error
+    sem_timm.unpatch_model(model)
+    _record(result, undone)
+    return result
 
 
 class Comparison:
@@ -175,7 +111,7 @@ class Comparison:
     @cached_property
     def outputs(self) -> list[Tensor]:
         """Of the patched model in inference."""
-        return _outputs(self.model, self.subject.images)
+        return outputs(self.model, self.subject.images)
 
     @cached_property
     def twin(self) -> nn.Module:
@@ -203,7 +139,7 @@ class Comparison:
 
     def copy(self) -> None:
         """A deep copy computes the same."""
-        for first, second in _pairs(self.outputs, _outputs(self.twin.eval(), self.subject.images)):
+        for first, second in _pairs(self.outputs, outputs(self.twin.eval(), self.subject.images)):
             assert _same(first, second), f'off by {_difference(first, second)}'
 
     def gradients(self) -> None:
@@ -259,81 +195,6 @@ def _record(result: Result, statements: dict[str, Callable[[], None]]) -> None:
             result.failed[name] = f'{type(error).__name__}: {error}'
         else:
             result.held.append(name)
-
-
-def _smallest(architecture: str, own: int) -> tuple[nn.Module, Tensor, tuple[int, ...] | None]:
-    """The model and the smallest images it takes, created for that size where the size is fixed, and then the probe.
-
-    So small that a window or a stage is left with a single token, and fewer modules can be patched, is too small.
-    """
-    model = _created(architecture)
-    sizes = [size for size in SIZES if size < own]
-    for size in sizes:
-        images = _images(model, size)
-        if _takes(model, images):
-            return model, images, None
-    sites = _numbers_of_sites(model)
-    for size in sizes:
-        try:
-            smaller = _created(architecture, img_size=size)
-        except Exception:  # there is no such option, or the size does not suit the model
-            continue
-        images = _images(smaller, size)
-        probe = tuple(images.shape[1:])
-        if _takes(smaller, images) and _numbers_of_sites(smaller, probe) == sites:
-            return smaller, images, probe
-    return model, _images(model, own), None
-
-
-def _numbers_of_sites(model: nn.Module, probe: tuple[int, ...] | None = None) -> list[int]:
-    """For each operation; none where the model is refused."""
-    numbers = []
-    for operation in OPERATIONS:
-        try:
-            numbers.append(len(sem_timm.plan_model(model, operation, input_size=probe)))
-        except sem_timm.RefusedError:
-            numbers.append(0)
-    return numbers
-
-
-def _takes(model: nn.Module, images: Tensor) -> bool:
-    try:
-        Step.of(copy.deepcopy(model), images)
-        return all(output.isfinite().all() for output in _outputs(model, images))
-    except Exception:  # whatever the model says of images that do not suit it
-        return False
-
-
-def _created(architecture: str, **options: Any) -> nn.Module:
-    """The model in inference, with no layer scale, norm or head so small that it would hide a branch."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = timm.create_model(architecture, **options)
-        for parameter in model.parameters():
-            if parameter.ndim <= 1 or not parameter.any():
-                nn.init.uniform_(parameter, 0.5, 1.0)
-    return model.eval()
-
-
-def _images(model: nn.Module, size: int) -> Tensor:
-    shape = 2, int(model.pretrained_cfg['input_size'][0]), size, size
-    if next(model.parameters()).is_meta:
-        return torch.empty(shape, device='meta')
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
-
-
-def _state(model: nn.Module) -> Snapshot:
-    """All but the random generator: building new weights draws from it, as building any module does."""
-    return {name: value for name, value in snapshot(model).items() if name != 'rng'}
-
-
-def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
-    with torch.no_grad():
-        return _tensors(model(images))
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def _pairs(first: list[Tensor], second: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

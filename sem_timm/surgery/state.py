@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from sem_timm.surgery.layout import layout_of
 
-_INFRASTRUCTURE = frozenset(nn.Module().__dict__)
+# Attributes that every module has, of torch's own.
+INFRASTRUCTURE = frozenset(nn.Module().__dict__)
+
 _PLAIN = (bool, int, float, str)
 _CONTAINERS = (list, dict, set)
 
@@ -28,7 +30,7 @@ class State:
         self.contents = {
             name: copy.copy(value)
             for name, value in self.attributes.items()
-            if type(value) in _CONTAINERS and name not in _INFRASTRUCTURE
+            if type(value) in _CONTAINERS and name not in INFRASTRUCTURE
         }
 
     def added(self) -> set[str]:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from sem_timm.surgery.bytecode import names_called
 from sem_timm.surgery.layout import layout_of
+from sem_timm.surgery.state import INFRASTRUCTURE
 from sem_timm.surgery.walk import modules_by_name
 
-_INFRASTRUCTURE = frozenset(nn.Module().__dict__)
 _PLAIN = (bool, int, float, str, type(None))
 _SHARED = (FunctionType, BuiltinFunctionType, type, torch.dtype, torch.device)
 
@@ -43,7 +43,7 @@ class Structures:
         Returns:
             The description, and whether it holds for this model only.
         """
-        mentioned = names_called(type(module)) - _INFRASTRUCTURE
+        mentioned = names_called(type(module)) - INFRASTRUCTURE
         looked_into = tuple(
             (name, key, _exact(child.__dict__[key]))
             for name, child in modules_by_name(module).items()
@@ -78,7 +78,7 @@ def _attributes_read(cls: type, names: tuple[str, ...]) -> tuple[str, ...]:
     mentioned = names_called(cls)
     read = set(names) if mentioned & {'getattr', 'vars', '__dict__'} else mentioned.intersection(names)
     noted = {name for name in read if name.startswith('_surgery_')}  # about a patch, and no forward looks at it
-    return tuple(sorted(read - _INFRASTRUCTURE - noted))
+    return tuple(sorted(read - INFRASTRUCTURE - noted))
 
 
 def _is_local(description: Hashable) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from timm.models import byobnet, mvitv2
 
-from tests.families import Family
+from tests.families import SMALL_SWIN, Family
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,7 @@ COLUMNS = {
     ),
     'swin': Column(
         'swin_tiny_patch4_window7_224',
-        options={
-            'img_size': 64,
-            'window_size': 4,
-            'embed_dim': 24,
-            'depths': (2, 2),
-            'num_heads': (3, 6),
-            'strict_img_size': False,
-        },
+        options=SMALL_SWIN,
         layout='NLC',
         attention='in shifted windows, with a table of position biases',
         swappable=True,

@@ -14,7 +14,8 @@ from torch import nn
 
 import sem_timm
 from tests.compatibility.cells import capability
-from tests.compatibility.twins import Twins, gradients, outputs
+from tests.compatibility.twins import Twins, gradients
+from tests.outputs import outputs
 from tests.twins import assert_equal
 
 

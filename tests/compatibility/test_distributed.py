@@ -15,15 +15,8 @@ from torch.distributed.fsdp import fully_shard
 import sem_timm
 from tests.compatibility.cells import Cell, capability
 from tests.compatibility.families import OPERATIONS, columns_of
-from tests.compatibility.twins import (
-    Twins,
-    assert_close,
-    assert_same_gradients,
-    gradients,
-    loss_of,
-    make,
-    new_parameters,
-)
+from tests.compatibility.twins import Twins, assert_close, assert_same_gradients, gradients, make, new_parameters
+from tests.outputs import loss_of
 from tests.twins import assert_equal
 
 IMAGES = 4

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from tests.compatibility.cells import capability
-from tests.compatibility.twins import Twins, assert_close, outputs, unpatched
+from tests.compatibility.twins import Twins, assert_close, unpatched
+from tests.outputs import outputs
 
 # LeViT keeps what it computes of its biases on itself
 quietly = pytest.mark.filterwarnings('ignore:The tensor attribute:UserWarning')

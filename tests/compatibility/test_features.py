@@ -12,15 +12,8 @@ from timm.models import create_feature_extractor
 
 import sem_timm
 from tests.compatibility.cells import capability
-from tests.compatibility.twins import (
-    Twins,
-    assert_same_gradients,
-    gradients,
-    move,
-    outputs,
-    tensors,
-    unpatched,
-)
+from tests.compatibility.twins import Twins, assert_same_gradients, gradients, move, unpatched
+from tests.outputs import outputs, tensors
 from tests.twins import assert_equal
 
 # torchvision's tracer finds that LeViT keeps its biases in evaluation mode

@@ -20,9 +20,9 @@ from tests.compatibility.twins import (
     gradients,
     move,
     new_parameters,
-    outputs,
     unpatched,
 )
+from tests.outputs import outputs
 from tests.twins import assert_equal
 
 

@@ -10,7 +10,8 @@ import torch
 from torch.func import functional_call, grad, vmap
 
 from tests.compatibility.cells import capability
-from tests.compatibility.twins import Twins, assert_close, assert_same_gradients, gradients, loss_of, outputs, unpatched
+from tests.compatibility.twins import Twins, assert_close, assert_same_gradients, gradients, unpatched
+from tests.outputs import loss_of, outputs
 from tests.twins import assert_equal
 
 

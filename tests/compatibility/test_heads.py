@@ -10,7 +10,8 @@ from torch import nn
 
 import sem_timm
 from tests.compatibility.cells import capability
-from tests.compatibility.twins import Twins, assert_same_gradients, gradients, outputs, unpatched
+from tests.compatibility.twins import Twins, assert_same_gradients, gradients, unpatched
+from tests.outputs import outputs
 from tests.twins import assert_equal
 
 

@@ -19,10 +19,9 @@ from tests.compatibility.twins import (
     gradients,
     move,
     new_parameters,
-    outputs,
-    tensors,
     unpatched,
 )
+from tests.outputs import outputs, tensors
 from tests.twins import assert_equal
 
 

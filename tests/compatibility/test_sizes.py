@@ -9,7 +9,8 @@ import torch
 
 import sem_timm
 from tests.compatibility.cells import capability
-from tests.compatibility.twins import Twins, assert_same_gradients, gradients, make, outputs
+from tests.compatibility.twins import Twins, assert_same_gradients, gradients, make
+from tests.outputs import outputs
 from tests.twins import assert_equal
 
 

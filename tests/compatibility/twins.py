@@ -14,10 +14,10 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 import sem_timm
 from tests.compatibility.families import COLUMNS, Column
+from tests.outputs import loss_of, tensors
 from tests.twins import assert_equal
 
 
@@ -123,20 +123,6 @@ def _base(name: str) -> nn.Module:
 @cache
 def _patched(operation: str, name: str) -> nn.Module:
     return patch(copy.deepcopy(_base(name)), operation, COLUMNS[name].input_size)
-
-
-def tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def outputs(model: Callable[..., Any], *inputs: Any) -> list[Tensor]:
-    with torch.no_grad():
-        return tensors(model(*inputs))
-
-
-def loss_of(value: Any) -> Tensor:
-    """A loss that every output takes part in."""
-    return torch.stack([output.float().square().mean() for output in tensors(value)]).sum()
 
 
 def gradients(model: nn.Module, *inputs: Any, call: Callable[..., Any] | None = None) -> dict[str, Tensor]:

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.families import Family
+from tests.families import SMALL_SWIN, Family
 
 _VIT: dict[str, Any] = {'img_size': 64, 'embed_dim': 64, 'depth': 2, 'num_heads': 2}
 _FOUR: dict[str, Any] = {'embed_dims': (32, 64, 96, 128), 'depths': (1, 1, 1, 1)}
-_SWIN: dict[str, Any] = {
-    'img_size': 64,
-    'window_size': 4,
-    'embed_dim': 24,
-    'depths': (2, 2),
-    'num_heads': (3, 6),
-    'strict_img_size': False,
-}
 
 # By the class's module and name.
 CLASSES = {
@@ -69,9 +61,9 @@ CLASSES = {
     'models.nextvit.EfficientAttention': Family('nextvit_small', options={'depths': (1, 2, 5, 2)}),
     'models.pvt_v2.Attention': Family('pvt_v2_b0', options=_FOUR | {'num_heads': (1, 2, 3, 4)}),
     'models.shvit.SHSA': Family('shvit_s1', size=128),
-    'models.swin_transformer.WindowAttention': Family('swin_tiny_patch4_window7_224', options=_SWIN),
-    'models.swin_transformer_v2.WindowAttention': Family('swinv2_tiny_window8_256', options=_SWIN),
-    'models.swin_transformer_v2_cr.WindowMultiHeadAttention': Family('swinv2_cr_tiny_224', options=_SWIN),
+    'models.swin_transformer.WindowAttention': Family('swin_tiny_patch4_window7_224', options=SMALL_SWIN),
+    'models.swin_transformer_v2.WindowAttention': Family('swinv2_tiny_window8_256', options=SMALL_SWIN),
+    'models.swin_transformer_v2_cr.WindowMultiHeadAttention': Family('swinv2_cr_tiny_224', options=SMALL_SWIN),
     'models.tiny_vit.Attention': Family('tiny_vit_5m_224', options={**_FOUR, 'num_heads': (1, 2, 3, 4)}),
     'models.tnt.Attention': Family(
         'tnt_s_legacy_patch16_224',

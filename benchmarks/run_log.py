@@ -1,4 +1,4 @@
-"""The log of finished trainings: one line of JSON for each, so that a stopped comparison goes on where it was."""
+"""A log of what is finished: one line of JSON for each part, so that a run that was stopped goes on where it was."""
 
 from __future__ import annotations
 
