@@ -21,10 +21,11 @@ def may_write_in_place(*tensors: Tensor) -> bool:
     """Whether what is computed from tensors may be written over, or into memory at hand, with no difference but speed.
 
     That is so for plain tensors on a CPU in eager mode. Transforms such as `torch.func.vmap`, derivatives in forward
-    mode and subclasses of tensors follow how results are made, and cannot follow them into ``out=``. For gradients,
-    which need what would be written over, callers look themselves.
+    mode and subclasses of tensors follow how results are made, and cannot follow them into ``out=``; a trace by
+    `torch.jit` has to be the same with gradients and without. For gradients, which need what would be written over,
+    callers look themselves.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
     # The level of `forward_ad.dual_level`. To ask every tensor costs microseconds, which few tokens would notice.
     if getattr(forward_ad, '_current_level', 0) >= 0:

@@ -109,7 +109,7 @@ class SEM(ChannelGate):
 
     def _gate_pooled(self, pooled: Tensor) -> Tensor:
         logits, weights = self._weighted_pooled(pooled)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not torch.jit.is_tracing():
             return logits.mul_(weights).sigmoid_().prod(1)
         # Not prod(1): its gradient looks for zeros, which makes a GPU wait. The product is the same, bit for bit.
         gate, *others = torch.sigmoid(logits * weights).unbind(1)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dis
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable, Hashable, Iterator
+from functools import wraps
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any, TypeVar, cast
 
@@ -14,7 +14,22 @@ _Function = TypeVar('_Function', bound=Callable[..., Any])
 
 
 def _cached(function: _Function) -> _Function:
-    return cast(_Function, cache(function))  # with the signature of the function, which `cache` forgets
+    """Keeps what a function says of a class until the class gets another forward, as an edited notebook gives it."""
+    known: dict[Any, Any] = {}
+
+    @wraps(function)
+    def of(cls: type, *others: Any) -> Any:
+        key = cls, code_of(cls), *others
+        if key not in known:
+            known[key] = function(cls, *others)
+        return known[key]
+
+    return cast(_Function, of)
+
+
+def code_of(cls: Any) -> Hashable:
+    """What identifies the forward of a module class: its code, which may change while the function stays."""
+    return cast(Hashable, getattr(cls.forward, '__code__', cls.forward))
 
 
 _ADD_NAMES = {'add', 'add_', '__add__', '__iadd__'}

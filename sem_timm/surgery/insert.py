@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -122,7 +123,8 @@ class Inserter:
             tensor = reading.values[False][add.branch]
             layout = site_layout(add, reading.values[False])
             sites.append(self._site(name, 'residual', attribute, tensor, layout))
-        edits, key = reading.trace.edits, (self.operation, tuple(numbers), attributes)
+        # Which sums are residual depends on shapes, which the trace does not.
+        edits, key = reading.trace.edits, (self.operation, attributes, *self._chosen(reading, numbers))
         if key not in edits:
             graphs = self._edited(reading, numbers, attributes)
             try:
@@ -133,15 +135,16 @@ class Inserter:
             edits[key] = compiled(edit)
         return Placement(tuple(sites), edits[key], reading)
 
+    def _chosen(self, reading: Reading, numbers: list[int]) -> tuple[tuple[ResidualAdd, ...], ...]:
+        """The sums that get a new child, in eval and in training mode."""
+        return tuple(tuple(reading.adds[mode][number] for number in numbers) for mode in (False, True))
+
     def _edited(self, reading: Reading, numbers: list[int], attributes: tuple[str, ...]) -> dict[bool, fx.Graph]:
-        graphs = reading.trace.graphs
-        done = {
-            mode: insert_modules(
-                graphs[mode], [reading.adds[mode][n] for n in numbers], attributes, self.operation.fuses_shortcut
-            )
-            for mode in ({False} if graphs[True] is graphs[False] else {True, False})
-        }
-        return {False: done[False], True: done.get(True, done[False])}
+        graphs, fuses = reading.trace.graphs, self.operation.fuses_shortcut
+        for_eval, for_training = self._chosen(reading, numbers)
+        edited = insert_modules(graphs[False], for_eval, attributes, fuses)
+        same = graphs[True] is graphs[False]
+        return {False: edited, True: edited if same else insert_modules(graphs[True], for_training, attributes, fuses)}
 
     def _site(self, name: str, position: str, attribute: str, tensor: Tensor, layout: Layout | None) -> Site:
         shape = tuple(tensor.shape)
@@ -184,7 +187,7 @@ def _rehearse(operation: Any, site: Site) -> int:
     return sum(parameter.numel() for parameter in new.parameters())
 
 
-def insert_modules(graph: fx.Graph, adds: list[ResidualAdd], attributes: tuple[str, ...], fuse: bool) -> fx.Graph:
+def insert_modules(graph: fx.Graph, adds: Sequence[ResidualAdd], attributes: tuple[str, ...], fuse: bool) -> fx.Graph:
     """A copy of ``graph`` with a call of a new child on the branch of each given add.
 
     With ``fuse`` the child gets the shortcut as well and the add is left to it.

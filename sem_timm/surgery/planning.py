@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ from sem_timm.surgery.select import Target, select
 from sem_timm.surgery.skeleton import dtype_of, probe
 from sem_timm.surgery.swap import NoCore, Swapper, may_attend
 from sem_timm.surgery.walk import modules_by_name
+
+# While torch.fx traces, it catches the calls of all modules of the process; and the random generators, which a forward
+# must not draw from while it is traced, are the process's. So one plan is made at a time.
+_PLANNING = RLock()
 
 
 def plan_insertion(
@@ -88,7 +93,7 @@ def _planned(
 ) -> Plan:
     wanted = None if target is None else select(model, target)
     unwanted = _excluded(model, exclude)
-    with preserved_random_state(on_gpus=False), _on_cpu():
+    with _PLANNING, preserved_random_state(on_gpus=False), _on_cpu():
         reader = Reader(probe(model, input_size))
         placer = placer_of(reader, operation)
         found = [name for name in placer.candidates if name not in unwanted]

@@ -153,7 +153,7 @@ class Reader:
         structure, is_local = self.structures.describe(module)
         shapeless = (structure, call_key(values, shapes=False), inline_methods)
         exact = (structure, call_key(values, shapes=True), inline_methods)
-        found = _TRACES.get(shapeless) or self._traces.get(shapeless) or self._traces.get(exact)
+        found = self._traces.get(shapeless) or self._traces.get(exact) or _TRACES.get(shapeless)
         if found is None:
             try:
                 found = trace(module, call, inline_methods=inline_methods)

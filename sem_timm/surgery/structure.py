@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from enum import Enum, auto
 from functools import lru_cache
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, ClassVar, cast
@@ -10,7 +12,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from sem_timm.surgery.bytecode import names_called
+from sem_timm.surgery.bytecode import code_of, names_called
 from sem_timm.surgery.layout import layout_of
 from sem_timm.surgery.state import INFRASTRUCTURE
 from sem_timm.surgery.walk import modules_by_name
@@ -19,8 +21,18 @@ _PLAIN = (bool, int, float, str, type(None))
 _SHARED = (FunctionType, BuiltinFunctionType, type, torch.dtype, torch.device)
 
 
-class _Local(int):
+@dataclass(frozen=True)
+class _Local:
     """Identity of an object of one model, which says nothing about those of other models."""
+
+    number: int
+
+
+class _Any(Enum):
+    """What stands in a description for all values of a kind."""
+
+    INTEGER = auto()
+    TENSOR = auto()
 
 
 class Structures:
@@ -34,8 +46,8 @@ class Structures:
     _numbers: ClassVar[dict[Hashable, int]] = {}
 
     def __init__(self) -> None:
-        self._local_numbers: dict[Hashable, int] = {}
-        self._known: dict[int, int] = {}
+        self._local_numbers: dict[Hashable, _Local] = {}
+        self._known: dict[int, int | _Local] = {}
 
     def describe(self, module: nn.Module) -> tuple[Hashable, bool]:
         """What of a module, of its children and of their attributes can steer its forward.
@@ -52,9 +64,9 @@ class Structures:
         )
         cls, attributes, tensors, children = self._described(module, _exact)
         is_local = _is_local(attributes) or _is_local(looked_into) or _is_local(children)
-        return (cls.forward, cls, attributes, tensors, children, looked_into), is_local
+        return (code_of(cls), cls, attributes, tensors, children, looked_into), is_local
 
-    def _number(self, module: nn.Module) -> int:
+    def _number(self, module: nn.Module) -> int | _Local:
         key = id(module)
         if key not in self._known:
             description = self._described(module, _without_integers)
@@ -66,14 +78,15 @@ class Structures:
 
     def _described(self, module: nn.Module, plain: Callable[[Any], Hashable]) -> tuple[Any, ...]:
         state, cls = module.__dict__, cast(Hashable, type(module))
-        attributes = tuple((name, plain(state[name])) for name in _attributes_read(cls, tuple(state)))
+        read = _attributes_read(cls, code_of(cls), tuple(state))
+        attributes = tuple((name, plain(state[name])) for name in read)
         tensors = tuple((k, t is None) for store in ('_parameters', '_buffers') for k, t in state[store].items())
         children = tuple((k, None if m is None else self._number(m)) for k, m in module._modules.items())
-        return type(module), attributes, tensors, children
+        return cls, attributes, tensors, children
 
 
 @lru_cache(maxsize=4096)
-def _attributes_read(cls: type, names: tuple[str, ...]) -> tuple[str, ...]:
+def _attributes_read(cls: Any, code: Hashable, names: tuple[str, ...]) -> tuple[str, ...]:
     """Those of a module's attributes that its forward may look at."""
     mentioned = names_called(cls)
     read = set(names) if mentioned & {'getattr', 'vars', '__dict__'} else mentioned.intersection(names)
@@ -88,19 +101,24 @@ def _is_local(description: Hashable) -> bool:
 
 
 def _exact(value: Any) -> Hashable:
-    """An attribute as something that is equal for equal behaviour: plain values as they are, others by identity."""
-    if isinstance(value, (*_PLAIN, *_SHARED)):
+    """An attribute as something that is equal for equal behaviour: plain values with their types, since True equals 1.
+
+    Others count by identity.
+    """
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    if isinstance(value, _SHARED):
         return value
     if isinstance(value, (tuple, list)):
         return tuple(_exact(entry) for entry in value)
     if isinstance(value, dict):
-        return tuple((str(key), _exact(entry)) for key, entry in value.items())
+        return tuple((_exact(key), _exact(entry)) for key, entry in value.items())
     return str(type(value)) if isinstance(value, (Tensor, nn.Module)) else _Local(id(value))
 
 
 def _without_integers(value: Any) -> Hashable:
     if type(value) is int:
-        return int
+        return _Any.INTEGER
     return tuple(_without_integers(entry) for entry in value) if isinstance(value, (tuple, list)) else _exact(value)
 
 
@@ -111,9 +129,9 @@ def call_key(values: dict[str, Any], *, shapes: bool) -> Hashable:
 
 def _argument(value: Any, shapes: bool) -> Hashable:
     if isinstance(value, Tensor):
-        return (value.shape, value.dtype, layout_of(value)) if shapes else 'tensor'
+        return (value.shape, value.dtype, layout_of(value)) if shapes else _Any.TENSOR
     if type(value) in (tuple, list):
         return type(value), tuple(_argument(entry, shapes) for entry in value)
     if type(value) is int and not shapes:
-        return 'int'
-    return value if isinstance(value, _PLAIN) else (type(value), _Local(id(value)))
+        return _Any.INTEGER
+    return type(value), value if isinstance(value, _PLAIN) else _Local(id(value))

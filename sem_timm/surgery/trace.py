@@ -131,9 +131,10 @@ def bind(signature: inspect.Signature, call: Call) -> dict[str, Any]:
 def _both_modes(
     module: nn.Module, values: dict[str, Any], signature: inspect.Signature, level: _Level
 ) -> tuple[dict[bool, fx.Graph], tuple[Guard, ...]]:
+    mentioned = names_called(type(module))
     with _training_flag(module) as flag:
         graph, guards = _with_free_arguments(module, values, signature, level)
-        if not flag.was_read and 'training' not in names_called(type(module)):
+        if not flag.was_read and 'training' not in mentioned:
             return {True: graph, False: graph}, tuple(guards)
         flag.value = True
         with _children_in_training(module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import traceback
 from collections.abc import Callable, Iterator
+from threading import get_ident
 from types import FunctionType
 from typing import Any
 
@@ -30,7 +31,10 @@ def own_methods(cls: type) -> Iterator[str]:
 
 
 class LevelTracer(fx.Tracer):
-    """Traces the root's own forward with the arguments in ``symbolic`` as proxies and the others as they are."""
+    """Traces the root's own forward with the arguments in ``symbolic`` as proxies and the others as they are.
+
+    Modules that other threads call in the meantime do what they always do.
+    """
 
     proxy_buffer_attributes = True
 
@@ -46,6 +50,7 @@ class LevelTracer(fx.Tracer):
         self.symbolic = symbolic
         self.methods = methods
         self.mode = _mode()
+        self.thread = get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -85,6 +90,16 @@ class LevelTracer(fx.Tracer):
             raise TraceError('the forward makes a constant tensor')
         _drop_dead_reads(graph)
         return graph
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_module(m, forward, args, kwargs) if self._is_recorded() else forward(*args, **kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return super().getattr(attr, attr_val, parameter_proxy_cache) if self._is_recorded() else attr_val
+
+    def _is_recorded(self) -> bool:
+        """Whether what happens now is part of the traced forward."""
+        return get_ident() == self.thread
 
     def _leaf(self, name: str) -> Callable[..., Any]:
         return lambda *args, **kwargs: self.create_proxy('call_module', name, args, kwargs)
@@ -149,11 +164,8 @@ class _GuidedTracer(LevelTracer):
             found = getattr(found, part)
         return found.forward(*args, **kwargs) if node.op == 'call_module' else found
 
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        return forward(*args, **kwargs) if self.computing else super().call_module(m, forward, args, kwargs)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        return attr_val if self.computing else super().getattr(attr, attr_val, parameter_proxy_cache)
+    def _is_recorded(self) -> bool:
+        return super()._is_recorded() and not self.computing
 
     def decide(self, proxy: fx.Proxy, question: Callable[[Any], Any]) -> Any:
         value = self.known[proxy.node]

@@ -50,6 +50,18 @@ def exported(model: nn.Module, inputs: list[Tensor], axes: dict[int, Any]) -> li
         return [use(images) for images in inputs]
 
 
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # of sizes that are numbers in the trace
+@pytest.mark.filterwarnings('ignore:`torch.jit:FutureWarning')  # it is deprecated
+@pytest.mark.filterwarnings('ignore:`torch.jit:DeprecationWarning')
+@capability('`torch.jit.trace`')
+def test_jit_trace(twins: Twins) -> None:
+    images, model = twins.images(), twins.moved()
+    with unpatched():
+        torch.jit.trace(twins.base, images)
+    found = torch.jit.trace(model, images)  # which compares a second trace with the first, and what both compute
+    assert_close(outputs(found, images), outputs(model, images), rtol=1e-4, scale=1e-5)
+
+
 @capability('ONNX (`torch.onnx.export`, run by onnxruntime), dynamic batch', slow=True)
 def test_onnx(twins: Twins, tmp_path: Path) -> None:
     model = twins.moved()

@@ -150,10 +150,11 @@ class Swapper:
         if self._pools(name, reading):
             raise Refused('it pools its tokens into one; only one query is used')
         sites = tuple(self._site(name, attribute, core, values, reading) for core, attribute in zip(cores, attributes))
-        # Which rows of a packed weight are read depends on its shape, which the trace does not.
+        # What is a core, and which rows of a packed weight are read, depends on shapes, which the trace does not.
+        nodes = tuple((core.output, core.query, core.key, core.value) for core in cores)
         shapes = tuple(parameter.shape for parameter in module.parameters())
         of_sites = tuple((site.masked, site.shape[-1]) for site in sites)
-        key = (self.operation, attributes, of_sites, shapes, self._tables(type(module)))
+        key = (self.operation, attributes, nodes, of_sites, shapes, self._tables(type(module)))
         edits = reading.trace.edits
         if key not in edits:
             edits[key] = self._edited(name, reading, attributes)
