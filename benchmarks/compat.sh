@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=1
 
-OLDEST=(torch==2.5.0 torchvision==0.20.0 timm==1.0.31)
+OLDEST=(torch==2.9.0 torchvision==0.24.0 timm==1.0.31)
 NEWEST=(torch torchvision timm)
 CORE=(tests/test_promises.py tests/test_timm_api.py tests/surgery tests/swap)
 
