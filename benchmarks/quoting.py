@@ -38,13 +38,16 @@ _LINK = re.compile(r'docs/benchmarks/\d{4}-\d\d-\d\d\.')
 def quoted(text: str, results: dict[str, Any], date: str) -> str:
     """The text of the README with the figures of one result file, those of a CPU."""
     lines = {name: line for part in results.get('cpu', {}).values() for name, line in part['lines'].items()}
-    rows = [
-        f'| {name} | {lines[name]["value"]:.2f} | {lines[name]["goal"]:.2f} |\n' for name in QUOTED if name in lines
-    ]
+    rows = [_row(name, lines[name]) for name in QUOTED if name in lines]
     before, title, rest = text.partition('\n## Speed\n')
     section, following, after = rest.partition('\n## ')
     section = _TABLE.sub(lambda match: match[1] + ''.join(rows), section)
     return before + title + _LINK.sub(f'docs/benchmarks/{date}.', section) + following + after
+
+
+def _row(name: str, line: dict[str, Any]) -> str:
+    missed = ', missed' if line['value'] > line['goal'] else ''
+    return f'| {name} | {line["value"]:.2f} | {line["goal"]:.2f}{missed} |\n'
 
 
 def main() -> None:

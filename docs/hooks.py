@@ -9,6 +9,7 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,6 +45,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 files.append(File.generated(config, target, abs_src_path=str(ROOT / target)))
     files.append(File.generated(config, 'reference/command_line.md', content=_commands()))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Links of guides to the root of the repository, as they are read there, to where the documentation has it."""
+    return _LINK.sub(lambda link: f'../{_moved(link[1][6:])}' if link[1].startswith('../../') else link[1], markdown)
 
 
 def _moved(target: str) -> str:

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 class SemTimmError(Exception):
-    """Base of all errors raised on purpose; after any of them the model is what it was before the call."""
+    """Base of all errors raised on purpose; after any but those that end a training the model is what it was before."""
 
 
 class OptionError(SemTimmError, ValueError):

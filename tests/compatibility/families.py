@@ -97,7 +97,7 @@ COLUMNS = {
         'xcit_nano_12_p16_224',
         options={'depth': 2, 'embed_dim': 64},
         layout='NLC',
-        attention='over channels, which nothing here takes the place of',
+        attention='over channels, which no core takes the place of; `eamlp` replaces the whole module',
     ),
 }
 

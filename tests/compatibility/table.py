@@ -18,8 +18,8 @@ _HEAD = """# What works with a patched model
 Each cell is a test in `tests/compatibility/`, which compares the patched model with the one before: SEM is an identity
 at first, so that results and gradients are the same, bit for bit where both compute in the same way; and then again
 after the new parameters were given other values, with the same model used plainly. {works} means that the test passes,
-{nothing} that there is nothing to test, {cannot} that it cannot work, with the reason in the notes; a test that fails
-then is expected to, and one that suddenly passes is an error. `benchmarks/compatibility.py` makes this page.
+{nothing} that there is nothing to test, {cannot} that it cannot work, for the reason in the notes: its test is expected
+to fail, and is an error if it passes. `benchmarks/compatibility.py` makes this page.
 
 {versions}
 """
