@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import prune, weight_norm
 
 import sem_timm
@@ -87,3 +88,54 @@ def test_dynamic_quantisation_after_the_swap() -> None:
         model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     with torch.no_grad():
         assert model(VIT.images()).isfinite().all()
+
+
+class Int8Weight(Tensor):
+    """A weight that a plain linear layer can multiply by, and nothing can take rows of."""
+
+    scale: Tensor
+    numbers: Tensor
+
+    @staticmethod
+    def __new__(cls, scale: Tensor, numbers: Tensor) -> Int8Weight:
+        made: Int8Weight = Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=scale.dtype)  # type: ignore[attr-defined]
+        made.scale, made.numbers = scale, numbers
+        return made
+
+    @classmethod
+    def of(cls, weight: Tensor) -> nn.Parameter:
+        scale = weight.detach().abs().amax(1, keepdim=True) / 127
+        return nn.Parameter(cls(scale, (weight.detach() / scale).round().to(torch.int8)), requires_grad=False)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            x, weight, *bias = args
+            return F.linear(x, weight.numbers * weight.scale, *bias)
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].scale, args[0].numbers)
+        raise NotImplementedError(f'{func} of quantised weights')
+
+
+@pytest.mark.parametrize('is_swapped', [False, True])
+def test_weights_that_are_quantised_in_a_plain_layer(is_swapped: bool) -> None:
+    model = swapped(VIT) if is_swapped else VIT.create()
+    attention: Any = model.get_submodule('blocks.0.attn')
+    attention.qkv.weight = Int8Weight.of(attention.qkv.weight)
+    assert type(attention.qkv) is nn.Linear
+    if not is_swapped:
+        swap(model, 'external', input_size=VIT.input_size)
+    with torch.no_grad():
+        found = queries(model, TOKENS)
+        assert_equal([found], [expected_queries(attention.qkv, TOKENS, attention.num_heads)])
+
+
+def test_an_export_computes_the_rows_that_are_read() -> None:
+    attention: Any = swapped(VIT).get_submodule('blocks.0.attn')
+    exported = torch.export.export(attention, (TOKENS,), strict=False)
+    outputs = [node.meta['val'] for node in exported.graph.nodes if 'linear' in str(node.target)]
+    assert [output.shape[-1] for output in outputs] == [64, 64]  # queries alone, and the last projection

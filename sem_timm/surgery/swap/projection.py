@@ -2,8 +2,8 @@
 
 The module stays what it is. The swapped forward hands it to `projected_rows`, which computes some rows of its weights
 as long as it is what was seen when the swap was planned, and else calls it and takes these rows of its output:
-somebody may have registered hooks, put adapters or quantised layers in its place, converted the norm for distributed
-training, or fused the two.
+somebody may have registered hooks, put adapters or quantised layers in its place, quantised its weights, converted the
+norm for distributed training, or fused the two.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from sem_timm.errors import TraceError
@@ -136,10 +137,17 @@ def _statistics(module: nn.Module, rows: _Taken) -> Iterator[Tensor]:
         yield _take(buffer, 0, rows) if buffer.ndim else buffer
 
 
+# Weights of any other type, quantised ones say, may know a projection as a whole and no rows of it. An export shows
+# plain weights as fake ones.
+_PLAIN_WEIGHTS = (Tensor, nn.Parameter, FakeTensor, type(None))
+
+
 def _is_altered(module: nn.Module) -> bool:
-    """Whether something was put around the forward of a module, which only calling it honours."""
+    """Whether something was put around the forward of a module or into its weights, which only calling it honours."""
     hooks: Any = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(len(registered) > 0 for registered in hooks) or 'forward' in module.__dict__
+    if any(len(registered) > 0 for registered in hooks) or 'forward' in module.__dict__:
+        return True
+    return any(type(parameter) not in _PLAIN_WEIGHTS for parameter in module._parameters.values())
 
 
 def _take(tensor: Tensor, axis: int, rows: _Taken) -> Tensor:
