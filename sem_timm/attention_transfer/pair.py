@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,7 +17,7 @@ from sem_timm.errors import ModelError, OptionError, RefusedError
 from sem_timm.layers import ExternalAttention
 from sem_timm.surgery.freeze import check_not_compact, trainable_parameters, unread_parameters
 from sem_timm.surgery.planning import check_model, plan_swap
-from sem_timm.surgery.rewrite import Edit, edit_of
+from sem_timm.surgery.rewrite import Edit, edit_of, put_back
 from sem_timm.surgery.skeleton import shadow, weightless
 from sem_timm.surgery.swap.original import Original
 
@@ -200,11 +199,8 @@ def swaps_of(model: nn.Module) -> dict[str, Edit]:
 def _put_back(twin: nn.Module) -> None:
     """Gives a twin its old attention back; other patches stay."""
     for module in list(twin.modules()):
-        edit: Any = edit_of(module)
-        if edit is not None and edit.position == 'core':
-            module.__class__ = edit.base
-            for child in edit.inserted:
-                delattr(module, child)
+        while (edit := edit_of(module)) is not None and edit.position == 'core':
+            put_back(module, edit)
 
 
 def _layers(

@@ -21,6 +21,7 @@ from sem_timm.persistence.record import PARTS, RECORD_NAME, PatchRecord, SiteRec
 from sem_timm.persistence.save import base_of, steps_of
 from sem_timm.persistence.weights_file import read_tensors
 from sem_timm.surgery import Plan, apply_plan, check_choice, check_model, patched, unpatch_model
+from sem_timm.surgery.random_state import preserved_random_state
 
 CHECKS = ('warn', 'error', 'ignore')
 
@@ -117,15 +118,14 @@ def _listed(steps: tuple[Step, ...]) -> str:
 
 @contextmanager
 def _all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Undoes patches and what they froze if anything fails; draws no random number in any case.
+    """Undoes patches and what they froze if anything fails; leaves the random generators alone in any case.
 
     Values are not touched before all is checked, and are put back where they are touched.
     """
     had_patch = bool(patched(model))
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with preserved_random_state():
             yield
     except BaseException:
         if patched(model) and not had_patch:

@@ -18,7 +18,8 @@ from sem_timm.errors import ModelError, PlanError, SwapWarning
 from sem_timm.surgery.freeze import check_not_compact, freeze, unfreeze
 from sem_timm.surgery.plan import Plan, Site
 from sem_timm.surgery.planning import check_model, structure_of
-from sem_timm.surgery.rewrite import edit_of, patched_class
+from sem_timm.surgery.random_state import preserved_random_state
+from sem_timm.surgery.rewrite import edit_of, note_of, put_back, put_in
 from sem_timm.surgery.skeleton import dtype_of
 from sem_timm.surgery.swap import match_scales
 from sem_timm.surgery.walk import modules_by_name
@@ -49,10 +50,6 @@ class PatchedModule:
     number: int = field(default=0, repr=False)
 
 
-# Kept on each patched module: number, probe and sites of the plan that was applied.
-_APPLIED = '_surgery_applied'
-
-
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     """Applies ``plan`` to ``model`` in place, all of it or nothing.
 
@@ -65,29 +62,23 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     check_model(model)
     _check_fit(model, plan)
     modules = {name: model.get_submodule(name) for name in plan.edits}
-    rng = _rng_states()
-    done: list[tuple[nn.Module, str]] = []
     try:
-        classes = {name: patched_class(edit) for name, edit in plan.edits.items()}
-        built = [(modules[site.name], site.attribute, _built(plan, site, modules[site.name], model)) for site in plan]
-        match_scales(model, plan, built)
-        if plan.swaps_attention:  # here, where a warning that is made an error changes nothing
-            warnings.warn(_needs_training(plan), SwapWarning, stacklevel=3)
-        for block, attribute, new in built:
-            block.add_module(attribute, new)
-            done.append((block, attribute))
-        number = 1 + max((part.number for part in patched(model)), default=-1)
-        for name, cls in classes.items():
-            sites = tuple(site for site in plan if site.name == name)
-            modules[name].__dict__[_APPLIED] = (number, plan.input_size, sites)
-            modules[name].__class__ = cls
+        with preserved_random_state(after_success=False):
+            built = [
+                (modules[site.name], site.attribute, _built(plan, site, modules[site.name], model)) for site in plan
+            ]
+            match_scales(model, plan, built)
+            if plan.swaps_attention:  # here, where a warning that is made an error changes nothing
+                warnings.warn(_needs_training(plan), SwapWarning, stacklevel=3)
+            for block, attribute, new in built:
+                block.add_module(attribute, new)
+            number = 1 + max((part.number for part in patched(model)), default=-1)
+            for name, edit in plan.edits.items():
+                sites = tuple(site for site in plan if site.name == name)
+                put_in(modules[name], edit, (number, plan.input_size, sites))
     except BaseException:
         for name, edit in plan.edits.items():
-            modules[name].__class__ = edit.base
-            modules[name].__dict__.pop(_APPLIED, None)
-        for block, attribute in done:
-            delattr(block, attribute)
-        _set_rng_states(rng)
+            put_back(modules[name], edit)
         raise
     freeze(model, plan.unread)
     return model
@@ -98,17 +89,6 @@ def _needs_training(plan: Plan) -> str:
         f'{plan.model_name}: {plan.operation} took the place of self-attention, which is not an identity. The model '
         'gives other outputs than before and needs training; unpatch_model(model) gives the old one back.'
     )
-
-
-def _rng_states() -> list[torch.Tensor]:
-    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return [torch.get_rng_state(), *on_gpu]
-
-
-def _set_rng_states(states: list[torch.Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if states[1:]:
-        torch.cuda.set_rng_state_all(states[1:])
 
 
 def _built(plan: Plan, site: Site, block: nn.Module, model: nn.Module) -> nn.Module:
@@ -149,7 +129,7 @@ def patched(model: nn.Module) -> tuple[PatchedModule, ...]:
     for name, module in modules_by_name(model).items():
         edit = edit_of(module)
         if edit is not None:
-            number, input_size, sites = module.__dict__.get(_APPLIED, (0, (), ()))
+            number, input_size, sites = note_of(module) or (0, (), ())
             part = (name, edit.base.__name__, edit.inserted, edit.position, edit.operation)
             found.append(PatchedModule(*part, sites, input_size, number))
     return tuple(found)
@@ -175,13 +155,8 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     check_undoable(model)
     unfreeze(model)
     for module in list(model.modules()):
-        module.__dict__.pop(_APPLIED, None)
-        edit = edit_of(module)
-        while edit is not None:
-            module.__class__ = edit.base
-            for name in edit.inserted:
-                delattr(module, name)
-            edit = edit_of(module)
+        while (edit := edit_of(module)) is not None:
+            put_back(module, edit)
     return model
 
 

@@ -49,6 +49,33 @@ def edit_of(module: nn.Module, *, inherited: bool = False) -> Edit | None:
     return getattr(cls, '_surgery_edit', None) if inherited else cls.__dict__.get('_surgery_edit')
 
 
+# Kept on a patched module: what was noted of each edit in force, the last one last.
+_NOTES = '_surgery_notes'
+
+
+def put_in(module: nn.Module, edit: Edit, note: Any) -> None:
+    """Puts an edit in force in a module that has its new children, and keeps a note of it there."""
+    module.__class__ = patched_class(edit)
+    module.__dict__[_NOTES] = (*module.__dict__.get(_NOTES, ()), note)
+
+
+def put_back(module: nn.Module, edit: Edit) -> None:
+    """Takes the last edit of a module back: its class, its note and its children, or what there is of them yet."""
+    if edit_of(module) == edit:
+        module.__class__ = edit.base
+        notes = module.__dict__.pop(_NOTES, ())[:-1]
+        if notes:
+            module.__dict__[_NOTES] = notes
+    for name in edit.inserted:
+        if name in module._modules:
+            delattr(module, name)
+
+
+def note_of(module: nn.Module) -> Any:
+    """What was noted of the last edit of a module; None if nothing was."""
+    return module.__dict__.get(_NOTES, (None,))[-1]
+
+
 # Kept on a module whose patch is switched off for the moment.
 DISABLED = '_surgery_disabled'
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import timm
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 import sem_timm
 from sem_timm import ModelError, OptionError, PatchFileError
+from sem_timm.surgery.random_state import random_states
 from tests.families import FAMILIES
 from tests.persistence.patches import CASES, base, edit_json, of_case, outputs, patch, weights_file
 from tests.refusals import refused
@@ -237,3 +240,20 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     with refused(headless, OptionError, 'include_head=True'):
         sem_timm.save_patch(headless, tmp_path, include_head=True)
     assert not list(tmp_path.iterdir())
+
+
+class DrawsInItsForward(nn.Dropout):
+    """Draws from every random generator, whatever its mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.rand(3), random.random(), numpy.random.rand()
+        return x
+
+
+def test_all_random_generators_stand_still(tmp_path: Path) -> None:
+    sem_timm.save_patch(of_case('external'), tmp_path)
+    model = base('vit_registers')
+    model.head_drop = DrawsInItsForward()
+    before = random_states()
+    sem_timm.load_patch(model, tmp_path, input_size=FAMILIES['vit_registers'].input_size)
+    assert random_states() == before

@@ -178,7 +178,7 @@ class PatchedModel(RuleBasedStateMachine):
             if name in names:
                 assert type(module) is type(names[name]) or (edit is not None and edit.base is type(names[name]))
                 own = [child for child in module._modules if edit is None or child not in edit.inserted]
-                assert own == [*names[name]._modules] and ('_surgery_applied' in module.__dict__) == (edit is not None)
+                assert own == [*names[name]._modules] and ('_surgery_notes' in module.__dict__) == (edit is not None)
             else:
                 assert f'{name}.'.startswith(tuple(f'{child}.' for child in inserted)), name
         if not self.compact:
