@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sem_timm.attention_transfer.least_squares import LeastSquares
 from sem_timm.attention_transfer.measure import visiting
@@ -24,7 +23,6 @@ from sem_timm.layers import ExternalAttention
 from sem_timm.layers.k_means import cluster_means, k_means, nearest
 from sem_timm.surgery.reading import bound_arguments
 from sem_timm.surgery.skeleton import Call
-from sem_timm.surgery.swap.cores import Core
 from sem_timm.surgery.swap.original import Computed
 
 # Tokens that k-means looks at, per core.
@@ -133,20 +131,11 @@ def _over_cores(pair: Pair, batches: list[Tensor], visit: Any) -> None:
         arguments = bound_arguments(layer.teacher, Call(args, kwargs, None))
         computed = layer.original.compute(layer.teacher, arguments, with_extra=layer.masked)
         for child, core in layer.cores.items():
-            scale = _scale(layer.original.cores[child], core.head_dim)
-            visit(f'{layer.name}.{child}', core, computed[child], scale)
+            visit(f'{layer.name}.{child}', core, computed[child], layer.original.cores[child].scale.of_products)
 
     with visiting(pair, look) as teacher:
         for images in batches:
             teacher(images)
-
-
-def _scale(old: Core, head_dim: int) -> float:
-    """What the products of queries and keys are multiplied by; spelled out, queries mostly are already."""
-    if old.output.target is not F.scaled_dot_product_attention:
-        return 1.0
-    given = old.output.kwargs.get('scale')
-    return float(given) if isinstance(given, (int, float)) else head_dim**-0.5
 
 
 def _clusters(pair: Pair, batches: list[Tensor], options: TransferOptions) -> dict[str, tuple[Tensor, Tensor]]:

@@ -33,7 +33,7 @@ def swapped(operation: Any = 'external', *, model: Any = None, **options: Any) -
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter('ignore', sem_timm.SwapWarning)
         torch.manual_seed(0)
-        return sem_timm.patch_model(create() if model is None else model, operation, input_size=SIZE, **options)
+        return sem_timm.patch_model(create() if model is None else model, operation, **{'input_size': SIZE, **options})
 
 
 def batches(count: int = 4, size: int = 16) -> list[Tensor]:

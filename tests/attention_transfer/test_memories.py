@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 import sem_timm
 from sem_timm.attention_transfer.least_squares import LeastSquares
 from tests.attention_transfer.small_transformer import batches, create, swapped
 from tests.families import FAMILIES, Family
 from tests.swap.classes import CLASSES
+from tests.swap.small_attention import Model, Projected
 from tests.swap.swapping import swapped as swapped_family
 
 
@@ -56,6 +59,41 @@ def test_keys_are_centers_of_the_original_keys_at_the_scale_of_its_logits() -> N
         assert float(centers.norm(dim=1).max()) < float(keys.norm(dim=1).max())
         ratio = (q[:, head] @ mk[head]).std() / (q[:, head] @ k[:, head].mT / 4).std()
         assert 0.3 < float(ratio) < 1.1
+
+
+class SpelledOut(Projected):
+    """Scales its products, by less than the root of its width would."""
+
+    scale = 0.1
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ((q @ k.mT) * self.scale).softmax(-1) @ v
+
+
+class Called(SpelledOut):
+    """The same in one call."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+
+
+class ScaledBefore(SpelledOut):
+    """The same by queries that are scaled, which the new core gets so."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ((q * self.scale) @ k.mT).softmax(-1) @ v
+
+
+def test_the_scale_of_keys_does_not_depend_on_how_attention_is_written() -> None:
+    memories = {}
+    for form in (Called, SpelledOut, ScaledBefore):
+        torch.manual_seed(0)
+        model = swapped(model=Model(form()).eval(), input_size=(3, 32, 32))
+        images = [torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))]
+        sem_timm.initialize_memories(model, images, keys='keys', sharpness=(1.0,))
+        memories[form] = model.attention.core.mk.detach()
+    torch.testing.assert_close(memories[SpelledOut], memories[Called])
+    torch.testing.assert_close(memories[ScaledBefore] * SpelledOut.scale, memories[Called])
 
 
 def test_least_squares_is_better_than_means_and_chosen_sharpness_than_none() -> None:

@@ -152,6 +152,21 @@ def test_attentions_that_read_no_keys_get_the_queries_as_they_entered_the_produc
     assert 'attention.temperature' not in sem_timm.plan_model(model, 'catt', input_size=SIZE).unread
 
 
+WITH_FACTORS = {'by_tokens', 'per_head', 'over_a_parameter', 'several'}
+
+
+@pytest.mark.parametrize('form', [form for form in FORMS if form not in WITH_FACTORS])
+def test_the_number_on_products_of_queries_and_keys_as_they_enter_the_core(form: str) -> None:
+    model = Model(Scaled(form)).eval()
+    plan = sem_timm.plan_model(model, 'external', input_size=SIZE)
+    (core,) = plan.originals['attention'].cores.values()
+    assert not core.scale.factors
+    tokens = torch.randn(2, 16, WIDTH, generator=torch.Generator().manual_seed(0))
+    (old,) = plan.originals['attention'].compute(model.attention, {'x': tokens}).values()
+    attention = (old.query @ old.key.mT * core.scale.of_products).softmax(-1)
+    torch.testing.assert_close(attention @ old.value, old.output, rtol=1e-4, atol=1e-5)
+
+
 class PerPair(Scaled):
     """Every pair of tokens has a factor of its own."""
 

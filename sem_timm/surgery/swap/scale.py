@@ -64,6 +64,7 @@ class Scale:
         query: The queries, before they are multiplied by a number.
         transposed: Whether that is (..., d, N).
         number: What does not depend on the input or on parameters.
+        folded: The part of ``number`` by which the core's own queries, the old ones, are multiplied already.
         factors: Tensors and numbers of the graph, and whether logits are divided by them.
         refusal: Why the queries cannot be multiplied by it instead; empty where they can.
     """
@@ -71,8 +72,14 @@ class Scale:
     query: fx.Node
     transposed: bool = False
     number: float = 1.0
+    folded: float = 1.0
     factors: tuple[tuple[fx.Node, bool], ...] = ()
     refusal: str = ''
+
+    @property
+    def of_products(self) -> float:
+        """The number by which the products of the core's own queries and keys are multiplied."""
+        return self.number / self.folded
 
     def of_queries(self, query: Any, factors: Iterable[Any], width: int, calls: Arithmetic | None = None) -> Any:
         """Queries of a width for a core that divides by its root.
@@ -163,7 +170,8 @@ def _folded(query: fx.Node, sources: set[fx.Node], values: Values) -> Scale:
     constant = _constant(second, sources if transposed else sources | {first}, values)
     if not constant or values[first].dtype != values[query].dtype:
         return Scale(query)
-    return Scale(first, transposed, 1 / constant if name in _OVER else constant)
+    number = 1 / constant if name in _OVER else constant
+    return Scale(first, transposed, number, folded=number)
 
 
 def _constant(operand: Any, sources: set[fx.Node], values: Values) -> float | None:
