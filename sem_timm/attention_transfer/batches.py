@@ -1,57 +1,43 @@
-"""What loaders yield, as images and labels; how long they are; and the end of those that run dry."""
+"""The batches of a loader as a model takes them; how many there are; and the end of those that run dry."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from sem_timm.batches import Loader, loader_of, read_batches
 from sem_timm.errors import OptionError
 
-_IMAGE_KEYS = ('image', 'images', 'pixel_values', 'input', 'inputs', 'x')
-_LABEL_KEYS = ('label', 'labels', 'target', 'targets', 'y')
 
-
-def images_and_labels(batch: Any, model: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The images of a batch, on the device and in the type of a model, and its labels where it has any.
+def batches_for(loader: Loader, model: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Images on the device and in the type of a model, and their labels where they have any.
 
     Raises:
-        OptionError: If the batch is neither a tensor, nor a pair, nor a dictionary with images.
+        OptionError: If a batch has no images.
     """
-    images, labels = batch, None
-    if isinstance(batch, dict):
-        images = next((batch[key] for key in _IMAGE_KEYS if key in batch), None)
-        labels = next((batch[key] for key in _LABEL_KEYS if key in batch), None)
-    elif isinstance(batch, (tuple, list)) and batch:
-        images, labels = batch[0], batch[1] if len(batch) > 1 else None
-    if not isinstance(images, Tensor) or images.ndim < 2 or not len(images):
-        raise OptionError(
-            f'the loader yields {type(batch).__name__}, in which there are no images; '
-            'a batch is a tensor (B, C, H, W), a pair of images and labels, or a dictionary with the key "image".'
-        )
     weight = next(model.parameters())
-    images = images.to(weight.device, weight.dtype)
-    return images, labels.to(weight.device) if isinstance(labels, Tensor) else None
+    for images, labels in read_batches(loader):
+        labels = labels.to(weight.device) if isinstance(labels, Tensor) else None
+        yield images.to(weight.device, weight.dtype), labels
 
 
-def first_batches(loader: Iterable[Any], count: int | None, model: nn.Module) -> list[Tensor]:
+def first_batches(loader: Loader, count: int | None, model: nn.Module) -> list[Tensor]:
     """The images of the first batches of a loader, of all with None.
 
     Raises:
         OptionError: If there are none.
     """
-    found = [images_and_labels(batch, model)[0] for batch in islice(_iterated(loader), count)]
+    found = [images for images, _ in islice(batches_for(loader, model), count)]
     if not found:
         raise OptionError(
-            'the loader yields no batch; attention transfer needs images of the kind that the model is for.'
+            'the loader yields no images; attention transfer needs images of the kind that the model is for.'
         )
     return found
 
 
-def number_of_steps(loader: Iterable[Any], epochs: int, steps: int | None) -> int:
+def number_of_steps(loader: Loader, epochs: int, steps: int | None) -> int:
     """How many batches a number of passes is, unless it is given.
 
     Raises:
@@ -60,7 +46,7 @@ def number_of_steps(loader: Iterable[Any], epochs: int, steps: int | None) -> in
     if steps is not None:
         return steps
     try:
-        length = len(loader)  # type: ignore[arg-type]
+        length = len(loader_of(loader))  # type: ignore[arg-type]
     except TypeError as error:
         raise OptionError(
             f'{type(loader).__name__} has no length, so that the schedule needs a number of batches: give steps=.'
@@ -68,34 +54,20 @@ def number_of_steps(loader: Iterable[Any], epochs: int, steps: int | None) -> in
     return epochs * length
 
 
-def drawn(loader: Iterable[Any], steps: int, model: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """A number of batches, from as many passes over a loader as that takes.
+def drawn(loader: Loader, steps: int, model: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """A number of batches, from as many passes over a loader as that takes, not the first over it.
 
     Raises:
-        OptionError: If the loader yields nothing, at once or when it is passed over again.
+        OptionError: If the loader yields nothing any more.
     """
     left = steps
     while left > 0:
         before = left
-        for batch in islice(_iterated(loader), left):
+        for batch in islice(batches_for(loader, model), left):
             left -= 1
-            yield images_and_labels(batch, model)
+            yield batch
         if left == before:
-            message = (
-                'the loader yields no batch'
-                if left == steps
-                else (
-                    f'the loader yields nothing when passed over again, with {left} of {steps} batches to come; '
-                    'give one that can be, such as a DataLoader, not a generator'
-                )
+            raise OptionError(
+                f'the loader yields nothing when passed over again, with {left} of {steps} batches to come; '
+                'give one that can be, such as a DataLoader, not a generator.'
             )
-            raise OptionError(f'{message}.')
-
-
-def _iterated(loader: Any) -> Iterator[Any]:
-    if isinstance(loader, torch.Tensor):
-        raise OptionError('the loader is a tensor; give a DataLoader or a list of batches, such as [images].')
-    try:
-        return iter(loader)
-    except TypeError as error:
-        raise OptionError(f'the loader is a {type(loader).__name__}, over which one cannot iterate.') from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,11 +11,12 @@ from sem_timm.attention_transfer.batches import drawn, number_of_steps
 from sem_timm.attention_transfer.matching import Progress, training_parts
 from sem_timm.attention_transfer.options import TransferOptions
 from sem_timm.attention_transfer.pair import Pair
+from sem_timm.batches import Loader
 from sem_timm.errors import ModelError
 
 
 def distill(
-    pair: Pair, loader: Iterable[Any], options: TransferOptions, progress: Progress | None = None
+    pair: Pair, loader: Loader, options: TransferOptions, progress: Progress | None = None
 ) -> tuple[list[float], int]:
     """Trains the student to name classes with the original's probabilities, by `timm.task.LogitDistillationTask`.
 

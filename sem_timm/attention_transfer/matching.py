@@ -6,7 +6,7 @@ gradient is taken at once, so that one layer's activations are in memory at a ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from sem_timm.attention_transfer.batches import drawn, number_of_steps
 from sem_timm.attention_transfer.measure import visiting
 from sem_timm.attention_transfer.options import TransferOptions
 from sem_timm.attention_transfer.pair import Pair, SwappedLayer
+from sem_timm.batches import Loader
 from sem_timm.errors import OptionError, closest
 from sem_timm.surgery.evaluate import first_tensor
 
@@ -62,7 +63,7 @@ def training_parts(
 
 def match(
     pair: Pair,
-    loader: Iterable[Any],
+    loader: Loader,
     options: TransferOptions,
     variances: dict[str, list[float]],
     progress: Progress | None = None,

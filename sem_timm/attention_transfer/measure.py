@@ -11,8 +11,9 @@ import torch
 from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
 
-from sem_timm.attention_transfer.batches import images_and_labels
+from sem_timm.attention_transfer.batches import batches_for
 from sem_timm.attention_transfer.pair import Pair, SwappedLayer
+from sem_timm.batches import Loader
 from sem_timm.surgery.evaluate import first_tensor
 
 Visit = Callable[[SwappedLayer, tuple[Any, ...], dict[str, Any], Tensor], None]
@@ -93,11 +94,10 @@ def error_of(kinds: list[Spread]) -> float:
 
 
 @torch.no_grad()
-def top1(model: nn.Module, loader: Iterable[Any] | None) -> float | None:
+def top1(model: nn.Module, loader: Loader | None) -> float | None:
     """The part of a loader's images whose class a model names, in percent; None without labels."""
     meter = AverageMeter()
-    for batch in loader or ():
-        images, labels = images_and_labels(batch, model)
+    for images, labels in () if loader is None else batches_for(loader, model):
         if labels is None:
             return None
         meter.update(accuracy(model(images), labels)[0].item(), len(images))

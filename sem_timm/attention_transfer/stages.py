@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -18,15 +17,16 @@ from sem_timm.attention_transfer.options import TransferOptions
 from sem_timm.attention_transfer.pair import Pair, make_pair, swaps_of
 from sem_timm.attention_transfer.result import Stage, TransferResult
 from sem_timm.attention_transfer.undisturbed import undisturbed
+from sem_timm.batches import Loader
 from sem_timm.errors import OptionError, RefusedError, closest
 
 
 def transfer(
     model: nn.Module,
-    loader: Iterable[Any],
+    loader: Loader,
     options: TransferOptions | None = None,
     *,
-    evaluation: Iterable[Any] | None = None,
+    evaluation: Loader | None = None,
     progress: Progress | None = None,
     **fields: Any,
 ) -> TransferResult:
@@ -67,7 +67,7 @@ def transfer(
 
 
 def initialize_memories(
-    model: nn.Module, batches: Iterable[Any], options: TransferOptions | None = None, **fields: Any
+    model: nn.Module, batches: Loader, options: TransferOptions | None = None, **fields: Any
 ) -> TransferResult:
     """The stage 'initialize' of `transfer` alone, on all of some batches.
 
@@ -92,7 +92,7 @@ def initialize_memories(
 
 def match_layers(
     model: nn.Module,
-    loader: Iterable[Any],
+    loader: Loader,
     options: TransferOptions | None = None,
     *,
     progress: Progress | None = None,
@@ -134,7 +134,7 @@ class _Run:
     """The stages of one transfer, measured one after another."""
 
     def __init__(
-        self, pair: Pair, options: TransferOptions, calibration: list[Tensor], evaluation: Iterable[Any] | None
+        self, pair: Pair, options: TransferOptions, calibration: list[Tensor], evaluation: Loader | None
     ) -> None:
         self.pair, self.options, self.calibration, self.evaluation = pair, options, calibration, evaluation
         self.stages = options.stages or _possible(pair)
@@ -149,7 +149,7 @@ class _Run:
         self.done = [Stage('original', accuracy=top1(pair.teacher, evaluation))]
         self._measure(Stage('swap'))
 
-    def do(self, name: str, loader: Iterable[Any], progress: Progress | None) -> None:
+    def do(self, name: str, loader: Loader, progress: Progress | None) -> None:
         """Runs one stage, and measures what came of it."""
         start = time.perf_counter()
         losses: list[float] = []

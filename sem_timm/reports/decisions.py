@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sem_timm.batches import Loader
 from sem_timm.errors import ModelError, OptionError
 from sem_timm.layers import SEM, Excitation
 from sem_timm.layers.excitation import check_at_least_one
-from sem_timm.reports.batches import Loader, labelled_batches
 from sem_timm.reports.isolation import device_of, isolated
+from sem_timm.reports.labels import labelled_batches
 from sem_timm.reports.moments import Moments
 from sem_timm.reports.pictures import Panel, check_path, heatmaps
 from sem_timm.surgery.image_shape import explained_shape

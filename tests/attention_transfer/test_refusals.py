@@ -92,12 +92,13 @@ def test_memories_are_asked_for_where_there_are_none() -> None:
 @pytest.mark.parametrize(
     'loader, parts',
     [
-        ([], ['yields no batch']),
-        (iter([]), ['yields no batch']),
-        (None, ['NoneType']),
-        (torch.zeros(4, 1, 16, 16), ['[images]']),
-        (['cat.png'], ['no images']),
-        ([{'picture': torch.zeros(1, 1, 16, 16)}], ['no images', '"image"']),
+        ([], ['yields no images']),
+        (iter([]), ['yields no images']),
+        (None, ['NoneType', 'DataLoader']),
+        ({'image': torch.zeros(4, 1, 16, 16)}, ['dict', 'DataLoader']),
+        (['cat.png'], ['type str', 'create_transform']),
+        ([{'picture': torch.zeros(1, 1, 16, 16)}], ["'picture'", "'image'"]),
+        ([torch.zeros(4, 1, 16, 16, dtype=torch.uint8)], ['uint8', 'normalised']),
         ([torch.zeros(0, 1, 16, 16)], ['no images']),
     ],
 )
@@ -109,7 +110,7 @@ def test_loaders_without_images(loader: Any, parts: list[str]) -> None:
 
 def test_an_evaluation_without_images() -> None:
     model = swapped()
-    with refused(model, OptionError, 'yields no batch'):
+    with refused(model, OptionError, 'yields no images'):
         sem_timm.transfer(model, batches(), evaluation=[])
 
 
@@ -135,6 +136,8 @@ def test_a_stream_needs_a_number_of_steps_and_a_generator_runs_dry() -> None:
         sem_timm.transfer(model, Stream())
     with refused(model, OptionError, 'passed over again', '2 of 6', 'generator'):
         sem_timm.transfer(model, iter([*batches(), *batches()]), steps=6)
+    with refused(model, OptionError, 'passed over again', '4 of 4'):
+        sem_timm.transfer(model, iter(batches()), steps=4)
     assert len(sem_timm.transfer(model, Stream(), steps=6)['match'].losses) == 6
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from sem_timm.errors import OptionError
@@ -17,32 +15,36 @@ _IMAGE_KEYS = ('image', 'images', 'pixel_values', 'img', 'input', 'inputs', 'x')
 _LABEL_KEYS = ('label', 'labels', 'target', 'targets', 'fine_label', 'y')
 
 
-def labelled_batches(
-    loader: Loader, *, with_labels: bool, max_batches: int | None = None
-) -> Iterator[tuple[Tensor, list[Hashable] | None]]:
-    """The batches of a loader as images (B, C, H, W), with one label each if asked for.
+def loader_of(given: Any) -> Loader:
+    """What was given as a loader; a tensor of images is one batch.
+
+    Raises:
+        OptionError: If it yields no batches.
+    """
+    if isinstance(given, Tensor):
+        return (given,)
+    if not isinstance(given, Iterable) or isinstance(given, (str, bytes, Mapping)):
+        raise OptionError(
+            f'the loader is of type {type(given).__name__}, which yields no batches; '
+            'give a DataLoader, or a list of batches of images.'
+        )
+    return given
+
+
+def read_batches(loader: Loader) -> Iterator[tuple[Tensor, Any]]:
+    """The batches of a loader that have images: these (B, C, H, W), and what comes as their labels, or None.
 
     Args:
         loader: Yields tensors, pairs of images and labels, or dictionaries of both; or is one batch of images.
-        with_labels: Whether labels are wanted.
-        max_batches: How many batches at most.
 
     Raises:
-        OptionError: If there are no images, or no labels where they are wanted, or they have another form.
+        OptionError: If there are no images in a batch, or they have another form.
     """
-    if isinstance(loader, Tensor):
-        loader = (loader,)
-    if not isinstance(loader, Iterable) or isinstance(loader, (str, bytes, Mapping)):
-        raise OptionError(f'loader={loader!r} yields no batches; give a DataLoader, or a list of batches of images.')
-    num_images = 0
-    for batch in islice(loader, max_batches):
+    for batch in loader_of(loader):
         images, labels = _parts(batch)
         images = _checked(images)
-        num_images += len(images)
         if len(images):
-            yield images, _one_each(labels, len(images)) if with_labels else None
-    if not num_images:
-        raise OptionError('the loader yielded no images.')
+            yield images, labels
 
 
 def _parts(batch: Any) -> tuple[Any, Any]:
@@ -71,22 +73,3 @@ def _checked(images: Any) -> Tensor:
     if not images.is_floating_point():
         raise OptionError(f'the loader yields images of {images.dtype}; they are needed normalised, as for training.')
     return images
-
-
-def _one_each(labels: Any, count: int) -> list[Hashable]:
-    if labels is None:
-        raise OptionError(
-            'by_class=True needs labels, and the loader yields images alone; '
-            'let it yield (images, labels), or leave by_class out.'
-        )
-    if isinstance(labels, Tensor):
-        if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.complex64:
-            raise OptionError(
-                f'by_class=True needs one class per image, and the loader yields labels of shape '
-                f'{tuple(labels.shape)} and {labels.dtype}; leave mixup and one-hot labels out.'
-            )
-        labels = labels.tolist()
-    labels = list(labels)
-    if len(labels) != count or not all(isinstance(label, Hashable) for label in labels):
-        raise OptionError(f'by_class=True needs one class per image; there are {len(labels)} labels of {count} images.')
-    return labels
