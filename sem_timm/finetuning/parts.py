@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
+from timm.layers import convert_sync_batchnorm
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -129,14 +130,14 @@ def build_parts(options: FinetuneOptions, accelerator: Accelerator, network: nn.
     with accelerator.main_process_first():  # so that one alone downloads
         data, model, config = data_and_model(options, share.part_size, network)
     operate(model, options, config['input_size'])
+    if options.sync_bn:  # before anything keeps the norms that it replaces
+        model = convert_sync_batchnorm(model)
     memory_format = _memory_format(options)
     model = model.to(device=accelerator.device).to(memory_format=memory_format)
     freezing = Freezing(model, options)
     optimizer = create_optimizer(model, options)
     freezing.start()
     average = None if options.ema is None else ModelEmaV3(model, decay=options.ema, use_warmup=True)
-    if options.sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if options.compile:
         model.compile()
     training = TrainingLoader(data, options, config, share, accelerator.device)

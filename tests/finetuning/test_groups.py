@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import sem_timm
 from sem_timm.errors import OptionError
@@ -16,6 +18,7 @@ from sem_timm.finetuning import FinetuneOptions
 from sem_timm.finetuning.freezing import Freezing
 from sem_timm.finetuning.groups import parameter_groups
 from sem_timm.finetuning.models import head_parameters, inserted_parameters
+from sem_timm.finetuning.parts import build_parts, create_accelerator
 from tests.finetuning.small_runs import options, run_small
 
 
@@ -86,6 +89,21 @@ def test_stages_are_freed_from_the_last_to_the_first() -> None:
     assert freezing.advance(6.5) and trained() == {'fc', 'layer4', 'layer3', 'layer2'}
     assert freezing.advance(99.0)
     assert all(p.requires_grad for p in model.parameters()) and not freezing.advance(100.0)
+
+
+@pytest.mark.parametrize('frozen', [{'freeze_base': True}, {'unfreeze_every': 1.0}], ids=str)
+@pytest.mark.parametrize('name', ['test_resnet', 'test_efficientnet'])
+def test_synchronised_norms_of_what_is_frozen_stay_in_evaluation_mode(name: str, frozen: dict[str, Any]) -> None:
+    told = FinetuneOptions(model=name, cpu=True, epochs=1, **frozen)
+    accelerator = create_accelerator(told)
+    parts = build_parts(replace(told, sync_bn=True), accelerator)  # as where there are GPUs
+    parts.freezing.set_training_mode(parts.model)
+    norms = [module for module in parts.model.modules() if isinstance(module, _BatchNorm)]
+    assert norms and all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+    assert not any(norm.training for norm in norms)
+    # Some of timm's norms have an activation in them.
+    plain, image = build_parts(told, accelerator).model, torch.randn(2, 3, 32, 32)
+    assert torch.equal(parts.model.eval()(image), plain.eval()(image))
 
 
 def test_frozen_model_without_head_and_new_modules_is_refused() -> None:
