@@ -44,7 +44,8 @@ class FinetuneResult:
         before: Accuracy on the validation images before the first update, from 0 to 1.
         after: Accuracy at the end.
         best: Highest accuracy after an epoch.
-        best_checkpoint: The checkpoint of that epoch.
+        best_checkpoint: The checkpoint of that epoch; None if it is gone, which happens when a better one had taken its
+            place and the run then went on from before that.
         num_images: Images for training and for validation.
         num_parameters: Parameters of the model.
         num_new_parameters: Those that the operation added.
@@ -76,7 +77,8 @@ class FinetuneResult:
     def to_dict(self) -> dict[str, Any]:
         """The result as data that `json.dumps` takes, without the model."""
         values = {name: value for name, value in vars(self).items() if name not in ('model', 'options')}
-        values['folder'], values['best_checkpoint'] = str(self.folder), str(self.best_checkpoint)
+        values['folder'] = str(self.folder)
+        values['best_checkpoint'] = None if self.best_checkpoint is None else str(self.best_checkpoint)
         return {'model': self.options.model, 'operation': self.options.operation, 'data': self.options.data, **values}
 
 
@@ -177,7 +179,11 @@ def _prepare_folder(run: Path, options: FinetuneOptions, accelerator: Accelerato
 def _load(parts: Parts, checkpoint: Path, changed: FinetuneOptions | None) -> State:
     """Gives the parts their state, and notes options that are no longer those of the run."""
     run, groups = checkpoint.parents[1], [dict(group) for group in parts.optimizer.param_groups]
-    state = Checkpoints(run).load(parts.accelerator, checkpoint)
+    checkpoints = Checkpoints(run)
+    state = checkpoints.load(parts.accelerator, checkpoint)
+    if parts.accelerator.is_main_process:
+        checkpoints.go_on_from(checkpoint, state)
+    parts.accelerator.wait_for_everyone()
     if state.step == 0:
         parts.optimizer.state.clear()  # see where it is saved
     if changed is not None:

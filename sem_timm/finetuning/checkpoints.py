@@ -50,12 +50,16 @@ class State:
     def name(self) -> str:
         """The name of a checkpoint of this state; in their order, later ones come last."""
         is_measured = bool(self.history) and self.history[-1]['step'] == self.step
-        return f'{_PREFIX}{self.step:09d}' + (f'-epoch-{self.history[-1]["epoch"]:.0f}' if is_measured else '')
+        return _measured_name(self.history[-1]) if is_measured else f'{_PREFIX}{self.step:09d}'
 
     @property
     def best(self) -> dict[str, float] | None:
         """The measurement with the highest accuracy, the first of several."""
         return max(self.history, key=lambda entry: entry['accuracy'], default=None)
+
+
+def _measured_name(entry: dict[str, float]) -> str:
+    return f'{_PREFIX}{entry["step"]:09.0f}-epoch-{entry["epoch"]:.0f}'
 
 
 class Checkpoints:
@@ -91,8 +95,6 @@ class Checkpoints:
             with explained(folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.folder)
-            if folder.exists():  # of a run that went on from an earlier checkpoint
-                remove_folder(folder)
             begin_folder(folder)
         accelerator.wait_for_everyone()
         unfinished = unfinished_name(folder)
@@ -115,11 +117,34 @@ class Checkpoints:
 
     def _mark_and_prune(self, folder: Path, state: State) -> None:
         if state.best and state.best['step'] == state.step:
-            write_text(self.folder / _BEST, json.dumps({'checkpoint': folder.name, **state.best}))
+            self._mark_best(state.best)
         best = self.best()
         for old in self.all()[: -self.keep]:
             if old != best:
                 remove_folder(old)
+
+    def _mark_best(self, entry: dict[str, float]) -> None:
+        write_text(self.folder / _BEST, json.dumps({'checkpoint': _measured_name(entry), **entry}))
+
+    def go_on_from(self, folder: Path, state: State) -> None:
+        """Makes a checkpoint the last one: removes later ones, and marks the best of those before as the best.
+
+        Args:
+            folder: The checkpoint.
+            state: That of the checkpoint.
+
+        Raises:
+            WriteError: If that fails.
+        """
+        for later in reversed(self.all()):
+            if later.name > folder.name:
+                with explained(later):
+                    remove_folder(later)
+        if state.best:
+            self._mark_best(state.best)
+        else:
+            with explained(self.folder / _BEST):
+                (self.folder / _BEST).unlink(missing_ok=True)
 
     def load(self, accelerator: Accelerator, folder: Path) -> State:
         """Gives model, optimizer, average and random numbers of all processes the state they had.

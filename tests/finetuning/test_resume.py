@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 from sem_timm.errors import OptionError
 from sem_timm.finetuning import CheckpointError, StoppedError, finetune
-from sem_timm.finetuning.checkpoints import find_checkpoint
+from sem_timm.finetuning.checkpoints import Checkpoints, find_checkpoint
 from tests.finetuning.small_runs import column, run_small, stop_small
 
 EVERYTHING_RANDOM = {
@@ -73,6 +74,38 @@ def test_any_checkpoint_can_be_resumed_from(images: Path, tmp_path: Path) -> Non
     again = finetune(resume=str(tmp_path / 'run' / 'checkpoints' / found[0]), progress=False)
     assert column(tmp_path / 'run', 'loss') == losses
     assert again.history == whole.history
+
+
+@pytest.mark.parametrize('keep', [1, 2])
+def test_run_that_goes_on_from_an_earlier_checkpoint_leaves_the_later_ones(
+    keep: int, images: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / 'run'
+    run_small(images, run, epochs=3, checkpoint_every=2, keep=9)
+    folder = run / 'checkpoints'
+    (folder / 'best.json').write_text('{"checkpoint": "step-000000018-epoch-3", "accuracy": 1.0}')
+    with pytest.raises(StoppedError):
+        finetune(resume=str(folder / 'step-000000008'), keep=keep, stop_at=9, progress=False)
+    # What is printed then, --resume with the run, goes on from where it was stopped.
+    assert find_checkpoint(run) == (run, folder / 'step-000000009')
+    assert {path.name for path in folder.glob('step-*')} <= {
+        'step-000000006-epoch-1',
+        *('step-000000008', 'step-000000009')[-keep:],
+    }
+    assert json.loads((folder / 'best.json').read_text())['checkpoint'] == 'step-000000006-epoch-1'
+    assert Checkpoints(run).best() == folder / 'step-000000006-epoch-1'
+    with pytest.raises(StoppedError):
+        finetune(resume=str(folder / 'step-000000006-epoch-1'), stop_at=7, progress=False)
+    assert [path.name for path in Checkpoints(run).all()] == ['step-000000006-epoch-1', 'step-000000007']
+
+
+def test_run_that_goes_on_from_its_beginning_has_no_best_checkpoint_yet(images: Path, tmp_path: Path) -> None:
+    run_small(images, tmp_path / 'run', epochs=1, keep=9)
+    first = Checkpoints(tmp_path / 'run').all()[0]
+    with pytest.raises(StoppedError):
+        finetune(resume=str(first), stop_at=1, progress=False)
+    assert Checkpoints(tmp_path / 'run').best() is None
+    assert finetune(resume=str(tmp_path / 'run'), progress=False).best_checkpoint is not None
 
 
 def test_finished_run_is_finished_when_resumed(images: Path, tmp_path: Path) -> None:
