@@ -81,8 +81,10 @@ def _with_weights(options: FinetuneOptions, file: str, kwargs: dict[str, Any]) -
         raise OptionError(
             f'--weights {file} cannot be loaded into model {options.model!r}: {first_sentence(error)}. {way}'
         ) from error
-    # timm takes what fits and logs the rest, be it all.
-    if all(torch.equal(tensor, without[name]) for name, tensor in model.state_dict().items()):
+    # timm takes what fits and logs the rest, be it all. The modules of a variant begin otherwise with weights anyway.
+    new = inserted_prefixes(model)
+    base = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(new)}
+    if all(torch.equal(tensor, without[name]) for name, tensor in base.items()):
         raise OptionError(f'--weights {file} has no tensor that model {options.model!r} has. {way}')
     return model
 
@@ -120,10 +122,15 @@ def operate(model: nn.Module, options: FinetuneOptions, input_size: tuple[int, .
         )
 
 
+def inserted_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """What the names of all tensors begin with that operations have added."""
+    return tuple(f'{module.name}.{child}.' for module in patched(model) for child in module.inserted)
+
+
 def inserted_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that operations have added, by name."""
-    prefixes = tuple(f'{module.name}.{child}.' for module in patched(model) for child in module.inserted)
-    return {name: p for name, p in model.named_parameters() if name.startswith(prefixes)} if prefixes else {}
+    prefixes = inserted_prefixes(model)
+    return {name: p for name, p in model.named_parameters() if name.startswith(prefixes)}
 
 
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -28,27 +28,28 @@ def test_weights_that_cannot_be_had(images: Path, tmp_path: Path, monkeypatch: p
         finetune(**{**given, 'model': 'resnet18.a1_in2k'})
 
 
+@pytest.mark.parametrize('model', ['test_resnet', 'test_resnet_sem'])
 @pytest.mark.parametrize('kind', ['missing', 'text', 'cut', 'pickle', 'of another model'])
-def test_file_of_weights_that_does_not_serve(kind: str, images: Path, tmp_path: Path) -> None:
+def test_file_of_weights_that_does_not_serve(kind: str, model: str, images: Path, tmp_path: Path) -> None:
     file = tmp_path / 'weights.pth'
     if kind == 'text':
         file.write_text('weights')
     elif kind != 'missing':
-        name = 'test_vit' if kind == 'of another model' else 'test_resnet'
-        torch.save(object if kind == 'pickle' else timm.create_model(name).state_dict(), file)
+        torch.save(object if kind == 'pickle' else {'foo': torch.ones(1000)}, file)
     if kind == 'cut':
         file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(OptionError) as caught:
-        run_small(images, tmp_path / 'run', weights=str(file))
+        run_small(images, tmp_path / 'run', model=model, image_size=32, weights=str(file))
     message = str(caught.value)
     assert message.startswith(f'--weights {file}') and '\n' not in message
     assert ('there is no such file' if kind == 'missing' else 'Give a state_dict of the base model') in message
 
 
-def test_file_of_weights_is_loaded(images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize('name', ['test_resnet', 'test_resnet_sem'])
+def test_file_of_weights_is_loaded(name: str, images: Path, tmp_path: Path) -> None:
     source = timm.create_model('test_resnet', num_classes=7)
     torch.save(source.state_dict(), tmp_path / 'weights.pth')
-    given = options(images, tmp_path, weights=str(tmp_path / 'weights.pth'), pretrained=None)
+    given = options(images, tmp_path, model=name, weights=str(tmp_path / 'weights.pth'), pretrained=None)
     model = create_model(FinetuneOptions(**given), num_classes=3)
     assert torch.equal(model.get_parameter('conv1.0.weight'), source.get_parameter('conv1.0.weight'))
     assert model.get_parameter('fc.weight').shape[0] == 3
