@@ -30,10 +30,8 @@ def create_model(options: FinetuneOptions, num_classes: int) -> nn.Module:
     if not timm.is_model(name) and not options.model.startswith(('hf-hub:', 'local-dir:')):
         raise OptionError(f'model {options.model!r} is unknown. {closest(name, timm.list_models())}')
     pretrained = options.data != BUILT_IN if options.pretrained is None else options.pretrained
-    kwargs: dict[str, Any] = {'num_classes': num_classes, **options.model_options}
+    kwargs = {'num_classes': num_classes, **model_arguments(name, options.model_options, _image_size(options))}
     cfg = timm.get_pretrained_cfg(name)
-    if cfg is not None and cfg.fixed_input_size and _image_size(options):
-        kwargs.setdefault('img_size', _image_size(options))
     if options.weights is not None:
         return _with_weights(options, options.weights, kwargs)
     if pretrained and cfg is not None and not cfg.has_weights:
@@ -48,6 +46,31 @@ def create_model(options: FinetuneOptions, num_classes: int) -> nn.Module:
         what = f'model {options.model!r} cannot be created' + (' with pretrained weights' if pretrained else '')
         way = ' Without a network: --weights FILE, or --no-pretrained.' if pretrained else ''
         raise OptionError(f'{what}: {first_sentence(error)}.{way}') from error
+
+
+def model_arguments(name: str, given: dict[str, Any], image_size: int | None) -> dict[str, Any]:
+    """The arguments of a model for images of a size: those given, and the size where timm builds the model for one.
+
+    Args:
+        name: Name of the model.
+        given: Arguments that were asked for.
+        image_size: Height and width of the images in pixels, if they were asked for.
+    """
+    cfg = timm.get_pretrained_cfg(name)
+    is_fixed = cfg is not None and cfg.fixed_input_size and image_size is not None
+    return {'img_size': image_size, **given} if is_fixed else dict(given)
+
+
+def input_size(model: nn.Module, given: dict[str, Any], image_size: int | None) -> tuple[int, int, int]:
+    """The shape (C, H, W) of the images of a model that was created with arguments.
+
+    Args:
+        model: The model.
+        given: Its arguments; the configuration that it keeps is that of its weights, whatever its channels.
+        image_size: Height and width of the images in pixels; by default what the model asks for.
+    """
+    channels, height, width = resolve_data_config({}, model=model)['input_size']
+    return given.get('in_chans') or channels, image_size or height, image_size or width
 
 
 def _check_tag(name: str, tag: str) -> None:
@@ -95,18 +118,18 @@ def _image_size(options: FinetuneOptions) -> int | None:
 
 def data_config(model: nn.Module, options: FinetuneOptions) -> dict[str, Any]:
     """What timm's transforms are made from: size, mean and deviation of the model's images, and how they are cut."""
-    given: dict[str, Any] = {}
-    channels = resolve_data_config({}, model=model)['input_size'][0]
-    size = _image_size(options)
-    if size is not None:
-        given['input_size'] = (channels, size, size)
+    given: dict[str, Any] = {'input_size': input_size(model, options.model_options, _image_size(options))}
     if options.data == BUILT_IN:
         given['crop_pct'] = 1.0  # the digits fill their images
     config: dict[str, Any] = resolve_data_config(given, model=model)
+    channels = config['input_size'][0]
+    for name in ('mean', 'std'):  # those of the weights, which may have been for other channels
+        values = config[name]
+        config[name] = values if len(values) == channels else (sum(values) / len(values),) * channels
     return config
 
 
-def operate(model: nn.Module, options: FinetuneOptions, input_size: tuple[int, ...]) -> None:
+def operate(model: nn.Module, options: FinetuneOptions, shape: tuple[int, ...]) -> None:
     """Applies the operation of the options, but for a model that has been operated on before."""
     if options.operation == NO_OPERATION or patched(model):
         return
@@ -117,7 +140,7 @@ def operate(model: nn.Module, options: FinetuneOptions, input_size: tuple[int, .
             options.operation,
             target=options.target,
             exclude=options.exclude,
-            input_size=input_size,
+            input_size=shape,
             **options.operation_options,
         )
 

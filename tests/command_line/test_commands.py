@@ -78,6 +78,21 @@ def test_plan_prints_table_json_and_code(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize(
+    ('arguments', 'shape'),
+    [
+        (['test_vit'], [3, 96, 96]),  # which timm builds for images of one size
+        (['test_vit_ea', '--operation', 'eca', '--model-options', 'in_chans=1'], [1, 96, 96]),
+        (['test_resnet', '--model-options', 'in_chans=1'], [1, 96, 96]),
+    ],
+)
+def test_plan_takes_the_images_that_finetune_takes(
+    arguments: list[str], shape: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(['plan', *arguments, '--json', '--image-size', '96']) == 0
+    assert json.loads(capsys.readouterr().out)['input_size'] == shape
+
+
+@pytest.mark.parametrize(
     ('arguments', 'part'),
     [
         (['plan', 'resnet18', '--set', 'reduktion=3'], "option 'reduktion' of operation 'sem' is unknown"),

@@ -10,7 +10,7 @@ import timm
 import torch
 
 from sem_timm.errors import OptionError
-from sem_timm.finetuning import FinetuneOptions, finetune
+from sem_timm.finetuning import FinetuneOptions, finetune, open_run
 from sem_timm.finetuning.models import create_model
 from tests.finetuning.small_runs import options, run_small
 
@@ -53,3 +53,10 @@ def test_file_of_weights_is_loaded(name: str, images: Path, tmp_path: Path) -> N
     model = create_model(FinetuneOptions(**given), num_classes=3)
     assert torch.equal(model.get_parameter('conv1.0.weight'), source.get_parameter('conv1.0.weight'))
     assert model.get_parameter('fc.weight').shape[0] == 3
+
+
+def test_model_for_grey_images_is_trained_on_them(images: Path, tmp_path: Path) -> None:
+    result = run_small(images, tmp_path / 'run', epochs=1, model_options={'in_chans': 1})
+    run = open_run(result.folder)
+    assert run.input_size == (1, 16, 16)
+    assert next(iter(run.validation))[0].shape[1:] == (1, 16, 16)

@@ -13,6 +13,7 @@ from torch import nn
 from sem_timm.command_line.arguments import OperationOptions, Targets
 from sem_timm.command_line.values import complete_model, complete_operation, parse_pairs, parse_target
 from sem_timm.errors import OptionError, closest
+from sem_timm.finetuning.models import input_size, model_arguments
 from sem_timm.operations import plan_model
 
 
@@ -38,14 +39,14 @@ def command(
     Examples: `sem-timm plan resnet50`, `sem-timm plan vit_small_patch16_224 -o external --set memory=32`,
     `sem-timm plan resnet50 --target 'layer[34].*' --code layer3.0`.
     """
-    network = _create(model, parse_pairs(model_options, '--model-options'))
-    channels = getattr(network, 'pretrained_cfg', {}).get('input_size', (3,))[0]
+    arguments = model_arguments(model, parse_pairs(model_options, '--model-options'), image_size)
+    network = _create(model, arguments)
     plan = plan_model(
         network,
         operation,
         target=parse_target(target),
         exclude=parse_target(exclude),
-        input_size=(channels, image_size, image_size) if image_size else None,
+        input_size=input_size(network, arguments, image_size) if image_size else None,
         **parse_pairs(options, '--set'),
     )
     if code is not None:
