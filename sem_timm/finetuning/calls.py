@@ -19,8 +19,8 @@ from sem_timm.finetuning.engine import Trainer
 from sem_timm.finetuning.errors import CheckpointError
 from sem_timm.finetuning.files import OPTIONS, PATCH, RESULT, WEIGHTS, explained, write_text, write_whole
 from sem_timm.finetuning.logs import start_logs
-from sem_timm.finetuning.models import inserted_parameters
-from sem_timm.finetuning.options import NO_OPERATION, FinetuneOptions
+from sem_timm.finetuning.models import inserted_parameters, operation_name
+from sem_timm.finetuning.options import FinetuneOptions
 from sem_timm.finetuning.parts import Parts, build_parts, create_accelerator
 from sem_timm.finetuning.progress import ProgressDisplay
 from sem_timm.finetuning.stopping import StopRequest
@@ -39,6 +39,7 @@ class FinetuneResult:
     Attributes:
         model: The trained model, the averaged one with ``ema``.
         options: What the run was told.
+        operation: What is in the model, be it by the name of a variant; 'none' if nothing was put in.
         folder: Folder of the run: options, logs, checkpoints, ``model.safetensors`` and ``result.json``; with
             ``freeze_base`` also ``patch``, the folder of a patch file with what was trained.
         before: Accuracy on the validation images before the first update, from 0 to 1.
@@ -59,6 +60,7 @@ class FinetuneResult:
 
     model: nn.Module = field(repr=False)
     options: FinetuneOptions = field(repr=False)
+    operation: str
     folder: Path
     before: float
     after: float
@@ -79,7 +81,8 @@ class FinetuneResult:
         values = {name: value for name, value in vars(self).items() if name not in ('model', 'options')}
         values['folder'] = str(self.folder)
         values['best_checkpoint'] = None if self.best_checkpoint is None else str(self.best_checkpoint)
-        return {'model': self.options.model, 'operation': self.options.operation, 'data': self.options.data, **values}
+        told = {'model': self.options.model, 'operation': self.operation, 'data': self.options.data}
+        return {**told, **values}
 
 
 def finetune(
@@ -105,9 +108,9 @@ def finetune(
     began = time.perf_counter()
     asked, checkpoint, changed = _resumed(_asked(options, given), given)
     accelerator = create_accelerator(asked)
-    run = _run_folder(asked, accelerator)
     with StopRequest(patient=accelerator.num_processes > 1) as stop:
         parts = build_parts(asked, accelerator, network)
+        run = _run_folder(asked, parts)
         state = State(num_processes=accelerator.num_processes)
         if checkpoint is None:
             _prepare_folder(run, asked, accelerator)
@@ -153,12 +156,12 @@ def _resumed(options: FinetuneOptions, given: dict[str, Any]) -> tuple[FinetuneO
     return asked, checkpoint, ', '.join(changed)
 
 
-def _run_folder(options: FinetuneOptions, accelerator: Accelerator) -> Path:
+def _run_folder(options: FinetuneOptions, parts: Parts) -> Path:
     """The folder of a run, which all processes agree on."""
     label = options.model.rsplit('/', 1)[-1].replace(':', '-')
-    name = f'runs/{label}-{options.operation}-{time.strftime("%Y%m%d-%H%M%S")}'
+    name = f'runs/{label}-{operation_name(parts.bare_model).replace(" ", "-")}-{time.strftime("%Y%m%d-%H%M%S")}'
     names = [options.output or name]
-    if accelerator.num_processes > 1:
+    if parts.accelerator.num_processes > 1:
         broadcast_object_list(names)
     return Path(names[0])
 
@@ -199,10 +202,9 @@ def describe(parts: Parts, options: FinetuneOptions, run: Path, state: State) ->
     model, data = parts.bare_model, parts.data
     new, all_parameters = inserted_parameters(model).values(), list(model.parameters())
     trained = sum(p.numel() for group in parts.optimizer.param_groups for p in group['params'])
-    operation = options.operation if patched(model) else NO_OPERATION
     kept = ' (held out of the training images)' if data.held_out else ''
     lines = [
-        f'{options.model} with operation {operation} at {len({m.name for m in patched(model)})} modules: '
+        f'{options.model} with operation {operation_name(model)} at {len({m.name for m in patched(model)})} modules: '
         f'{sum(p.numel() for p in all_parameters):,} parameters, {sum(p.numel() for p in new):,} of them new, '
         f'{trained:,} trained',
         f'{options.data}: {_length(data.train)} images for training, {_length(data.validation)} for validation{kept}, '
@@ -225,6 +227,7 @@ def _finish(parts: Parts, state: State, options: FinetuneOptions, run: Path, sec
     result = FinetuneResult(
         model=model.eval(),
         options=options,
+        operation=operation_name(model),
         folder=run,
         before=state.before or 0.0,
         after=state.history[-1]['accuracy'],

@@ -129,6 +129,28 @@ def data_config(model: nn.Module, options: FinetuneOptions) -> dict[str, Any]:
     return config
 
 
+def operation_name(model: nn.Module) -> str:
+    """What was put into a model, for people to read."""
+    return ' and '.join(dict.fromkeys(str(module.operation) for module in patched(model))) or NO_OPERATION
+
+
+def check_operation(model: nn.Module, options: FinetuneOptions) -> None:
+    """Checks that a model which has been operated on is not asked to be so in another way.
+
+    Raises:
+        OptionError: If it is.
+    """
+    given = [name for name in ('target', 'exclude', 'operation_options') if getattr(options, name)]
+    if options.operation not in (FinetuneOptions.operation, NO_OPERATION):
+        given.insert(0, 'operation')
+    if patched(model) and given:
+        raise OptionError(
+            f'the model has {operation_name(model)} already, which {", ".join(given)} would not change. Leave that '
+            'out, or give the base and the operation; of a variant, options of the operation are model options, such as '
+            'sem_reduction=8 or ea_memory=32.'
+        )
+
+
 def operate(model: nn.Module, options: FinetuneOptions, shape: tuple[int, ...]) -> None:
     """Applies the operation of the options, but for a model that has been operated on before."""
     if options.operation == NO_OPERATION or patched(model):

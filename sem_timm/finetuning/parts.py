@@ -21,7 +21,7 @@ from sem_timm.finetuning.freezing import Freezing
 from sem_timm.finetuning.groups import create_optimizer
 from sem_timm.finetuning.loading import TrainingLoader, ValidationLoader
 from sem_timm.finetuning.losses import check_pairs, create_loss, create_mixup
-from sem_timm.finetuning.models import create_model, data_config, operate
+from sem_timm.finetuning.models import check_operation, create_model, data_config, operate
 from sem_timm.finetuning.options import FinetuneOptions
 from sem_timm.finetuning.sampling import Share
 from sem_timm.finetuning.sharding import is_sharded, whole_state
@@ -129,6 +129,8 @@ def build_parts(options: FinetuneOptions, accelerator: Accelerator, network: nn.
     set_seed(options.seed)
     with accelerator.main_process_first():  # so that one alone downloads
         data, model, config = data_and_model(options, share.part_size, network)
+    if options.resume is None:
+        check_operation(model, options)
     operate(model, options, config['input_size'])
     if options.sync_bn:  # before anything keeps the norms that it replaces
         model = convert_sync_batchnorm(model)

@@ -80,7 +80,7 @@ def test_plan_prints_table_json_and_code(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ('arguments', 'shape'),
     [
-        (['test_vit'], [3, 96, 96]),  # which timm builds for images of one size
+        (['vit_tiny_patch16_224', '--target', 'blocks.0'], [3, 96, 96]),  # which timm builds for images of one size
         (['test_vit_ea', '--operation', 'eca', '--model-options', 'in_chans=1'], [1, 96, 96]),
         (['test_resnet', '--model-options', 'in_chans=1'], [1, 96, 96]),
     ],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -11,7 +13,9 @@ import torch
 
 from sem_timm.errors import OptionError
 from sem_timm.finetuning import FinetuneOptions, finetune, open_run
-from sem_timm.finetuning.models import create_model
+from sem_timm.finetuning.models import create_model, operation_name
+from sem_timm.finetuning.parts import build_parts, create_accelerator
+from sem_timm.surgery import patched
 from tests.finetuning.small_runs import options, run_small
 
 
@@ -60,3 +64,40 @@ def test_model_for_grey_images_is_trained_on_them(images: Path, tmp_path: Path) 
     run = open_run(result.folder)
     assert run.input_size == (1, 16, 16)
     assert next(iter(run.validation))[0].shape[1:] == (1, 16, 16)
+
+
+@pytest.mark.parametrize('operation', ['sem', 'none'])
+def test_operation_of_a_variant_is_the_one_that_is_told(
+    operation: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {'model': 'test_vit_ea', 'operation': operation, 'image_size': 32, 'epochs': 1, 'progress': True}
+    result = run_small(images, tmp_path, **{**given, 'output': None})
+    assert 'test_vit_ea with operation external at' in ' '.join(capsys.readouterr().err.split())
+    assert result.operation == 'external' and result.folder.name.startswith('test_vit_ea-external-')
+    assert json.loads((result.folder / 'result.json').read_text())['operation'] == 'external'
+    opened = open_run(result.folder)
+    assert {str(module.operation) for module in patched(opened.model)} == {'external'}
+    assert finetune(resume=str(result.folder)).operation == 'external'
+
+
+@pytest.mark.parametrize(
+    'given',
+    [
+        {'operation': 'external'},
+        {'target': 'blocks.0.attn'},
+        {'exclude': 'blocks.0.attn'},
+        {'operation_options': {'memory': 7}},
+    ],
+    ids=str,
+)
+def test_options_that_a_variant_would_not_follow_are_refused(
+    given: dict[str, Any], images: Path, tmp_path: Path
+) -> None:
+    (name,) = given
+    with pytest.raises(OptionError, match=f'the model has external already, which {name} would not change. Leave'):
+        run_small(images, tmp_path / 'run', model='test_vit_ea', image_size=32, **given)
+    assert not (tmp_path / 'run').exists()
+    # A run that was begun before they were refused goes on as it was.
+    options = FinetuneOptions(model='test_vit_ea', resume='run', image_size=32, cpu=True, **given)
+    assert operation_name(build_parts(options, create_accelerator(options)).bare_model) == 'external'

@@ -57,15 +57,15 @@ def _as_text(result: FinetuneResult, without: FinetuneResult | None) -> str:
     number = result.num_images[1]
     gained = round((result.after - result.before) * number)
     lines = [
-        f'{result.options.model} with {result.options.operation}: accuracy {result.before:.2%} before, '
+        f'{result.options.model} with {result.operation}: accuracy {result.before:.2%} before, '
         f'{result.after:.2%} after {result.num_steps:,} steps: {gained:+,} of {number:,} images read right.'
     ]
     if without is not None:
         difference = round((result.after - without.after) * number)
         lines += [
-            f'The same recipe without {result.options.operation}: {without.after:.2%} '
+            f'The same recipe without {result.operation}: {without.after:.2%} '
             f'({result.num_new_parameters:,} parameters fewer). '
-            f'With {result.options.operation}: {difference:+,} images. One seed shows no more than that it trains.'
+            f'With {result.operation}: {difference:+,} images. One seed shows no more than that it trains.'
         ]
     if result.bad_images:
         more = ', ...' if len(result.bad_images) > 1 else ''
