@@ -126,6 +126,15 @@ def finetune(
     return _finish(parts, state, asked, run, time.perf_counter() - began)
 
 
+def options_of_run(**given: Any) -> FinetuneOptions:
+    """All options of the run that `finetune` would do with some; of one that is resumed, those it has.
+
+    Raises:
+        SemTimmError: As `finetune`.
+    """
+    return _resumed(_asked(None, given), given)[0]
+
+
 def _asked(options: FinetuneOptions | None, given: dict[str, Any]) -> FinetuneOptions:
     known = [option.name for option in fields(FinetuneOptions)]
     for name in given:

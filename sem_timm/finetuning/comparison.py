@@ -4,12 +4,38 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from timm.models import split_model_name_tag
+
 from sem_timm.errors import OptionError
 from sem_timm.finetuning.calls import FinetuneResult, finetune
 from sem_timm.finetuning.checkpoints import Checkpoints
+from sem_timm.finetuning.models import is_pretrained
 from sem_timm.finetuning.options import NO_OPERATION, FinetuneOptions
+from sem_timm.registry import base_architecture
 
 _FOLDER = 'without_operation'
+
+
+def options_without(options: FinetuneOptions) -> FinetuneOptions:
+    """The same options without the operation; of a variant those of its base.
+
+    Raises:
+        OptionError: If there is nothing to leave out.
+    """
+    name, tag = split_model_name_tag(options.model)
+    base = base_architecture(name)
+    if options.operation == NO_OPERATION and base == name:
+        raise OptionError("operation='none' leaves nothing to compare with.")
+    plain = replace(options, operation=NO_OPERATION, target=None, exclude=None, operation_options={}, resume=None)
+    if base == name:
+        return plain
+    prefix = name.removeprefix(f'{base}_') + '_'
+    return replace(
+        plain,
+        model=f'{base}.{tag}' if tag else base,
+        model_options={key: value for key, value in options.model_options.items() if not key.startswith(prefix)},
+        pretrained=is_pretrained(options),  # the base may have weights where its variant begins without
+    )
 
 
 def finetune_without(result: FinetuneResult) -> FinetuneResult:
@@ -18,24 +44,17 @@ def finetune_without(result: FinetuneResult) -> FinetuneResult:
     The run is in a folder inside that of the result; if a part of it is there already, it goes on from there.
 
     Raises:
-        OptionError: If the operation is a part of the model's name, such as resnet50_sem, and cannot be left out.
+        OptionError: If there is nothing to leave out, or a model from the hub has the operation in it.
         SemTimmError: As `finetune`.
     """
-    if result.options.operation == NO_OPERATION:
-        raise OptionError("operation='none' leaves nothing to compare with.")
     folder = result.folder / _FOLDER
+    options = replace(options_without(result.options), output=str(folder))
+    architecture = (getattr(result.model, 'pretrained_cfg', None) or {}).get('architecture') or ''
+    if base_architecture(architecture) not in (architecture, split_model_name_tag(options.model)[0]):
+        raise OptionError(
+            f'{options.model} is a {architecture}, so that {result.operation} cannot be left out; to compare, give '
+            f'{base_architecture(architecture)} and --operation.'
+        )
     if Checkpoints(folder).all():
         return finetune(FinetuneOptions(resume=str(folder), progress=result.options.progress))
-    options = replace(
-        result.options,
-        operation=NO_OPERATION,
-        target=None,
-        exclude=None,
-        operation_options={},
-        resume=None,
-        output=str(folder),
-    )
-    without = finetune(options)
-    if without.num_new_parameters:
-        raise OptionError(f'{options.model} has the operation in its name; give its base and --operation instead.')
-    return without
+    return finetune(options)

@@ -29,15 +29,12 @@ def create_model(options: FinetuneOptions, num_classes: int) -> nn.Module:
     name, tag = timm.models.split_model_name_tag(options.model)
     if not timm.is_model(name) and not options.model.startswith(('hf-hub:', 'local-dir:')):
         raise OptionError(f'model {options.model!r} is unknown. {closest(name, timm.list_models())}')
-    pretrained = options.data != BUILT_IN if options.pretrained is None else options.pretrained
     kwargs = {'num_classes': num_classes, **model_arguments(name, options.model_options, _image_size(options))}
-    cfg = timm.get_pretrained_cfg(name)
     if options.weights is not None:
         return _with_weights(options, options.weights, kwargs)
-    if pretrained and cfg is not None and not cfg.has_weights:
-        pretrained = False
-        if options.pretrained:
-            raise OptionError(f'model {options.model!r} has no pretrained weights; list those that have: sem-timm list')
+    pretrained = is_pretrained(options)
+    if options.pretrained and not pretrained:
+        raise OptionError(f'model {options.model!r} has no pretrained weights; list those that have: sem-timm list')
     if pretrained:
         _check_tag(name, tag)
     try:
@@ -46,6 +43,13 @@ def create_model(options: FinetuneOptions, num_classes: int) -> nn.Module:
         what = f'model {options.model!r} cannot be created' + (' with pretrained weights' if pretrained else '')
         way = ' Without a network: --weights FILE, or --no-pretrained.' if pretrained else ''
         raise OptionError(f'{what}: {first_sentence(error)}.{way}') from error
+
+
+def is_pretrained(options: FinetuneOptions) -> bool:
+    """Whether the model begins with the weights that timm knows for it: by default where it has some, but for the built-in digits."""
+    cfg = timm.get_pretrained_cfg(timm.models.split_model_name_tag(options.model)[0])
+    wanted = options.data != BUILT_IN if options.pretrained is None else options.pretrained
+    return wanted and (cfg is None or bool(cfg.has_weights))
 
 
 def model_arguments(name: str, given: dict[str, Any], image_size: int | None) -> dict[str, Any]:

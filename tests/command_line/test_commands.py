@@ -8,10 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 
 from sem_timm.command_line import main
 from sem_timm.command_line.values import complete_model, complete_operation, parse_pairs
 from sem_timm.errors import OptionError
+from sem_timm.finetuning import FinetuneOptions
+from sem_timm.finetuning.checkpoints import find_checkpoint, read_state
+from sem_timm.finetuning.comparison import options_without
 from sem_timm.operations import operation_names
 from tests.finetuning.small_runs import write_images
 
@@ -141,6 +145,50 @@ def test_finetune_prints_what_was_gained(tmp_path: Path, capsys: pytest.CaptureF
     result = json.loads(capsys.readouterr().out)
     assert result['num_steps'] == 6 and result['without_operation']['num_new_parameters'] == 0
     assert result['num_new_parameters'] > 0
+
+
+def test_variant_is_compared_with_its_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ['--data', str(write_images(tmp_path / 'data')), '--no-progress', '--cpu', '--json', '--compare']
+    variant = ['test_resnet_sem', '--model-options', 'sem_reduction=8', '--model-options', 'drop_rate=0.1']
+    assert main(['finetune', *variant, *SMALL[2:], *data, '--output', str(tmp_path / 'run')]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result['model'], result['operation']) == ('test_resnet_sem', 'sem')
+    without = result['without_operation']
+    assert (without['model'], without['operation'], without['num_new_parameters']) == ('test_resnet', 'none', 0)
+    assert without['num_parameters'] == result['num_parameters'] - result['num_new_parameters']
+    options = json.loads((tmp_path / 'run' / 'without_operation' / 'options.json').read_text())
+    assert options['model_options'] == {'drop_rate': 0.1}
+
+
+def test_base_of_a_variant_begins_without_weights_where_the_variant_does() -> None:
+    # Attention variants have no weights of their own.
+    without = options_without(FinetuneOptions(model='test_vit_ea', data='photos'))
+    assert (without.model, without.pretrained) == ('test_vit', False)
+    without = options_without(FinetuneOptions(model='test_resnet_sem.r160_in1k', data='photos'))
+    assert (without.model, without.pretrained) == ('test_resnet.r160_in1k', True)
+
+
+def test_comparison_that_cannot_be_is_refused_before_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, data = tmp_path / 'run', ['--data', str(write_images(tmp_path / 'data')), '--cpu', '--no-progress']
+    assert main([*SMALL, *data, '--output', str(run), '--operation', 'none', '--compare']) == 2
+    assert 'leaves nothing to compare with' in capsys.readouterr().err and not run.exists()
+    assert main([*SMALL, *data, '--output', str(run), '--operation', 'none', '--stop-at', '2']) == 143
+    before = read_state(find_checkpoint(run)[1])
+    assert main(['finetune', '--resume', str(run), '--compare', '--no-progress']) == 2
+    assert read_state(find_checkpoint(run)[1]) == before
+
+
+def test_result_is_told_where_the_comparison_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ['--data', str(write_images(tmp_path / 'data')), '--cpu', '--no-progress', '--compare']
+    timm.models.save_for_hf(timm.create_model('test_resnet_sem', num_classes=3), tmp_path / 'hub')
+    model = f'local-dir:{tmp_path / "hub"}'
+    assert main(['finetune', model, *SMALL[2:], *data, '--output', str(tmp_path / 'run')]) == 2
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f'{model} with sem: accuracy ') and 'The same recipe' not in printed.out
+    assert 'is a test_resnet_sem, so that sem cannot be left out; to compare, give test_resnet' in printed.err
+    assert not (tmp_path / 'run' / 'without_operation').exists()
 
 
 def test_benchmarks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,8 @@ import typer
 
 from sem_timm.command_line.values import complete_model, complete_operation, parse_pairs, parse_target
 from sem_timm.finetuning import FinetuneOptions, FinetuneResult, finetune
-from sem_timm.finetuning.comparison import finetune_without
+from sem_timm.finetuning.calls import options_of_run
+from sem_timm.finetuning.comparison import finetune_without, options_without
 from sem_timm.finetuning.options import BUILT_IN, NO_OPERATION
 
 _NAMES = {'operation_options': '--set'}
@@ -39,12 +40,17 @@ def command(compare: bool | None, as_json: bool, **values: Any) -> None:
         typed[name] = parse_target(typed[name])
     if 'trackers' in typed:
         typed['trackers'] = tuple(typed['trackers'])
-    result = finetune(**typed)
+    asked = options_of_run(**typed)
     if compare is None:
-        compare = result.options.data == BUILT_IN and result.options.operation != NO_OPERATION
-    without = finetune_without(result) if compare else None
-    if int(os.environ.get('RANK', 0)) == 0:
-        print(_as_json(result, without) if as_json else _as_text(result, without))
+        compare = asked.data == BUILT_IN and asked.operation != NO_OPERATION
+    if compare:
+        options_without(asked)  # so that an error comes before the training
+    result, without = finetune(**typed), None
+    try:
+        without = finetune_without(result) if compare else None
+    finally:  # what was trained is told, however the comparison ends
+        if int(os.environ.get('RANK', 0)) == 0:
+            print(_as_json(result, without) if as_json else _as_text(result, without))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
