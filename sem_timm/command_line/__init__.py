@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _INTERRUPTED
         if told is None:
             raise
-        return _fail(f'{told()} See: sem-timm --help')
+        # It says nothing where no command was typed: then the help was printed.
+        return _fail(f'{message} See: sem-timm --help') if (message := told()) else _USAGE
     return code if isinstance(code, int) else 0
 
 

@@ -46,7 +46,7 @@ def create_model(options: FinetuneOptions, num_classes: int) -> nn.Module:
 
 
 def is_pretrained(options: FinetuneOptions) -> bool:
-    """Whether the model begins with the weights that timm knows for it: by default where it has some, but for the built-in digits."""
+    """Whether a model begins with the weights that timm knows for it: by default if it has some, but for digits."""
     cfg = timm.get_pretrained_cfg(timm.models.split_model_name_tag(options.model)[0])
     wanted = options.data != BUILT_IN if options.pretrained is None else options.pretrained
     return wanted and (cfg is None or bool(cfg.has_weights))
@@ -150,8 +150,8 @@ def check_operation(model: nn.Module, options: FinetuneOptions) -> None:
     if patched(model) and given:
         raise OptionError(
             f'the model has {operation_name(model)} already, which {", ".join(given)} would not change. Leave that '
-            'out, or give the base and the operation; of a variant, options of the operation are model options, such as '
-            'sem_reduction=8 or ea_memory=32.'
+            'out, or give the base and the operation; of a variant, options of the operation are model options, such '
+            'as sem_reduction=8 or ea_memory=32.'
         )
 
 

@@ -32,6 +32,12 @@ def test_help_lists_the_commands_and_has_examples(capsys: pytest.CaptureFixture[
         assert 'Examples:' in capsys.readouterr().out
 
 
+def test_without_a_command_the_help_is_all_that_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    printed = capsys.readouterr()
+    assert ' finetune ' in printed.out and printed.err == ''
+
+
 @pytest.mark.parametrize('command', [['-m', 'sem_timm'], ['-c', 'import sem_timm.command_line as c; exit(c.main())']])
 def test_command_is_the_same_as_a_module_and_as_an_entry_point(command: list[str]) -> None:
     done = subprocess.run([sys.executable, *command, 'plan', 'resnett18'], capture_output=True, text=True, timeout=120)
