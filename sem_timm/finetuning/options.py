@@ -111,7 +111,8 @@ class FinetuneOptions:
     def __post_init__(self) -> None:
         for name in ('model_options', 'operation_options'):
             object.__setattr__(self, name, dict(getattr(self, name) or {}))
-        object.__setattr__(self, 'trackers', tuple(name for name in self.trackers if name != 'none'))
+        trackers = (self.trackers,) if isinstance(self.trackers, str) else self.trackers
+        object.__setattr__(self, 'trackers', tuple(name for name in trackers if name != 'none'))
         for name, lowest in _LOWEST.items():
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and value >= lowest):

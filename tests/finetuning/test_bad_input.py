@@ -121,6 +121,11 @@ def test_options_check_themselves(given: dict[str, Any], part: str) -> None:
         FinetuneOptions(**given)
 
 
+def test_one_tracker_needs_no_tuple() -> None:
+    assert FinetuneOptions(trackers='none').trackers == ()
+    assert FinetuneOptions(trackers='wandb').trackers == ('wandb',)
+
+
 def test_options_come_back_from_text() -> None:
     told = FinetuneOptions(operation_options={'operators': ('se', 'eca')}, target=('layer1.0',), ema=0.9)
     assert FinetuneOptions.from_json(told.to_json()) == told
