@@ -4,12 +4,15 @@ Importing the package registers variants of timm's architectures: ``*_sem`` of a
 have self-attention that can be replaced.
 """
 
+import sys
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from sem_timm.errors import (
     BaseWeightsWarning,
     GuardError,
+    MissingNameError,
     MissingPackageError,
     ModelError,
     NoMatchError,
@@ -94,6 +97,7 @@ __all__ = [
     'HaloAttention',
     'InsertConfig',
     'LinearAttention',
+    'MissingNameError',
     'MissingPackageError',
     'ModelError',
     'MultiHeadExternalAttention',
@@ -176,16 +180,25 @@ _LAZY = {
 }
 
 
+# ``from sem_timm import *`` takes what is there.
+if not (find_spec('accelerate') and find_spec('rich')):
+    __all__[:] = [name for name in __all__ if name not in _LAZY['sem_timm.finetuning']]
+
+
 def __getattr__(name: str) -> Any:
-    for room, names in _LAZY.items():
-        if name in names:
-            try:
-                return getattr(import_module(room), name)
-            except ModuleNotFoundError as error:
-                raise MissingPackageError(
-                    f"sem_timm.{name} needs {error.name}, which is not installed. Do: pip install 'sem_timm[tools]'"
-                ) from error
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    room = next((room for room, names in _LAZY.items() if name in names), None)
+    if room is None:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    try:
+        return getattr(import_module(room), name)
+    except ModuleNotFoundError as error:
+        missing = MissingPackageError(
+            f"sem_timm.{name} needs {error.name}, which is not installed. Do: pip install 'sem_timm[tools]'"
+        )
+        # For ``from sem_timm import name``: of an AttributeError Python would make an error without this advice.
+        if sys._getframe(1).f_code.co_name == '_handle_fromlist':
+            raise missing from error
+        raise MissingNameError(str(missing)) from error
 
 
 def __dir__() -> list[str]:

