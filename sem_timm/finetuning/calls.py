@@ -17,7 +17,16 @@ from sem_timm.errors import OptionError, closest
 from sem_timm.finetuning.checkpoints import Checkpoints, State, find_checkpoint
 from sem_timm.finetuning.engine import Trainer
 from sem_timm.finetuning.errors import CheckpointError
-from sem_timm.finetuning.files import OPTIONS, PATCH, RESULT, WEIGHTS, explained, write_text, write_whole
+from sem_timm.finetuning.files import (
+    OPTIONS,
+    PATCH,
+    RESULT,
+    WEIGHTS,
+    explained,
+    remove_leftovers,
+    write_text,
+    write_whole,
+)
 from sem_timm.finetuning.logs import start_logs
 from sem_timm.finetuning.models import inserted_parameters, operation_name
 from sem_timm.finetuning.options import FinetuneOptions
@@ -194,6 +203,7 @@ def _load(parts: Parts, checkpoint: Path, changed: FinetuneOptions | None) -> St
     checkpoints = Checkpoints(run)
     state = checkpoints.load(parts.accelerator, checkpoint)
     if parts.accelerator.is_main_process:
+        remove_leftovers(run)
         checkpoints.go_on_from(checkpoint, state)
     parts.accelerator.wait_for_everyone()
     if state.step == 0:

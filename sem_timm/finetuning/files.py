@@ -10,12 +10,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from sem_timm.files import UNFINISHED, flush, flush_names, is_abandoned, replace_whole
 from sem_timm.finetuning.errors import WriteError
 
 # What a run leaves in its folder, beside logs and checkpoints.
 OPTIONS, RESULT, WEIGHTS, PATCH = 'options.json', 'result.json', 'model.safetensors', 'patch'
 
-_UNFINISHED, _DOOMED = '.unfinished-', '.removed-'
+_DOOMED = '.removed-'
 
 
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
@@ -28,16 +29,8 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     Raises:
         WriteError: If it cannot be written; what was there before is still there.
     """
-    unfinished = unfinished_name(file)
     with explained(file):
-        try:
-            write(unfinished)
-            _flush(unfinished)
-            os.replace(unfinished, file)
-            _flush(file.parent)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
+        replace_whole(file, write)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -46,8 +39,8 @@ def write_text(file: Path, text: str) -> None:
 
 
 def unfinished_name(path: Path) -> Path:
-    """Where something is written until it is whole."""
-    return path.with_name(_UNFINISHED + path.name)
+    """Where the content of a folder is written until it is whole, by all processes of a run."""
+    return path.with_name(UNFINISHED + path.name)
 
 
 def begin_folder(folder: Path) -> Path:
@@ -64,10 +57,10 @@ def finish_folder(folder: Path) -> None:
     unfinished = unfinished_name(folder)
     with explained(folder):
         for path in unfinished.rglob('*'):
-            _flush(path)
-        _flush(unfinished)
+            flush_names(path) if path.is_dir() else flush(path)
+        flush_names(unfinished)
         os.replace(unfinished, folder)
-        _flush(folder.parent)
+    flush_names(folder.parent)
 
 
 def remove_folder(folder: Path) -> None:
@@ -80,8 +73,10 @@ def remove_folder(folder: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Removes what a process that was killed has left half written or half removed."""
     for path in folder.glob('.*'):
-        if path.name.startswith((_UNFINISHED, _DOOMED)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir() and path.name.startswith((UNFINISHED, _DOOMED)):
+            shutil.rmtree(path)
+        elif is_abandoned(path):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -96,11 +91,3 @@ def explained(path: Path) -> Iterator[None]:
         free = shutil.disk_usage(existing).free / 2**30
         text = getattr(error, 'strerror', None) or str(error).strip().splitlines()[0]
         raise WriteError(f'cannot write {path}: {text} ({free:.1f} GiB are free there).') from error
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

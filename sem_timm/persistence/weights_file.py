@@ -7,10 +7,7 @@ step, and only then the file of the patch before is removed.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import secrets
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,11 +15,11 @@ import safetensors.torch
 from torch import Tensor
 
 from sem_timm.errors import PatchFileError
+from sem_timm.files import is_abandoned, replace_whole
 from sem_timm.persistence.fingerprint import dtype_name
 from sem_timm.persistence.record import RECORD_NAME, WEIGHTS_PATTERN, PatchRecord, TensorRecord, WeightsFile
 
 _UNFINISHED = '.patch-'
-_ABANDONED = 3600.0  # seconds after which an unfinished file belongs to no process any more
 
 
 def encode(tensors: dict[str, Tensor]) -> tuple[WeightsFile, bytes]:
@@ -53,8 +50,8 @@ def write(folder: Path, record: PatchRecord, data: bytes) -> None:
     new = folder / record.weights.file
     is_new = not new.exists()
     try:
-        _replace(new, data)
-        _replace(folder / RECORD_NAME, text)
+        replace_whole(new, lambda path: path.write_bytes(data), _UNFINISHED)
+        replace_whole(folder / RECORD_NAME, lambda path: path.write_bytes(text), _UNFINISHED)
     except BaseException:
         # An interrupt may come when all is done; and the patch before may have the same tensors.
         with suppress(OSError):
@@ -65,39 +62,12 @@ def write(folder: Path, record: PatchRecord, data: bytes) -> None:
         _remove_leftovers(folder, new.name)
 
 
-def _replace(file: Path, data: bytes) -> None:
-    """Writes a file under another name, down to the disk, and then gives it its name."""
-    unfinished = file.with_name(f'{_UNFINISHED}{secrets.token_hex(8)}')
-    try:
-        with unfinished.open('xb') as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(unfinished, file)
-        _flush(file.parent)
-    except BaseException:
-        with suppress(OSError):
-            unfinished.unlink()
-        raise
-
-
-def _flush(folder: Path) -> None:
-    """Writes the names in a folder down to the disk, where the system can do that."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _remove_leftovers(folder: Path, kept: str) -> None:
     """Removes the tensors of earlier patches, and what killed processes left unfinished."""
     for entry in folder.iterdir():
         with suppress(OSError):
             old = re.fullmatch(WEIGHTS_PATTERN, entry.name) is not None and entry.name != kept
-            unfinished = entry.name.startswith(_UNFINISHED) and time.time() - entry.stat().st_mtime > _ABANDONED
-            if old or unfinished:
+            if old or is_abandoned(entry, _UNFINISHED):
                 entry.unlink()
 
 

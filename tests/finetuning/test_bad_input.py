@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,42 @@ def test_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(WriteError, match=f'cannot write {file}: No space left on device .* GiB are free'):
         files.write_whole(file, fail)
     assert [path.name for path in tmp_path.iterdir()] == ['weights'] and file.read_text() == 'old'
+
+
+def test_folder_that_cannot_be_flushed_is_no_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flush = os.fsync
+
+    def fail(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(22, 'Invalid argument')
+        flush(descriptor)
+
+    monkeypatch.setattr(os, 'fsync', fail)
+    files.write_text(tmp_path / 'file', 'new')
+    (files.begin_folder(tmp_path / 'folder') / 'part').write_text('new')
+    files.finish_folder(tmp_path / 'folder')
+    assert sorted(path.name for path in tmp_path.rglob('*')) == ['file', 'folder', 'part']
+
+
+def test_two_processes_that_write_one_file_do_not_meet(tmp_path: Path) -> None:
+    file = tmp_path / 'file'
+
+    def write(path: Path) -> None:
+        path.write_text('one')
+        files.write_text(file, 'two')
+
+    files.write_whole(file, write)
+    assert file.read_text() == 'one' and [path.name for path in tmp_path.iterdir()] == ['file']
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    old, young, folder = (tmp_path / f'.unfinished-{name}' for name in ('old', 'young', 'folder'))
+    old.touch()
+    young.touch()
+    folder.mkdir()
+    os.utime(old, (0, 0))
+    files.remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == [young]
 
 
 def test_log_that_cannot_be_written_is_named(images: Path, tmp_path: Path) -> None:

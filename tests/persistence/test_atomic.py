@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import sem_timm
-from sem_timm.persistence import weights_file as module
 from tests.persistence.patches import base, outputs, patch, weights_file
 
 
@@ -54,7 +53,7 @@ def test_failure_leaves_the_old_patch(
                 raise error
         return original(first, *rest)
 
-    monkeypatch.setattr(module.os, name, fail)
+    monkeypatch.setattr(os, name, fail)
     with pytest.raises(type(error)):
         sem_timm.save_patch(two[1], tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -75,7 +74,7 @@ def test_interrupt_after_the_last_step_leaves_the_new_patch(
         if Path(target).name == 'patch.json':
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.os, 'replace', late)
+    monkeypatch.setattr(os, 'replace', late)
     with pytest.raises(KeyboardInterrupt):
         sem_timm.save_patch(two[1], tmp_path)
     assert torch.equal(loaded(tmp_path), outputs(two[1]))
