@@ -49,7 +49,7 @@ class MissingPackageError(SemTimmError, ImportError):
 class MissingNameError(SemTimmError, AttributeError):
     """A public name needs a package that is not installed; the message says what installs it.
 
-    Not a `MissingPackageError`, since no error can be an ImportError and also the AttributeError that ``hasattr`` expects.
+    Not a `MissingPackageError`: no error can be an ImportError and also the AttributeError that ``hasattr`` expects.
     """
 
 
