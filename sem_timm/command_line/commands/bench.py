@@ -28,7 +28,9 @@ def command(
     device: Annotated[str | None, typer.Option(help='cpu or cuda.')] = None,
     out: Annotated[Path | None, typer.Option(help='Where results go; for all, a folder.')] = None,
     zoo: Annotated[bool, typer.Option('--zoo', help="Also plan all of timm's architectures: minutes.")] = False,
-    quick: Annotated[bool, typer.Option('--quick', help='Tiny sizes: shows that it works.')] = False,
+    quick: Annotated[
+        bool, typer.Option('--quick', help='Tiny sizes: shows that it works; all parts together need --out.')
+    ] = False,
 ) -> None:
     """Measure every ratio that has a goal, into a dated result file and a plot; or run one benchmark.
 

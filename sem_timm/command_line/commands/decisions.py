@@ -19,7 +19,7 @@ def command(
     data: Annotated[str | None, typer.Option(help='Other images than those of the run, named as there.')] = None,
     by_class: Annotated[bool, typer.Option('--by-class', help='The decisions for each class too.')] = False,
     max_batches: Annotated[int | None, typer.Option(help='Look at so many batches at most.', min=1)] = None,
-    plot: Annotated[Path | None, typer.Option(help='Draw a heatmap there, a .png or .svg.')] = None,
+    plot: Annotated[Path | None, typer.Option(help='Draw a heatmap there, a .png, .svg or .pdf.')] = None,
     as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False,
 ) -> None:
     """Show which excitation each block of a trained model with SEM chooses, over its validation images.

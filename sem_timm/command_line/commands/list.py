@@ -24,7 +24,7 @@ def command(
 ) -> None:
     """List models, with the places in them where attention can be replaced.
 
-    Every model takes the operation sem, as `sem-timm finetune resnet50`, or has it in its name, as `resnet50_sem`.
+    Every model takes the operation sem: `sem-timm finetune resnet50`, or by name, `resnet50_sem`.
 
     Examples: `sem-timm list resnet`, `sem-timm list 'vit_*_224' --pretrained`, `sem-timm list --operations`.
     """
