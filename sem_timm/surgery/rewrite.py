@@ -113,7 +113,8 @@ def _compiled(edit: Edit) -> dict[str, Callable[..., Any]]:
     """Executes the source; its functions carry the defaults and annotations of the methods they replace."""
     filename = f'<sem_timm {edit.base.__qualname__} {zlib.crc32(edit.source.encode()):08x}>'
     linecache.cache[filename] = (len(edit.source), None, edit.source.splitlines(keepends=True), filename)
-    scope: dict[str, Any] = {**dict(edit.bindings), '__name__': edit.base.__module__}
+    # Nameless: torch.compile (2.9) looks for the bindings in the module that a scope names.
+    scope: dict[str, Any] = dict(edit.bindings)
     methods: dict[str, Any] = {}
     # Annotations are kept as written and not evaluated: the names in them belong to another file.
     flags = __future__.annotations.compiler_flag
@@ -123,6 +124,7 @@ def _compiled(edit: Edit) -> dict[str, Callable[..., Any]]:
         if edit.inserted:  # else it takes any arguments, and returns nothing
             method.__defaults__, method.__kwdefaults__ = original.__defaults__, original.__kwdefaults__
             method.__annotations__ = dict(original.__annotations__)
+        method.__module__ = edit.base.__module__
         method.__qualname__ = f'Patched{edit.base.__qualname__}.{name}'
     return methods
 

@@ -111,6 +111,7 @@ def test_autocast(name: str) -> None:
     model, images = swapped(family), family.images()
     with torch.autocast('cpu', torch.bfloat16):
         found = outputs(model, images)
+    with torch.autocast('cpu', torch.bfloat16):  # anew: torch 2.9 remembers weights that were cast without gradients
         backward(model, images)
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in inserted(model).values())
     assert without_gradient(model) == set()
