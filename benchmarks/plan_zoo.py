@@ -11,6 +11,7 @@ continues where the last one stopped.
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
 import re
 import time
@@ -127,12 +128,19 @@ def _apply_and_undo(model: nn.Module, plan: sem_timm.Plan) -> None:
         raise AssertionError('undo left modules or keys that were not there before')
 
 
+def _made_by(operation: str) -> str:
+    return (
+        f'Made by `benchmarks/plan_zoo.py --operation {operation}` on {datetime.date.today()} with timm '
+        f'{timm.__version__} and torch {torch.__version__}'
+    )
+
+
 def insertion_report(rows: list[Row], seconds: float) -> str:
     """The table of families, the architectures with output positions, and what went wrong."""
     lines = [
         '# SEM planned into every architecture of timm',
         '',
-        f'timm {timm.__version__}, torch {torch.__version__}: {sum(bool(r.sites) for r in rows):,} of {len(rows):,} '
+        f'{_made_by("sem")}: {sum(bool(r.sites) for r in rows):,} of {len(rows):,} '
         f'architectures, {sum(r.sites for r in rows):,} sites, {sum(r.residual for r in rows):,} of them on residual '
         f'branches, {sum(len(r.refused) for r in rows):,} refused, {sum(bool(r.error) for r in rows)} errors. '
         f'{seconds:.0f} s of one core.',
@@ -173,7 +181,7 @@ def swap_report(rows: list[Row], seconds: float) -> str:
     lines = [
         f"# Attention '{rows[0].operation}' planned into every architecture of timm",
         '',
-        f'timm {timm.__version__}, torch {torch.__version__}: {sum(classes.values()):,} sites in {len(swapped):,} of '
+        f'{_made_by(rows[0].operation)}: {sum(classes.values()):,} sites in {len(swapped):,} of '
         f'{len(rows):,} architectures and {len(classes)} classes; {refused:,} modules refused; '
         f'{sum(bool(row.error) for row in rows)} failed. {applied}{seconds:.0f} s of one core.',
         '',
