@@ -103,7 +103,7 @@ def _read_plan(row: Row, model: nn.Module, plan: sem_timm.Plan) -> None:
 
 def _read_refusal(row: Row, model: nn.Module, message: str) -> None:
     """Fills in what the message about a model as a whole tells: how many modules were refused, and the first ones."""
-    count = re.search(r'(\d+) (?:modules|blocks) were found and refused', message)
+    count = re.search(r'(\d+) (?:attention modules|blocks) were found and refused', message)
     listed = re.findall(r'^  ([\w.]+): (.+)$', message, re.MULTILINE)
     row.refused = [f'{name} ({_class_of(model, name)}): {reason}' for name, reason in listed]
     row.unlisted = max(0, int(count.group(1)) - len(listed)) if count else 0
