@@ -42,8 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, SystemExit) as error:
         if arguments is None:
             _ignore_signals()
-        # It may have come while the first one was being told.
-        return getattr(error.__context__, 'exit_code', getattr(error, 'code', _INTERRUPTED))
+        first = error.__context__
+        if isinstance(first, SemTimmError):  # that of an earlier signal, which was on its way here to be told
+            return _fail(' '.join(str(first).split()), getattr(first, 'exit_code', _USAGE))
+        return getattr(error, 'code', _INTERRUPTED)
     except BrokenPipeError:  # such as of ``sem-timm list | head``
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 import timm
 
 from sem_timm.command_line import main
+from sem_timm.command_line.commands import finetune as finetune_command
 from sem_timm.command_line.values import complete_model, complete_operation, parse_pairs
 from sem_timm.errors import OptionError
-from sem_timm.finetuning import FinetuneOptions
+from sem_timm.finetuning import FinetuneOptions, StoppedError
 from sem_timm.finetuning.checkpoints import find_checkpoint, read_state
 from sem_timm.finetuning.comparison import options_without
 from sem_timm.operations import operation_names
@@ -57,6 +59,20 @@ def test_signal_ends_a_command_without_a_word(number: str, code: int) -> None:
     )
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr.strip()) == (code, '', '')
+
+
+def test_first_signal_is_told_when_a_second_one_comes_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(**given: object) -> None:
+        try:
+            raise StoppedError(signal.SIGINT, 'after step 3')
+        finally:
+            raise SystemExit(143)
+
+    monkeypatch.setattr(finetune_command, 'options_of_run', stop)
+    assert main(['finetune']) == 130
+    assert capsys.readouterr().err == 'sem-timm: SIGINT stopped the training after step 3\n'
 
 
 def test_list_filters_and_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
