@@ -136,7 +136,9 @@ class Reader:
             return self._evaluated(trace(module, call, inline_methods=inline_methods), name, known)
 
     def _evaluated(self, found: Trace, name: str, known: dict[str, Any]) -> Reading:
-        passed = {child: _passed(self.probe.calls[f'{name}.{child}' if name else child]) for child in known}
+        calls, prefix = self.probe.calls, f'{name}.' if name else ''
+        called = [child for child, _ in self.modules[name].named_modules() if child and prefix + child in calls]
+        passed = {child: passed_on(calls[prefix + child]) for child in called}
         passing = {child: which for child, which in passed.items() if any(index is not None for index in which)}
         return _evaluated(found, self.modules[name], self.probe.calls[name], known, passing)
 
@@ -216,7 +218,7 @@ def _evaluated(
     return Reading(found, values, adds, passing)
 
 
-def _passed(call: Call) -> list[int | None]:
+def passed_on(call: Call) -> list[int | None]:
     """For each tensor that a call returned, which of those that it was given it is."""
     given = {id(leaf): index for index, leaf in reversed(list(enumerate(tree_leaves((call.args, call.kwargs)))))}
     return [given.get(id(leaf)) for leaf in tree_leaves(call.output) if isinstance(leaf, Tensor)]

@@ -9,20 +9,22 @@ forward did to its arguments, must agree bit for bit.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import count
 from math import isfinite
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from sem_timm.errors import TraceError
-from sem_timm.surgery.bytecode import names_called
+from sem_timm.surgery.bytecode import names_called, names_called_by
+from sem_timm.surgery.graphs import called_module
 from sem_timm.surgery.layout import LayoutMode
 from sem_timm.surgery.random_state import preserved_random_state, random_states
-from sem_timm.surgery.reading import Reading
+from sem_timm.surgery.reading import Reading, passed_on
 from sem_timm.surgery.rewrite import Edit, patched_class
 from sem_timm.surgery.skeleton import Call
 
@@ -44,10 +46,19 @@ def verify(reading: Reading | None, module: nn.Module, call: Call, edit: Edit) -
     for training in (False, True) if both else (False,):
         try:
             same = _agree(reading, module, edit, training)
+            if training and same and (own := _own_by_mode(graphs[True], module)):
+                # What they return in training was not seen; it may be what they are given.
+                same = _agree(reading, module, edit, training, own)
         except Exception as error:  # the forward needs something of its children that stand-ins do not have
             raise TraceError(f'{_named(module)} cannot be checked by itself: {error}') from error
         if not same:
             raise TraceError(f'{_named(module)}: rewritten, it computes something else')
+
+
+def _own_by_mode(graph: fx.Graph, module: nn.Module) -> set[str]:
+    """The module's own methods that a graph calls and that ask for the mode."""
+    own = {str(node.target) for node in graph.nodes if node.op == 'call_module' and called_module(node, module) is None}
+    return {name for name in own if 'training' in names_called_by(type(module), name)}
 
 
 def _check_output_edit(module: nn.Module, call: Call, edit: Edit) -> None:
@@ -69,14 +80,15 @@ def _named(module: nn.Module) -> str:
     return f'{type(module).__name__}.forward ({code.co_filename.rsplit("site-packages/", 1)[-1]}:{code.co_firstlineno})'
 
 
-def _agree(reading: Reading, module: nn.Module, edit: Edit, training: bool) -> bool:
+def _agree(reading: Reading, module: nn.Module, edit: Edit, training: bool, returning: Collection[str] = ()) -> bool:
+    """Whether both forwards compute the same; with stand-ins for methods in ``returning`` that return what they get."""
     trace, values = reading.trace, reading.values[training]
     numbers = _Numbers(_longest([*values.values(), *trace.values.values()]))
     arguments = {name: numbers.like(value, index) for index, (name, value) in enumerate(trace.values.items())}
     results, drawn = [], []
     classes: tuple[Any, ...] = (edit.base, patched_class(edit))
     for cls in classes:
-        stand_in = _stand_in(module, reading, cls, training, numbers)
+        stand_in = _stand_in(module, reading, cls, training, numbers, returning)
         stand_in.__dict__.update(dict.fromkeys(edit.inserted, _identity))
         given = {name: _cloned(value) for name, value in arguments.items()}
         with torch.no_grad(), preserved_random_state(on_gpus=False):
@@ -145,15 +157,20 @@ def _equal_numbers(first: Tensor, second: Tensor) -> bool:
     return first.shape == second.shape and torch.equal(first.nan_to_num(), second.nan_to_num())
 
 
-def _stand_in(module: nn.Module, reading: Reading, cls: type, training: bool, numbers: _Numbers) -> nn.Module:
+def _stand_in(
+    module: nn.Module, reading: Reading, cls: type, training: bool, numbers: _Numbers, returning: Collection[str]
+) -> nn.Module:
     """The module with real numbers for the tensors its forward reads and stand-ins for all it calls."""
     root = _shell(module, cls)
     root.__dict__['training'] = training
     graph, values = reading.trace.graphs[training], reading.values[training]
     outputs: dict[str, list[Any]] = {}
+    passing = dict(reading.passing)
     for node in graph.nodes:
         if node.op == 'call_module':
             outputs.setdefault(str(node.target), []).append(values[node])
+            args, kwargs = map_arg((node.args, node.kwargs), values.get)
+            passing.setdefault(str(node.target), passed_on(Call(args, kwargs, values[node])))
         elif node.op == 'get_attr':
             owner, name = _owner(root, module, str(node.target))
             for tensors in (owner._parameters, owner._buffers, owner.__dict__):
@@ -165,12 +182,13 @@ def _stand_in(module: nn.Module, reading: Reading, cls: type, training: bool, nu
             child = owner._modules[name]
             assert child is not None
             shell = _shell(child, type(child))
-            shell.__dict__['forward'] = _calls(numbers, templates, seed, reading.passing.get(target, []))
+            shell.__dict__['forward'] = _calls(numbers, templates, seed, passing[target])
             for alias, other in owner._modules.items():  # a child may have several names, and fx uses the first
                 if other is child:
                     owner._modules[alias] = shell
         else:
-            owner.__dict__[name] = _calls(numbers, templates, seed)
+            method = _calls(numbers, templates, seed, passing[target])
+            owner.__dict__[name] = _returning(method) if target in returning else method
     return root
 
 
@@ -211,6 +229,17 @@ def _calls(
             return result
         given, which = tree_leaves((args, kwargs)), iter(passing)
         return tree_map_only(Tensor, lambda new: new if (index := next(which)) is None else given[index], result)
+
+    return stand_in
+
+
+def _returning(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A stand-in for a method that returns the tensors which it is given, as far as their shapes allow."""
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        result = method(*args, **kwargs)
+        return tree_map_only(Tensor, lambda new: next((old for old in given if old.shape == new.shape), new), result)
 
     return stand_in
 
