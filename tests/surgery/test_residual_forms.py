@@ -95,6 +95,13 @@ def through_a_child_that_passes_on(self: Any, x: Tensor) -> Any:
     return out
 
 
+def through_a_child_that_is_called_twice(self: Any, x: Tensor) -> Any:
+    kept = self.a(self.drop(x))
+    out = self.drop(kept)
+    out += x
+    return out * kept
+
+
 def through_a_child_that_changes(self: Any, x: Tensor) -> Any:
     out = self.relu(x)
     return out.add_(self.a(x))
@@ -121,6 +128,7 @@ def kept_in_a_list(self: Any, x: Tensor) -> Any:
         on_the_shortcut,
         sum_used_twice,
         through_a_child_that_passes_on,
+        through_a_child_that_is_called_twice,
         through_a_child_that_changes,
         through_a_child_that_returns_more,
         kept_in_a_list,
@@ -143,6 +151,28 @@ def test_changes_in_place(forward: Callable[..., Any], operation: Any) -> None:
     with torch.no_grad():
         assert torch.equal(base(first), model.block(second))
     assert torch.equal(first, second)  # what the forward does to its argument, the patched one does too
+
+
+class Asks(nn.Module):
+    """Has a method that returns what it is given in training only, and changes the result in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(8, 8, 1)
+
+    def part(self, x: Tensor) -> Tensor:
+        return x if self.training else x * 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.a(x)
+        out = self.part(kept)
+        out += x
+        return out * kept
+
+
+def test_changes_in_place_of_what_a_method_returns_in_training() -> None:
+    with pytest.raises(RefusedError, match='computes something else'):
+        sem_timm.plan_model(Net(Asks()), target='block', position='residual', input_size=(3, 8, 8))
 
 
 def lends_its_type(self: Any, x: Tensor) -> Any:
