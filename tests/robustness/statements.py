@@ -211,7 +211,8 @@ def _side_effect(writer: Writer) -> None:
     forms = [
         (['self.calls = 0'], ['self.calls += 1']),
         (['self.calls = 0'], ['self.calls = self.calls + 1', '{y} = {x} * self.calls']),
-        (['self.last = None'], ['self.last = {x}.detach()']),
+        # A copy: a change in place of a tensor that a child keeps as well does not reach the child after a patch.
+        (['self.last = None'], ['self.last = {x}.detach().clone()']),
         (['self.log = []'], ['self.log.append(1)']),
         (['self.log = []'], ['self.log.append(1)', '{y} = {x} * len(self.log)']),
         (['self.seen = {}'], ['self.seen["x"] = 1']),
