@@ -83,11 +83,19 @@ def _definitions(cls: type, name: str) -> Iterator[FunctionType]:
             return
 
 
+_WALKS = {'children', 'named_children', 'modules', 'named_modules', '_modules'}
+
+
 @_cached
 def iterates_children(cls: type) -> bool:
     """Whether the forward of a module class may go through its children, whatever they are."""
-    walks = {'children', 'named_children', 'modules', 'named_modules', '_modules'}
-    return issubclass(cls, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or bool(names_called(cls) & walks)
+    return issubclass(cls, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or bool(names_called(cls) & _WALKS)
+
+
+@_cached
+def method_iterates_children(cls: type, method: str) -> bool:
+    """Whether a method of a module class may go through its children."""
+    return bool(names_called_by(cls, method) & _WALKS)
 
 
 @_cached

@@ -44,3 +44,10 @@ def called_module(node: fx.Node, module: nn.Module) -> nn.Module | None:
     except AttributeError:  # the method of a class that was followed before
         return None
     return called if isinstance(called, nn.Module) else None
+
+
+def own_methods_called(graph: fx.Graph, module: nn.Module) -> set[str]:
+    """The module's own methods that a graph calls as it calls children."""
+    return {
+        str(node.target) for node in graph.nodes if node.op == 'call_module' and called_module(node, module) is None
+    }

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from sem_timm.errors import TraceError
 from sem_timm.surgery.bytecode import names_called, names_called_by
-from sem_timm.surgery.graphs import called_module
+from sem_timm.surgery.graphs import own_methods_called
 from sem_timm.surgery.layout import LayoutMode
 from sem_timm.surgery.random_state import preserved_random_state, random_states
 from sem_timm.surgery.reading import Reading, passed_on
@@ -57,8 +57,7 @@ def verify(reading: Reading | None, module: nn.Module, call: Call, edit: Edit) -
 
 def _own_by_mode(graph: fx.Graph, module: nn.Module) -> set[str]:
     """The module's own methods that a graph calls and that ask for the mode."""
-    own = {str(node.target) for node in graph.nodes if node.op == 'call_module' and called_module(node, module) is None}
-    return {name for name in own if 'training' in names_called_by(type(module), name)}
+    return {name for name in own_methods_called(graph, module) if 'training' in names_called_by(type(module), name)}
 
 
 def _check_output_edit(module: nn.Module, call: Call, edit: Edit) -> None:

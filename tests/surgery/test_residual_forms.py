@@ -175,6 +175,25 @@ def test_changes_in_place_of_what_a_method_returns_in_training() -> None:
         sem_timm.plan_model(Net(Asks()), target='block', position='residual', input_size=(3, 8, 8))
 
 
+class Counts(nn.Module):
+    """Has a method that counts the children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(8, 8, 1)
+
+    def part(self, x: Tensor) -> Tensor:
+        return x * len(list(self.children()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.a(self.part(x))
+
+
+def test_a_method_that_goes_through_the_children() -> None:
+    with pytest.raises(RefusedError, match='a method of it goes through its children'):
+        sem_timm.plan_model(Net(Counts()), target='block', position='residual', input_size=(3, 8, 8))
+
+
 def lends_its_type(self: Any, x: Tensor) -> Any:
     out = x + self.b(x)
     return self.a(x).to(out.dtype)
