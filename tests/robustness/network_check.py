@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import sem_timm
-from sem_timm import GuardError, ModelError, RefusedError
+from sem_timm import GuardError, ModelError, OptionError, RefusedError
 from tests.robustness.network_source import Network
 from tests.robustness.runs import Run, assert_equal_runs, leaves, run, same
 from tests.snapshot import assert_same, snapshot
