@@ -13,8 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from sem_timm.errors import TraceError
 from sem_timm.surgery.blocks import find_blocks
-from sem_timm.surgery.bytecode import iterates_children, method_iterates_children
-from sem_timm.surgery.graphs import own_methods_called
+from sem_timm.surgery.bytecode import iterates_children
 from sem_timm.surgery.layout import Layout, LayoutMode, layout_of, set_layout
 from sem_timm.surgery.placement import (
     Aftermath,
@@ -22,6 +21,7 @@ from sem_timm.surgery.placement import (
     Refused,
     check_editable,
     check_hashable,
+    check_methods,
     compiled,
     free_names,
 )
@@ -115,8 +115,7 @@ class Inserter:
     def _at_residual(self, name: str, reading: Reading) -> Placement:
         module, graph = self.reader.modules[name], reading.trace.graphs[False]
         adds = reading.adds[False]
-        if any(method_iterates_children(type(module), name) for name in own_methods_called(graph, module)):
-            raise Refused('a method of it goes through its children, and the new one would become one of them')
+        check_methods(module, graph)
         chosen = last_of_each_output(graph, adds) if self.operation.branches == 'last' else adds
         numbers = [adds.index(add) for add in chosen]
         attributes = free_names(module, self.operation.attribute, len(numbers))

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any, Protocol
 
-from torch import nn
+from torch import fx, nn
 
 from sem_timm.errors import OptionError
+from sem_timm.surgery.bytecode import method_iterates_children
+from sem_timm.surgery.graphs import own_methods_called
 from sem_timm.surgery.plan import AttentionSite, Site
 from sem_timm.surgery.reading import Reader, Reading
 from sem_timm.surgery.rewrite import Edit, edit_of, patched_class
@@ -83,6 +85,12 @@ def check_hashable(operation: Any) -> None:
         hash(operation)
     except TypeError as error:
         raise OptionError(f'{operation}: {error}; options of an operation are hashable, such as tuples.') from error
+
+
+def check_methods(module: nn.Module, graph: fx.Graph) -> None:
+    """Raises Refused if a method that a graph calls goes through the children, of which the new one would be one."""
+    if any(method_iterates_children(type(module), name) for name in own_methods_called(graph, module)):
+        raise Refused('a method of it goes through its children, and the new one would become one of them')
 
 
 def check_editable(reader: Reader, name: str) -> None:

@@ -22,6 +22,7 @@ from sem_timm.surgery.placement import (
     Refused,
     check_editable,
     check_hashable,
+    check_methods,
     compiled,
     free_names,
 )
@@ -145,6 +146,7 @@ class Swapper:
     def _cores(self, name: str) -> Placement:
         module = self.reader.modules[name]
         reading, cores = self._read(name)
+        check_methods(module, reading.trace.graphs[False])
         attributes = free_names(module, self.operation.attribute, len(cores))
         values = reading.values[False]
         if self._pools(name, reading):
