@@ -92,7 +92,6 @@ def iterates_children(cls: type) -> bool:
     return issubclass(cls, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or bool(names_called(cls) & _WALKS)
 
 
-@_cached
 def method_iterates_children(cls: type, method: str) -> bool:
     """Whether a method of a module class may go through its children."""
     return bool(names_called_by(cls, method) & _WALKS)

@@ -128,27 +128,26 @@ class Reader:
     def _reading(self, name: str, values: dict[str, Any], inline_methods: bool) -> Reading:
         module, call = self.modules[name], self.probe.calls[name]
         cached = self._trace(module, call, values, inline_methods)
-        known = self._outputs_below(name, module)
+        below = self._calls_below(name, module)
         try:
-            return self._evaluated(replace(cached, values=values), name, known)
+            return self._evaluated(replace(cached, values=values), name, below)
         except TraceError:
             # Perhaps a graph of a module that differs in a number of a child.
-            return self._evaluated(trace(module, call, inline_methods=inline_methods), name, known)
+            return self._evaluated(trace(module, call, inline_methods=inline_methods), name, below)
 
-    def _evaluated(self, found: Trace, name: str, known: dict[str, Any]) -> Reading:
-        calls, prefix = self.probe.calls, f'{name}.' if name else ''
-        called = [child for child, _ in self.modules[name].named_modules() if child and prefix + child in calls]
-        passed = {child: passed_on(calls[prefix + child]) for child in called}
+    def _evaluated(self, found: Trace, name: str, below: dict[str, Call]) -> Reading:
+        prefix = f'{name}.' if name else ''
+        # What children returned that were called just once need not be computed again.
+        known = {child: call.output for child, call in below.items() if self.probe.counts[prefix + child] == 1}
+        passed = {child: passed_on(call) for child, call in below.items()}
         passing = {child: which for child, which in passed.items() if any(index is not None for index in which)}
         return _evaluated(found, self.modules[name], self.probe.calls[name], known, passing)
 
-    def _outputs_below(self, name: str, module: nn.Module) -> dict[str, Any]:
-        """What the children returned in the probe, as far as each was called just once."""
-        probe, prefix = self.probe, f'{name}.' if name else ''
+    def _calls_below(self, name: str, module: nn.Module) -> dict[str, Call]:
+        """The first call of each child in the probe."""
+        calls, prefix = self.probe.calls, f'{name}.' if name else ''
         return {
-            child: probe.calls[prefix + child].output
-            for child, _ in module.named_modules()
-            if child and probe.counts.get(prefix + child) == 1 and prefix + child in probe.calls
+            child: calls[prefix + child] for child, _ in module.named_modules() if child and prefix + child in calls
         }
 
     def _trace(self, module: nn.Module, call: Call, values: dict[str, Any], inline_methods: bool) -> Trace:

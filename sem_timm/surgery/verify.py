@@ -163,30 +163,31 @@ def _stand_in(
     root = _shell(module, cls)
     root.__dict__['training'] = training
     graph, values = reading.trace.graphs[training], reading.values[training]
-    outputs: dict[str, list[Any]] = {}
-    passing = dict(reading.passing)
+    outputs: dict[str, list[_Output]] = {}
     for node in graph.nodes:
         if node.op == 'call_module':
-            outputs.setdefault(str(node.target), []).append(values[node])
             args, kwargs = map_arg((node.args, node.kwargs), values.get)
-            passing.setdefault(str(node.target), passed_on(Call(args, kwargs, values[node])))
+            passing = passed_on(Call(args, kwargs, values[node]))
+            outputs.setdefault(str(node.target), []).append((values[node], passing))
         elif node.op == 'get_attr':
             owner, name = _owner(root, module, str(node.target))
             for tensors in (owner._parameters, owner._buffers, owner.__dict__):
                 if isinstance(tensors.get(name), Tensor):
                     tensors[name] = _cloned(numbers.like(tensors[name], len(name)))
     for seed, (target, templates) in enumerate(outputs.items()):
+        if len(templates) == 1 and target in reading.passing:  # its output is that of the probe, with other arguments
+            templates = [(templates[0][0], reading.passing[target])]
         owner, name = _owner(root, module, target)
         if name in owner._modules:
             child = owner._modules[name]
             assert child is not None
             shell = _shell(child, type(child))
-            shell.__dict__['forward'] = _calls(numbers, templates, seed, passing[target])
+            shell.__dict__['forward'] = _calls(numbers, templates, seed)
             for alias, other in owner._modules.items():  # a child may have several names, and fx uses the first
                 if other is child:
                     owner._modules[alias] = shell
         else:
-            method = _calls(numbers, templates, seed, passing[target])
+            method = _calls(numbers, templates, seed)
             owner.__dict__[name] = _returning(method) if target in returning else method
     return root
 
@@ -211,9 +212,11 @@ def _owner(root: nn.Module, module: nn.Module, target: str) -> tuple[nn.Module, 
     return root, name
 
 
-def _calls(
-    numbers: _Numbers, templates: list[Any], seed: int, passing: Sequence[int | None] = ()
-) -> Callable[..., Any]:
+# A value of the shapes that a call returns, and for each of its tensors which of those that it was given it is.
+_Output = tuple[Any, Sequence[int | None]]
+
+
+def _calls(numbers: _Numbers, templates: list[_Output], seed: int) -> Callable[..., Any]:
     """A stand-in for a child: returns numbers of the recorded shapes that depend on what it is given.
 
     What the child passes on, the stand-in passes on as well: a change of the one in place is one of the other.
@@ -223,8 +226,9 @@ def _calls(
     def stand_in(*args: Any, **kwargs: Any) -> Any:
         sample = _sample((args, kwargs))
         numbers.note(seed, sample)
-        result = _scaled(numbers.like(next(calls), 7 * seed % 900), 1 + sample)
-        if not passing:
+        template, passing = next(calls)
+        result = _scaled(numbers.like(template, 7 * seed % 900), 1 + sample)
+        if all(index is None for index in passing):
             return result
         given, which = tree_leaves((args, kwargs)), iter(passing)
         return tree_map_only(Tensor, lambda new: new if (index := next(which)) is None else given[index], result)
