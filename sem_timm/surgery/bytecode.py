@@ -5,12 +5,15 @@ from __future__ import annotations
 import dis
 from collections.abc import Callable, Hashable, Iterator
 from functools import wraps
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import Any, TypeVar, cast
 
 from torch import nn
 
 _Function = TypeVar('_Function', bound=Callable[..., Any])
+
+# Code, and the global names that it sees.
+_Scoped = tuple[CodeType, dict[str, Any]]
 
 
 def _cached(function: _Function) -> _Function:
@@ -53,20 +56,51 @@ def names_called(cls: type) -> frozenset[str]:
     return names_called_by(cls, 'forward')
 
 
-@_cached
 def names_called_by(cls: type, method: str) -> frozenset[str]:
     """As `names_called`, for another of the class's methods."""
+    return _run_by(cls, method)[1]
+
+
+@_cached
+def _run_by(cls: type, method: str) -> tuple[tuple[_Scoped, ...], frozenset[str]]:
+    """The code that a method of a class may run, and the names and texts in it."""
+    found: list[_Scoped] = []
     waiting, seen = [method], {method}
     while waiting:
         for function in _definitions(cls, waiting.pop()):
-            for code in _reachable(function, {}):
+            for code, scope in _reachable(function, {}):
+                found.append((code, scope))
                 names = {*code.co_names, *(constant for constant in code.co_consts if type(constant) is str)}
                 # Whatever name a function was imported under, its own counts too.
-                found = (function.__globals__.get(name) for name in code.co_names)
-                names |= {value.__name__ for value in found if isinstance(value, (BuiltinFunctionType, FunctionType))}
+                called = (scope.get(name) for name in code.co_names)
+                names |= {value.__name__ for value in called if isinstance(value, (BuiltinFunctionType, FunctionType))}
                 waiting += names - seen
                 seen |= names
-    return frozenset(seen)
+    return tuple(found), frozenset(seen)
+
+
+def surroundings(cls: type) -> Iterator[Any]:
+    """What the names in the code of a forward stand for now: globals, attributes of the class, and what closures hold.
+
+    All of it may change while the code stays, as in a notebook of which one cell is run again.
+    """
+    codes, names = _run_by(cls, 'forward')
+    for code, scope in codes:
+        yield from _called(code, scope)
+    for name in sorted(names):
+        for value in (vars(base)[name] for base in cls.__mro__ if base is not nn.Module and name in vars(base)):
+            yield name
+            yield value
+        for function in _definitions(cls, name):
+            yield from filter(None, map(_held, function.__closure__ or ()))
+
+
+def _held(cell: CellType) -> tuple[Any, ...]:
+    """What a closure holds, once it holds something."""
+    try:
+        return (cell.cell_contents,)
+    except ValueError:
+        return ()
 
 
 def _definitions(cls: type, name: str) -> Iterator[FunctionType]:
@@ -106,21 +140,21 @@ def _codes(cls: type) -> tuple[CodeType, ...]:
         for name, value in vars(base).items():
             function = value.fget if isinstance(value, property) else getattr(value, '__func__', value)
             if isinstance(function, FunctionType) and name != '__init__':
-                found.update(dict.fromkeys(_reachable(function, found)))
+                found.update(dict.fromkeys(code for code, _ in _reachable(function, found)))
     return tuple(found)
 
 
-def _reachable(function: FunctionType, seen: dict[CodeType, None]) -> Iterator[CodeType]:
+def _reachable(function: FunctionType, seen: dict[CodeType, None]) -> Iterator[_Scoped]:
     """The code of a function, of those nested in it, and of those that it calls by name outside of libraries."""
     function = getattr(function, '__wrapped__', function)
-    waiting: list[tuple[CodeType, dict[str, Any]]] = [(function.__code__, function.__globals__)]
+    waiting: list[_Scoped] = [(function.__code__, function.__globals__)]
     visited: set[CodeType] = set(seen)
     while waiting:
         code, scope = waiting.pop()
         if code in visited:
             continue
         visited.add(code)
-        yield code
+        yield code, scope
         waiting += [(constant, scope) for constant in code.co_consts if isinstance(constant, CodeType)]
         for called in _called(code, scope):
             if isinstance(called, FunctionType) and str(called.__module__).split('.')[0] not in _LIBRARIES:

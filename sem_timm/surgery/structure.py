@@ -6,13 +6,13 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import lru_cache
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from sem_timm.surgery.bytecode import code_of, names_called
+from sem_timm.surgery.bytecode import code_of, names_called, surroundings
 from sem_timm.surgery.layout import layout_of
 from sem_timm.surgery.state import INFRASTRUCTURE
 from sem_timm.surgery.walk import modules_by_name
@@ -48,6 +48,7 @@ class Structures:
     def __init__(self) -> None:
         self._local_numbers: dict[Hashable, _Local] = {}
         self._known: dict[int, int | _Local] = {}
+        self._surroundings: dict[type, int | _Local] = {}
 
     def describe(self, module: nn.Module) -> tuple[Hashable, bool]:
         """What of a module, of its children and of their attributes can steer its forward.
@@ -63,18 +64,26 @@ class Structures:
             for key in sorted(mentioned & child.__dict__.keys())
         )
         cls, attributes, tensors, children = self._described(module, _exact)
-        is_local = _is_local(attributes) or _is_local(looked_into) or _is_local(children)
-        return (code_of(cls), cls, attributes, tensors, children, looked_into), is_local
+        around = self._around(cls)
+        is_local = any(map(_is_local, (attributes, looked_into, children, around)))
+        return (code_of(cls), cls, attributes, tensors, children, looked_into, around), is_local
+
+    def _around(self, cls: type) -> int | _Local:
+        """A number for what the names in a forward's code stand for, which is looked at once per model."""
+        if cls not in self._surroundings:
+            self._surroundings[cls] = self._numbered(tuple(map(_meaning, surroundings(cls))))
+        return self._surroundings[cls]
 
     def _number(self, module: nn.Module) -> int | _Local:
         key = id(module)
         if key not in self._known:
-            description = self._described(module, _without_integers)
-            if _is_local(description[1]) or _is_local(description[3]):
-                self._known[key] = self._local_numbers.setdefault(description, _Local(len(self._local_numbers)))
-            else:
-                self._known[key] = self._numbers.setdefault(description, len(self._numbers))
+            self._known[key] = self._numbered(self._described(module, _without_integers))
         return self._known[key]
+
+    def _numbered(self, description: Hashable) -> int | _Local:
+        if _is_local(description):
+            return self._local_numbers.setdefault(description, _Local(len(self._local_numbers)))
+        return self._numbers.setdefault(description, len(self._numbers))
 
     def _described(self, module: nn.Module, plain: Callable[[Any], Hashable]) -> tuple[Any, ...]:
         state, cls = module.__dict__, cast(Hashable, type(module))
@@ -114,6 +123,19 @@ def _exact(value: Any) -> Hashable:
     if isinstance(value, dict):
         return tuple((_exact(key), _exact(entry)) for key, entry in value.items())
     return str(type(value)) if isinstance(value, (Tensor, nn.Module)) else _Local(id(value))
+
+
+def _meaning(value: Any) -> Hashable:
+    """What a name in code stands for, as something that is equal for equal behaviour."""
+    function = value.fget if isinstance(value, property) else getattr(value, '__func__', value)
+    if isinstance(function, FunctionType):
+        return function, function.__code__  # which may change while the function stays
+    return value if isinstance(value, (ModuleType, Enum)) or _is_foreign(value) else _exact(value)
+
+
+def _is_foreign(value: Any) -> bool:
+    """Whether a value is something to be called that is no function of Python's, such as a compiled one."""
+    return callable(value) and not isinstance(value, nn.Module) and type(value).__hash__ is not None
 
 
 def _without_integers(value: Any) -> Hashable:

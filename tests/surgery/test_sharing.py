@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 from types import FunctionType
@@ -127,6 +128,56 @@ def test_a_class_that_gets_another_forward() -> None:
     with pytest.raises(sem_timm.RefusedError):
         sem_timm.plan_model(Net(Block()), input_size=SIZE)
     Block.forward = residual  # type: ignore[method-assign]
+    check_identity(Block())
+
+
+FACTOR = 1.0
+
+
+def scaled(x: Tensor) -> Tensor:
+    return x * 1.0
+
+
+class Surrounded(nn.Module):
+    """A residual block whose forward depends on more than itself and its attributes."""
+
+    factor = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return x + self.conv(x) * self.factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.branch(x) + scaled(self.conv(x) * FACTOR)
+
+
+@pytest.mark.parametrize(
+    ('owner', 'name', 'value'),
+    [
+        (Surrounded, 'factor', 3.0),
+        (Surrounded, 'branch', lambda self, x: x + 3 * self.conv(x)),
+        (sys.modules[__name__], 'FACTOR', 3.0),
+        (sys.modules[__name__], 'scaled', lambda x: x * 3.0),
+    ],
+)
+def test_what_a_forward_sees_may_change(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, value: Any) -> None:
+    check_identity(Surrounded())
+    monkeypatch.setattr(owner, name, value)
+    check_identity(Surrounded())
+
+
+def test_what_a_closure_holds_may_change() -> None:
+    factor = 1.0
+
+    class Block(Surrounded):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.conv(x) * factor
+
+    check_identity(Block())
+    factor = 3.0
     check_identity(Block())
 
 
