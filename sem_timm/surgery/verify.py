@@ -3,13 +3,14 @@
 Both run on real tensors of the traced shapes, in the mode that the graph is for. The children, and methods that were
 kept whole, are stand-ins that return numbers depending on what they were given, so the comparison costs a few
 element-wise operations and needs no weights; the inserted modules stand in as identities. Results, and whatever the
-forward did to its arguments, must agree bit for bit.
+forward did to its arguments and to the tensors that it read, must agree bit for bit.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Sequence
+import operator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import count
 from math import isfinite
 from typing import Any
@@ -87,12 +88,12 @@ def _agree(reading: Reading, module: nn.Module, edit: Edit, training: bool, retu
     results, drawn = [], []
     classes: tuple[Any, ...] = (edit.base, patched_class(edit))
     for cls in classes:
-        stand_in = _stand_in(module, reading, cls, training, numbers, returning)
+        stand_in, read = _stand_in(module, reading, cls, training, numbers, returning)
         stand_in.__dict__.update(dict.fromkeys(edit.inserted, _identity))
         given = {name: _cloned(value) for name, value in arguments.items()}
         with torch.no_grad(), preserved_random_state(on_gpus=False):
             torch.default_generator.manual_seed(0)  # of the CPU only; torch.manual_seed would reach the GPUs too
-            results.append((cls.forward(stand_in, **given), given, numbers.calls()))
+            results.append((cls.forward(stand_in, **given), given, read, numbers.calls()))
             drawn.append(random_states())
     return drawn[0] == drawn[1] and _equal(*results)
 
@@ -158,38 +159,43 @@ def _equal_numbers(first: Tensor, second: Tensor) -> bool:
 
 def _stand_in(
     module: nn.Module, reading: Reading, cls: type, training: bool, numbers: _Numbers, returning: Collection[str]
-) -> nn.Module:
-    """The module with real numbers for the tensors its forward reads and stand-ins for all it calls."""
-    root = _shell(module, cls)
+) -> tuple[nn.Module, list[Tensor]]:
+    """The module with real numbers for the tensors its forward reads, which are told, and stand-ins for all it calls."""
+    shells = {each: _shell(each, type(each)) for each in module.modules()}
+    shells[module] = root = _shell(module, cls)
+    for shell in shells.values():  # under all the names that a child has
+        shell.__dict__['_modules'] = {key: shells.get(child) for key, child in shell._modules.items()}
     root.__dict__['training'] = training
     graph, values = reading.trace.graphs[training], reading.values[training]
     outputs: dict[str, list[_Output]] = {}
+    read: list[Tensor] = []
     for node in graph.nodes:
         if node.op == 'call_module':
             args, kwargs = map_arg((node.args, node.kwargs), values.get)
             passing = passed_on(Call(args, kwargs, values[node]))
             outputs.setdefault(str(node.target), []).append((values[node], passing))
         elif node.op == 'get_attr':
-            owner, name = _owner(root, module, str(node.target))
-            for tensors in (owner._parameters, owner._buffers, owner.__dict__):
-                if isinstance(tensors.get(name), Tensor):
-                    tensors[name] = _cloned(numbers.like(tensors[name], len(name)))
+            read += _with_numbers(shells.values(), operator.attrgetter(str(node.target))(module), node, numbers)
     for seed, (target, templates) in enumerate(outputs.items()):
         if len(templates) == 1 and target in reading.passing:  # its output is that of the probe, with other arguments
             templates = [(templates[0][0], reading.passing[target])]
-        owner, name = _owner(root, module, target)
-        if name in owner._modules:
-            child = owner._modules[name]
-            assert child is not None
-            shell = _shell(child, type(child))
-            shell.__dict__['forward'] = _calls(numbers, templates, seed)
-            for alias, other in owner._modules.items():  # a child may have several names, and fx uses the first
-                if other is child:
-                    owner._modules[alias] = shell
+        called = _calls(numbers, templates, seed)
+        if target in reading.trace.methods:
+            root.__dict__[target] = _returning(called) if target in returning else called
         else:
-            method = _calls(numbers, templates, seed)
-            owner.__dict__[name] = _returning(method) if target in returning else method
-    return root
+            root.get_submodule(target).__dict__['forward'] = called
+    return root, read
+
+
+def _with_numbers(shells: Iterable[nn.Module], tensor: Any, node: fx.Node, numbers: _Numbers) -> Iterator[Tensor]:
+    """Puts numbers in the place of a tensor wherever it is, and returns them."""
+    if not isinstance(tensor, Tensor):
+        return
+    new = _cloned(numbers.like(tensor, len(str(node.target))))
+    for shell in shells:
+        for tensors in (shell._parameters, shell._buffers, shell.__dict__):
+            tensors.update({name: new for name, value in tensors.items() if value is tensor})
+    yield new
 
 
 def _shell(module: nn.Module, cls: type) -> nn.Module:
@@ -199,17 +205,6 @@ def _shell(module: nn.Module, cls: type) -> nn.Module:
     for name in ('_parameters', '_buffers', '_modules'):
         shell.__dict__[name] = dict(module.__dict__[name])
     return shell
-
-
-def _owner(root: nn.Module, module: nn.Module, target: str) -> tuple[nn.Module, str]:
-    """The module that holds ``target``, with every module on the way replaced by a shell of its own."""
-    *path, name = target.split('.')
-    for part in path:
-        module = module._modules[part]  # type: ignore[assignment]
-        if root._modules[part] is module:
-            root._modules[part] = _shell(module, type(module))
-        root = root._modules[part]  # type: ignore[assignment]
-    return root, name
 
 
 # A value of the shapes that a call returns, and for each of its tensors which of those that it was given it is.

@@ -175,6 +175,46 @@ def test_changes_in_place_of_what_a_method_returns_in_training() -> None:
         sem_timm.plan_model(Net(Asks()), target='block', position='residual', input_size=(3, 8, 8))
 
 
+class Tracks(nn.Module):
+    """Keeps a mean of what it sees, in a buffer that it changes under another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(8, 8, 1)
+        self.register_buffer('mean', torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            mean: Any = self.mean
+            mean *= 0.9
+        return x + self.a(x)
+
+
+def test_a_buffer_that_is_changed_in_place_and_not_used() -> None:
+    with pytest.raises(RefusedError, match='computes something else'):
+        sem_timm.plan_model(Net(Tracks()), target='block', position='residual', input_size=(3, 8, 8))
+
+
+class Listed(nn.Module):
+    """Has its children twice: by name, and in the list that its forward goes through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.layers = nn.ModuleList([self.a, self.b])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for layer in self.layers:
+            y = layer(y)
+        return x + y
+
+
+def test_children_that_are_in_two_places() -> None:
+    plan = sem_timm.plan_model(Net(Listed()), target='block', position='residual', input_size=(3, 8, 8))
+    assert [site.name for site in plan] == ['block']
+
+
 class Counts(nn.Module):
     """Has a method that counts the children."""
 
