@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from sem_timm.errors import TraceError
 from sem_timm.surgery.bytecode import may_add
 from sem_timm.surgery.evaluate import evaluate
 from sem_timm.surgery.graphs import Values
+from sem_timm.surgery.passing import Passing, passed_on
 from sem_timm.surgery.residual import ResidualAdd, residual_adds
 from sem_timm.surgery.rewrite import edit_of
 from sem_timm.surgery.skeleton import Call, Probe
@@ -26,14 +26,14 @@ from sem_timm.surgery.walk import modules_by_name
 class Reading:
     """A module's forward: its trace, the value of every node, and its residual adds, by training mode.
 
-    Also the children that return what they are given, the tensor itself, as dropout does in eval mode: for each of the
-    tensors that they return, which of those they are given it is, or None.
+    Also the children that return what they are given, the tensor itself, as dropout does in eval mode, or a view of it:
+    for each of the tensors that they return, which of those they are given it is, or None.
     """
 
     trace: Trace
     values: dict[bool, Values]
     adds: dict[bool, list[ResidualAdd]]
-    passing: dict[str, list[int | None]] = field(default_factory=dict)
+    passing: dict[str, Passing] = field(default_factory=dict)
 
 
 class Reader:
@@ -128,27 +128,22 @@ class Reader:
     def _reading(self, name: str, values: dict[str, Any], inline_methods: bool) -> Reading:
         module, call = self.modules[name], self.probe.calls[name]
         cached = self._trace(module, call, values, inline_methods)
-        below = self._calls_below(name, module)
         try:
-            return self._evaluated(replace(cached, values=values), name, below)
+            return self._evaluated(replace(cached, values=values), name)
         except TraceError:
             # Perhaps a graph of a module that differs in a number of a child.
-            return self._evaluated(trace(module, call, inline_methods=inline_methods), name, below)
+            return self._evaluated(trace(module, call, inline_methods=inline_methods), name)
 
-    def _evaluated(self, found: Trace, name: str, below: dict[str, Call]) -> Reading:
+    def _evaluated(self, found: Trace, name: str) -> Reading:
         prefix = f'{name}.' if name else ''
+        nodes = [node for graph in found.graphs.values() for node in graph.nodes if node.op == 'call_module']
+        calls = {child: self.probe.calls.get(prefix + child) for child in {str(node.target): None for node in nodes}}
+        below = {child: call for child, call in calls.items() if call is not None}
         # What children returned that were called just once need not be computed again.
         known = {child: call.output for child, call in below.items() if self.probe.counts[prefix + child] == 1}
         passed = {child: passed_on(call) for child, call in below.items()}
         passing = {child: which for child, which in passed.items() if any(index is not None for index in which)}
         return _evaluated(found, self.modules[name], self.probe.calls[name], known, passing)
-
-    def _calls_below(self, name: str, module: nn.Module) -> dict[str, Call]:
-        """The first call of each child in the probe."""
-        calls, prefix = self.probe.calls, f'{name}.' if name else ''
-        return {
-            child: calls[prefix + child] for child, _ in module.named_modules() if child and prefix + child in calls
-        }
 
     def _trace(self, module: nn.Module, call: Call, values: dict[str, Any], inline_methods: bool) -> Trace:
         structure, is_local = self.structures.describe(module)
@@ -196,7 +191,7 @@ def bound_arguments(module: nn.Module, call: Call) -> dict[str, Any]:
 
 
 def _evaluated(
-    found: Trace, module: nn.Module, call: Call, known: dict[str, Any], passing: dict[str, list[int | None]]
+    found: Trace, module: nn.Module, call: Call, known: dict[str, Any], passing: dict[str, Passing]
 ) -> Reading:
     values: dict[bool, Values] = {}
     adds: dict[bool, list[ResidualAdd]] = {}
@@ -215,12 +210,6 @@ def _evaluated(
     if len(adds[True]) != len(adds[False]):
         raise TraceError(f'{type(module).__name__}.forward has other residual adds in training than in eval mode')
     return Reading(found, values, adds, passing)
-
-
-def passed_on(call: Call) -> list[int | None]:
-    """For each tensor that a call returned, which of those that it was given it is."""
-    given = {id(leaf): index for index, leaf in reversed(list(enumerate(tree_leaves((call.args, call.kwargs)))))}
-    return [given.get(id(leaf)) for leaf in tree_leaves(call.output) if isinstance(leaf, Tensor)]
 
 
 def _shapes(value: Any) -> Any:

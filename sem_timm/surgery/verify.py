@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import count
 from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from sem_timm.errors import TraceError
 from sem_timm.surgery.bytecode import names_called, names_called_by
 from sem_timm.surgery.graphs import own_methods_called
 from sem_timm.surgery.layout import LayoutMode
+from sem_timm.surgery.passing import Passing, passing_of_calls
 from sem_timm.surgery.random_state import preserved_random_state, random_states
-from sem_timm.surgery.reading import Reading, passed_on
+from sem_timm.surgery.reading import Reading
 from sem_timm.surgery.rewrite import Edit, patched_class
 from sem_timm.surgery.skeleton import Call
 
@@ -43,17 +43,23 @@ def verify(reading: Reading | None, module: nn.Module, call: Call, edit: Edit) -
         return
     graphs = reading.trace.graphs
     # A forward that looks at its mode may do so where the trace did not get to.
-    both = graphs[True] is not graphs[False] or 'training' in names_called(type(module))
+    passing = {mode: _passing(reading, module, mode) for mode in (False, True)}
+    both = passing[True] != passing[False] or 'training' in names_called(type(module))
     for training in (False, True) if both else (False,):
         try:
-            same = _agree(reading, module, edit, training)
+            same = _agree(reading, module, edit, training, passing[training])
             if training and same and (own := _own_by_mode(graphs[True], module)):
                 # What they return in training was not seen; it may be what they are given.
-                same = _agree(reading, module, edit, training, own)
+                same = _agree(reading, module, edit, training, passing[training], own)
         except Exception as error:  # the forward needs something of its children that stand-ins do not have
             raise TraceError(f'{_named(module)} cannot be checked by itself: {error}') from error
         if not same:
             raise TraceError(f'{_named(module)}: rewritten, it computes something else')
+
+
+def _passing(reading: Reading, module: nn.Module, training: bool) -> dict[fx.Node, Passing]:
+    graph, values = reading.trace.graphs[training], reading.values[training]
+    return passing_of_calls(graph, module, values, reading.passing, training=training)
 
 
 def _own_by_mode(graph: fx.Graph, module: nn.Module) -> set[str]:
@@ -80,7 +86,14 @@ def _named(module: nn.Module) -> str:
     return f'{type(module).__name__}.forward ({code.co_filename.rsplit("site-packages/", 1)[-1]}:{code.co_firstlineno})'
 
 
-def _agree(reading: Reading, module: nn.Module, edit: Edit, training: bool, returning: Collection[str] = ()) -> bool:
+def _agree(
+    reading: Reading,
+    module: nn.Module,
+    edit: Edit,
+    training: bool,
+    passing: Mapping[fx.Node, Passing],
+    returning: Collection[str] = (),
+) -> bool:
     """Whether both forwards compute the same; with stand-ins for methods in ``returning`` that return what they get."""
     trace, values = reading.trace, reading.values[training]
     numbers = _Numbers(_longest([*values.values(), *trace.values.values()]))
@@ -88,7 +101,8 @@ def _agree(reading: Reading, module: nn.Module, edit: Edit, training: bool, retu
     results, drawn = [], []
     classes: tuple[Any, ...] = (edit.base, patched_class(edit))
     for cls in classes:
-        stand_in, read = _stand_in(module, reading, cls, training, numbers, returning)
+        stand_in, read = _stand_in(module, reading, cls, training, numbers, passing)
+        stand_in.__dict__.update({name: _returning(stand_in.__dict__[name]) for name in returning})
         stand_in.__dict__.update(dict.fromkeys(edit.inserted, _identity))
         given = {name: _cloned(value) for name, value in arguments.items()}
         with torch.no_grad(), preserved_random_state(on_gpus=False):
@@ -158,9 +172,14 @@ def _equal_numbers(first: Tensor, second: Tensor) -> bool:
 
 
 def _stand_in(
-    module: nn.Module, reading: Reading, cls: type, training: bool, numbers: _Numbers, returning: Collection[str]
+    module: nn.Module,
+    reading: Reading,
+    cls: type,
+    training: bool,
+    numbers: _Numbers,
+    passing: Mapping[fx.Node, Passing],
 ) -> tuple[nn.Module, list[Tensor]]:
-    """The module with real numbers for the tensors its forward reads, which are told, and stand-ins for all it calls."""
+    """The module with numbers for the tensors its forward reads, which are told, and stand-ins for all it calls."""
     shells = {each: _shell(each, type(each)) for each in module.modules()}
     shells[module] = root = _shell(module, cls)
     for shell in shells.values():  # under all the names that a child has
@@ -171,17 +190,13 @@ def _stand_in(
     read: list[Tensor] = []
     for node in graph.nodes:
         if node.op == 'call_module':
-            args, kwargs = map_arg((node.args, node.kwargs), values.get)
-            passing = passed_on(Call(args, kwargs, values[node]))
-            outputs.setdefault(str(node.target), []).append((values[node], passing))
+            outputs.setdefault(str(node.target), []).append((values[node], passing[node]))
         elif node.op == 'get_attr':
             read += _with_numbers(shells.values(), operator.attrgetter(str(node.target))(module), node, numbers)
     for seed, (target, templates) in enumerate(outputs.items()):
-        if len(templates) == 1 and target in reading.passing:  # its output is that of the probe, with other arguments
-            templates = [(templates[0][0], reading.passing[target])]
         called = _calls(numbers, templates, seed)
         if target in reading.trace.methods:
-            root.__dict__[target] = _returning(called) if target in returning else called
+            root.__dict__[target] = called
         else:
             root.get_submodule(target).__dict__['forward'] = called
     return root, read
@@ -207,8 +222,8 @@ def _shell(module: nn.Module, cls: type) -> nn.Module:
     return shell
 
 
-# A value of the shapes that a call returns, and for each of its tensors which of those that it was given it is.
-_Output = tuple[Any, Sequence[int | None]]
+# A value of the shapes that a call returns, and for each of its tensors which of those that it was given it shows.
+_Output = tuple[Any, Passing]
 
 
 def _calls(numbers: _Numbers, templates: list[_Output], seed: int) -> Callable[..., Any]:
@@ -226,9 +241,19 @@ def _calls(numbers: _Numbers, templates: list[_Output], seed: int) -> Callable[.
         if all(index is None for index in passing):
             return result
         given, which = tree_leaves((args, kwargs)), iter(passing)
-        return tree_map_only(Tensor, lambda new: new if (index := next(which)) is None else given[index], result)
+        return tree_map_only(
+            Tensor, lambda new: new if (i := next(which)) is None else _view_like(new, given[i]), result
+        )
 
     return stand_in
+
+
+def _view_like(new: Tensor, given: Tensor) -> Tensor:
+    """A tensor that shows numbers of another, in the shape of a third; which of them does not matter."""
+    if new.shape == given.shape:
+        return given
+    fits = given.storage_offset() + new.numel() <= given.untyped_storage().nbytes() // given.itemsize
+    return given.as_strided(new.shape, new.stride()) if fits and new.dtype == given.dtype else new
 
 
 def _returning(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -175,6 +175,40 @@ def test_changes_in_place_of_what_a_method_returns_in_training() -> None:
         sem_timm.plan_model(Net(Asks()), target='block', position='residual', input_size=(3, 8, 8))
 
 
+class Flat(nn.Module):
+    """Returns a view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2)
+
+
+class CopiesInEval(nn.Module):
+    """Returns what it is given, in training only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training else x.clone()
+
+
+class Changes(nn.Module):
+    """Changes what a child returned in place, and reads what the child was given."""
+
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b, self.child = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), child
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(x)
+        y = self.child(x)
+        y += 1
+        return x + self.a(x) * y.mean()
+
+
+@pytest.mark.parametrize('child', [Flat(), CopiesInEval()])
+def test_changes_in_place_of_what_a_child_shows(child: nn.Module) -> None:
+    with pytest.raises(RefusedError, match='computes something else'):
+        sem_timm.plan_model(Net(Changes(child)), target='block', position='residual', input_size=(3, 8, 8))
+
+
 class Tracks(nn.Module):
     """Keeps a mean of what it sees, in a buffer that it changes under another name."""
 
