@@ -118,6 +118,8 @@ def _definitions(cls: type, name: str) -> Iterator[FunctionType]:
 
 
 _WALKS = {'children', 'named_children', 'modules', 'named_modules', '_modules'}
+# Or through what they hold.
+_WALKS |= {'parameters', 'named_parameters', 'buffers', 'named_buffers', 'state_dict'}
 
 
 @_cached

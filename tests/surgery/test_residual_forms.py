@@ -250,7 +250,7 @@ def test_children_that_are_in_two_places() -> None:
 
 
 class Counts(nn.Module):
-    """Has a method that counts the children."""
+    """Has a method that counts the children, or their parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -263,9 +263,20 @@ class Counts(nn.Module):
         return x + self.a(self.part(x))
 
 
-def test_a_method_that_goes_through_the_children() -> None:
+class CountsParameters(Counts):
+    def part(self, x: Tensor) -> Tensor:
+        return x * len(list(self.parameters()))
+
+
+class CountsKeys(Counts):
+    def part(self, x: Tensor) -> Tensor:
+        return x * len(self.state_dict())
+
+
+@pytest.mark.parametrize('block', [Counts(), CountsParameters(), CountsKeys()])
+def test_a_method_that_goes_through_the_children(block: nn.Module) -> None:
     with pytest.raises(RefusedError, match='a method of it goes through its children'):
-        sem_timm.plan_model(Net(Counts()), target='block', position='residual', input_size=(3, 8, 8))
+        sem_timm.plan_model(Net(block), target='block', position='residual', input_size=(3, 8, 8))
 
 
 def lends_its_type(self: Any, x: Tensor) -> Any:
