@@ -118,8 +118,7 @@ def _definitions(cls: type, name: str) -> Iterator[FunctionType]:
 
 
 _WALKS = {'children', 'named_children', 'modules', 'named_modules', '_modules'}
-# Or through what they hold.
-_WALKS |= {'parameters', 'named_parameters', 'buffers', 'named_buffers', 'state_dict'}
+_WALKS_OF_TENSORS = {'parameters', 'named_parameters', 'buffers', 'named_buffers', 'state_dict'}
 
 
 @_cached
@@ -129,8 +128,10 @@ def iterates_children(cls: type) -> bool:
 
 
 def method_iterates_children(cls: type, method: str) -> bool:
-    """Whether a method of a module class may go through its children."""
-    return bool(names_called_by(cls, method) & _WALKS)
+    """Whether a method of a module class may go through its children, or through the tensors that they hold."""
+    names = names_called_by(cls, method)
+    # Who asks for the next one wants to know a type or a device; the first is no new child's.
+    return bool(names & _WALKS) or bool(names & _WALKS_OF_TENSORS and 'next' not in names)
 
 
 @_cached

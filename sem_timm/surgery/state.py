@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -62,6 +63,34 @@ class State:
             if _entries(container) != _entries(before):
                 container.clear()
                 (container.extend if isinstance(container, list) else container.update)(before)
+
+
+def outline(module: nn.Module) -> dict[str, Any]:
+    """All that can be told in plain values of the attributes of a module and of those below it, by name.
+
+    Which tensors the attributes are counts, and what is in lists, dictionaries and other objects as far as it is plain.
+    """
+    return {
+        f'{name}.{key}'.lstrip('.'): id(value) if isinstance(value, Tensor) else plain(value)
+        for name, each in module.named_modules()
+        for store in (each.__dict__, each._buffers)
+        for key, value in store.items()
+        if key not in INFRASTRUCTURE
+    }
+
+
+def plain(value: Any, depth: int = 4) -> Any:
+    """What of a value can be told in plain values; tensors, which may be kept to save computing them, are left out."""
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    if not depth or value is None or callable(value) or isinstance(value, (Tensor, ModuleType)):
+        return None
+    if isinstance(value, dict):
+        entries = {repr(key): plain(entry, depth - 1) for key, entry in value.items() if isinstance(key, _PLAIN)}
+        return {key: entry for key, entry in entries.items() if entry is not None}
+    if isinstance(value, Collection):
+        return len(value), [plain(entry, depth - 1) for entry in value] if isinstance(value, Sequence) else None
+    return plain(getattr(value, '__dict__', None), depth - 1)
 
 
 def _same(first: Any, second: Any) -> bool:

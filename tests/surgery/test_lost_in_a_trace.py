@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -172,3 +173,42 @@ class TokensFirst(nn.Module):
 def test_a_batch_that_is_not_the_first_axis_is_refused() -> None:
     with pytest.raises(sem_timm.RefusedError, match='the batch is not the first axis'):
         sem_timm.plan_model(TokensFirst(), target='layer', input_size=(3, 32, 32))
+
+
+SEEN: list[int] = []
+
+
+def counts_in_a_child(self: Any, x: Tensor) -> Tensor:
+    self.conv.count += 1
+    return x + self.conv(x)
+
+
+def counts_in_an_object(self: Any, x: Tensor) -> Tensor:
+    self.counts.number += 1
+    return x + self.conv(x)
+
+
+def counts_in_a_dictionary(self: Any, x: Tensor) -> Tensor:
+    self.seen['all'].append(1)
+    return x + self.conv(x)
+
+
+def counts_in_a_global_list(self: Any, x: Tensor) -> Tensor:
+    SEEN.append(1)
+    return x + self.conv(x)
+
+
+@pytest.mark.parametrize(
+    ('forward', 'changed'),
+    [
+        (counts_in_a_child, 'self.conv.count'),
+        (counts_in_an_object, 'self.counts'),
+        (counts_in_a_dictionary, 'self.seen'),
+        (counts_in_a_global_list, 'what is outside of its module'),
+    ],
+)
+def test_what_a_forward_changes_on_the_way_is_told(forward: Callable[..., Tensor], changed: str) -> None:
+    model: Any = network(forward)
+    model[1].conv.count, model[1].counts, model[1].seen = 0, SimpleNamespace(number=0), {'all': []}
+    with pytest.raises(sem_timm.RefusedError, match=f'it changes {changed}, which a graph cannot show'):
+        sem_timm.plan_model(model, position='residual', input_size=(3, 8, 8))

@@ -244,8 +244,18 @@ class Listed(nn.Module):
         return x + y
 
 
-def test_children_that_are_in_two_places() -> None:
-    plan = sem_timm.plan_model(Net(Listed()), target='block', position='residual', input_size=(3, 8, 8))
+class Kept(Listed):
+    """Has its children in a plain list as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.layers
+        self.layers = [self.a, self.b]  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize('block', [Listed(), Kept()])
+def test_children_that_are_in_two_places(block: nn.Module) -> None:
+    plan = sem_timm.plan_model(Net(block), target='block', position='residual', input_size=(3, 8, 8))
     assert [site.name for site in plan] == ['block']
 
 
