@@ -69,9 +69,14 @@ def weightless(model: nn.Module) -> nn.Module:
 def shadow(model: nn.Module) -> nn.Module:
     """Copies the structure of ``model`` around its own weights, in eval mode and without hooks.
 
-    What a forward of the copy fills in or counts does not reach the model, its weights are the model's.
+    What a forward of the copy fills in or counts, also in buffers, does not reach the model; its parameters are the
+    model's own.
     """
-    return _Copier(torch.Tensor.detach).copy(model)
+
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+
+    return _Copier(own).copy(model)
 
 
 def filled(skeleton: nn.Module, generator: torch.Generator) -> nn.Module:

@@ -65,13 +65,14 @@ class State:
                 (container.extend if isinstance(container, list) else container.update)(before)
 
 
-def outline(module: nn.Module) -> dict[str, Any]:
+def outline(module: nn.Module, of_tensor: Callable[[Tensor], Any] = id) -> dict[str, Any]:
     """All that can be told in plain values of the attributes of a module and of those below it, by name.
 
-    Which tensors the attributes are counts, and what is in lists, dictionaries and other objects as far as it is plain.
+    What is in lists, dictionaries and other objects counts as far as it is plain; of attributes that are tensors counts
+    what ``of_tensor`` says, by default which ones they are.
     """
     return {
-        f'{name}.{key}'.lstrip('.'): id(value) if isinstance(value, Tensor) else plain(value)
+        f'{name}.{key}'.lstrip('.'): of_tensor(value) if isinstance(value, Tensor) else plain(value)
         for name, each in module.named_modules()
         for store in (each.__dict__, each._buffers)
         for key, value in store.items()

@@ -77,6 +77,27 @@ def under_another_name(self: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor) ->
     return attend(q, k, v)
 
 
+def to_a_buffer(self: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    self.seen.add_(1)
+    return attend(q, k, v)
+
+
+def to_a_buffer_under_another_name(self: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    seen = self.seen
+    seen += 1
+    return attend(q, k, v)
+
+
+def to_the_input_in_the_end(self: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    x += 1
+    return attend(q, k, v)
+
+
+def to_an_attribute_of_a_child(self: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    self.proj.seen += 1
+    return attend(q, k, v)
+
+
 class Attention(Projected):
     how: Callable[..., Tensor]
 
@@ -84,6 +105,8 @@ class Attention(Projected):
         super().__init__()
         self.position = nn.Parameter(torch.randn(WIDTH // 2))
         self.activation = nn.ReLU(inplace=True)
+        self.register_buffer('seen', torch.zeros(()))
+        self.proj.seen = 0  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
@@ -117,3 +140,17 @@ def test_what_only_the_old_core_read_is_not_written() -> None:
 def test_a_write_that_a_trace_cannot_show_is_refused(operation: Any) -> None:
     with pytest.raises(RefusedError, match='in place'):
         sem_timm.plan_model(model_with(under_another_name), operation, input_size=SIZE)
+
+
+@pytest.mark.parametrize('way', [to_a_buffer_under_another_name, to_the_input_in_the_end, to_an_attribute_of_a_child])
+@pytest.mark.parametrize('operation', ['external', Same])
+def test_what_others_would_see_and_a_trace_cannot_show_is_refused(way: Callable[..., Tensor], operation: Any) -> None:
+    with pytest.raises(RefusedError, match='in another state'):
+        sem_timm.plan_model(model_with(way), operation, input_size=SIZE)
+
+
+def test_a_swap_leaves_buffers_alone_and_its_forward_does_not() -> None:
+    model: Any = swap(model_with(to_a_buffer), 'external', input_size=SIZE)
+    assert model.attention.seen == 0
+    outputs(model, torch.randn(3, *SIZE))
+    assert model.attention.seen == 1

@@ -21,6 +21,7 @@ from sem_timm.surgery.evaluate import values_of
 from sem_timm.surgery.placement import Placement
 from sem_timm.surgery.rewrite import patched_class
 from sem_timm.surgery.skeleton import filled
+from sem_timm.surgery.state import outline
 from sem_timm.surgery.swap.cores import Core
 
 
@@ -43,33 +44,56 @@ def _verify_mode(placement: Placement, module: nn.Module, reads_keys: bool, trai
     graph = reading.trace.graphs[training]
     name = f'{type(module).__name__}.forward' + (' in training' if training else '')
     try:
-        numbers = torch.Generator().manual_seed(0)
-        copy: Any = filled(module, numbers)
-        copy.__dict__['training'] = training  # its own flag alone: children draw nothing and count nothing
+        # Three copies with equal weights: what one run leaves behind on its copy is not there before the next.
+        first, old, new = (_filled(module, training) for _ in range(3))
+        numbers = torch.Generator().manual_seed(1)
         arguments = tree_map_only(Tensor, lambda t: _random(t, numbers), reading.trace.values)
         output = next(iter(reversed(graph.nodes)))
         with torch.no_grad(), _WithoutDropout():
-            given = tree_map_only(Tensor, torch.clone, arguments)
             outputs = [core.output for core in cores.values()]
-            values = values_of(graph, copy, given, [output, *chain(*map(_nodes, cores.values()))], outputs)
-            original = copy(**tree_map_only(Tensor, torch.clone, arguments))
+            wanted = [output, *chain(*map(_nodes, cores.values()))]
+            values = values_of(graph, first, _cloned(arguments), wanted, outputs)
+            original, left = _run(old, _cloned(arguments))
             seen: dict[str, tuple[Any, ...]] = {}
             for attribute, core in cores.items():
-                copy.__dict__[attribute] = _stand_in(attribute, core, values, seen)
-            copy.__class__ = patched_class(placement.edit)
-            result = copy(**arguments)
+                new.__dict__[attribute] = _stand_in(attribute, core, values, seen)
+            new.__class__ = patched_class(placement.edit)
+            result, left_by_new = _run(new, _cloned(arguments), left)
     except Exception as error:
         raise TraceError(f'{name} cannot be checked by itself: {type(error).__name__}: {error}') from error
     if not _caches_tensors(module) and not _all_alike(tree_leaves(original), tree_leaves(values[output])):
         raise TraceError(f'{name}: its trace computes something else, perhaps for lack of what it changes in place')
     if not _all_alike(tree_leaves(result), tree_leaves(values[output])):
         raise TraceError(f'{name}: swapped, it computes something else around its core')
+    if not _all_alike(tree_leaves(left), tree_leaves(left_by_new)):
+        raise TraceError(f'{name}: swapped, it leaves its arguments, buffers or attributes in another state')
     for attribute, core in cores.items():
         inputs = seen[attribute]
         if not _all_alike(inputs[: 3 if reads_keys else 1], _expected(core, values, reads_keys)):
             raise TraceError(f'{name}: swapped, its core gets something else')
         if reads_keys and not core.extras and not _attends_alike(core, values, inputs):
             raise TraceError(f'{name}: softmax(q k / sqrt(d)) v is not what its core computes')
+
+
+def _filled(module: nn.Module, training: bool) -> Any:
+    copy = filled(module, torch.Generator().manual_seed(0))
+    copy.__dict__['training'] = training  # its own flag alone: children draw nothing and count nothing
+    return copy
+
+
+def _run(copy: nn.Module, arguments: dict[str, Any], like: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    """What a module returns, and what it has left where others see it; with ``like`` no more than is in there."""
+    result = copy(**arguments)
+    left = {**outline(copy, _shape_of), **dict(copy.named_buffers()), 'arguments': arguments}
+    return result, left if like is None else {name: left.get(name) for name in like}
+
+
+def _shape_of(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _cloned(value: Any) -> Any:
+    return tree_map_only(Tensor, torch.clone, value)
 
 
 def _caches_tensors(module: nn.Module) -> bool:
