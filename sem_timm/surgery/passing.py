@@ -1,9 +1,10 @@
-"""Which of the tensors that a child returns are those it was given: a change of the one in place changes the other."""
+"""Which of the tensors that a child returns are those it was given, or one: who changes the one changes the other."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,22 +17,36 @@ from sem_timm.surgery.layout import LayoutMode
 from sem_timm.surgery.skeleton import Call
 from sem_timm.surgery.state import State
 
-# For each tensor that is returned the place among those given of the one that it is, or is a view of, or None.
+# For each tensor that is returned the place of the one that it is, or has numbers in common with, or None: among all
+# that was given, followed by the tensors returned before it.
 Passing = Sequence[int | None]
 
 
 def passed_on(call: Call) -> Passing:
-    """What a call returned of that which it was given."""
-    given = [leaf for leaf in enumerate(tree_leaves((call.args, call.kwargs))) if isinstance(leaf[1], Tensor)]
-    itself = {id(leaf): index for index, leaf in reversed(given)}
-    viewed = {_memory(leaf): index for index, leaf in reversed(given)}
-    returned = [leaf for leaf in tree_leaves(call.output) if isinstance(leaf, Tensor)]
-    return [itself.get(id(leaf), viewed.get(_memory(leaf))) for leaf in returned]
+    """What a call returned of that which it was given, or twice."""
+    known: list[Any] = tree_leaves((call.args, call.kwargs))
+    passing = []
+    for tensor in [leaf for leaf in tree_leaves(call.output) if isinstance(leaf, Tensor)]:
+        earlier = [(index, other) for index, other in enumerate(known) if isinstance(other, Tensor)]
+        itself = (index for index, other in earlier if other is tensor)
+        viewed = (index for index, other in earlier if _overlap(other, tensor))
+        passing.append(next(itself, next(viewed, None)))
+        known.append(tensor)
+    return passing
 
 
-def _memory(tensor: Tensor) -> int:
-    """What all views of one tensor have in common; on the meta device there is no address."""
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+def _overlap(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors, which may be on the meta device, have numbers in common."""
+    if not first.layout is second.layout is torch.strided:
+        return first is second
+    storage = first.untyped_storage()
+    if storage._cdata != second.untyped_storage()._cdata or not first.numel() or not second.numel():
+        return False
+    if first.dtype != second.dtype or len(storage) in (first.nbytes, second.nbytes):
+        return True  # the one is all that there is
+    seen = torch.zeros(len(storage) // first.itemsize, dtype=torch.bool)
+    seen.as_strided(first.shape, first.stride(), first.storage_offset()).fill_(True)
+    return bool(seen.as_strided(second.shape, second.stride(), second.storage_offset()).any())
 
 
 def passing_of_calls(
@@ -73,9 +88,10 @@ def _passed_on_in_training(child: nn.Module, call: Call) -> Passing:
         state.module.__dict__['training'] = True
     try:
         with torch.no_grad(), LayoutMode():
-            return passed_on(Call(call.args, call.kwargs, child.forward(*call.args, **call.kwargs)))
+            output = child.forward(*call.args, **call.kwargs)
     except Exception:  # it does not run on the meta device in training, such as one that looks at numbers
-        return passed_on(call)
+        output = call.output
     finally:
         for state in states:
             state.restore()
+    return passed_on(Call(call.args, call.kwargs, output))

@@ -26,8 +26,8 @@ from sem_timm.surgery.walk import modules_by_name
 class Reading:
     """A module's forward: its trace, the value of every node, and its residual adds, by training mode.
 
-    Also the children that return what they are given, the tensor itself, as dropout does in eval mode, or a view of it:
-    for each of the tensors that they return, which of those they are given it is, or None.
+    Also the children that return what they are given, the tensor itself, as dropout does in eval mode, or a view of it,
+    or return one tensor twice.
     """
 
     trace: Trace

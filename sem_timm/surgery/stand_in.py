@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import count
 from math import isfinite
 from types import MethodType
@@ -93,6 +94,8 @@ def _with_shells(value: Any, shells: dict[nn.Module, nn.Module]) -> Any:
         return shells.get(value, value)
     if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
         return MethodType(value.__func__, shells.get(value.__self__, value.__self__))
+    if isinstance(value, partial):
+        return partial(_with_shells(value.func, shells), *_with_shells(value.args, shells), **value.keywords)
     if type(value) in (list, tuple) and any(callable(entry) for entry in value):
         return type(value)(_with_shells(entry, shells) for entry in value)
     if type(value) is dict and any(callable(entry) for entry in value.values()):
@@ -138,10 +141,15 @@ def _calls(numbers: Numbers, templates: list[_Output], seed: int) -> Callable[..
         result = _scaled(numbers.like(template, 7 * seed % 900), 1 + sample)
         if all(index is None for index in passing):
             return result
-        given, which = tree_leaves((args, kwargs)), iter(passing)
-        return tree_map_only(
-            Tensor, lambda new: new if (i := next(which)) is None else _view_like(new, given[i]), result
-        )
+        known, which = tree_leaves((args, kwargs)), iter(passing)
+
+        def passed(new: Tensor) -> Tensor:
+            index = next(which)
+            known.append(new if index is None else _view_like(new, known[index]))
+            returned: Tensor = known[-1]
+            return returned
+
+        return tree_map_only(Tensor, passed, result)
 
     return stand_in
 

@@ -189,6 +189,39 @@ class CopiesInEval(nn.Module):
         return x if self.training else x.clone()
 
 
+class Twice(nn.Module):
+    """Returns parts of one tensor; two of them are the same, and the third is another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(8, 24, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.layer(x)
+        return x[:, :8], x[:, :8].transpose(2, 3), x[:, 8:16]
+
+
+class ChangesOneOfThree(nn.Module):
+    """Changes one of the tensors that its child returns in place, and reads another."""
+
+    def __init__(self, changed: int) -> None:
+        super().__init__()
+        self.child, self.changed = Twice(), changed
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.child(x)
+        part = parts[self.changed]
+        part += 1
+        return x + parts[0] * 2
+
+
+def test_changes_in_place_of_what_a_child_returns_twice() -> None:
+    options: dict[str, Any] = {'target': 'block', 'position': 'residual', 'input_size': (3, 8, 8)}
+    assert len(sem_timm.plan_model(Net(ChangesOneOfThree(2)), **options)) == 1
+    with pytest.raises(RefusedError, match='computes something else'):
+        sem_timm.plan_model(Net(ChangesOneOfThree(1)), **options)
+
+
 class Changes(nn.Module):
     """Changes what a child returned in place, and reads what the child was given."""
 
