@@ -59,7 +59,11 @@ def check_features(twins: Twins, **options: Any) -> None:
         expected, expected_gradients = outputs(base, twins.images()), gradients(base, twins.images())
     variant: Any = twins.variant(**options)
     loaded = variant.load_state_dict(base.state_dict(), strict=False)
-    assert not loaded.unexpected_keys and all('.sem.' in key or '.core.' in key for key in loaded.missing_keys)
+    # Graph modules of torch 2.9 save all buffers, those too that only the replaced attention reads.
+    saved = twins.base.state_dict()
+    unsaved = {f'graph_module.{name}' for name, _ in twins.base.named_buffers() if name not in saved}
+    assert set(loaded.unexpected_keys) <= unsaved
+    assert all('.sem.' in key or '.core.' in key for key in loaded.missing_keys)
     assert type(variant).__name__ == type(base).__name__
     assert variant.feature_info.info == base.feature_info.info
     found = outputs(variant, twins.images())

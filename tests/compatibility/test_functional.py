@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from tests.compatibility.cells import capability
@@ -19,10 +20,15 @@ from tests.twins import assert_equal
 def test_functional_call(twins: Twins) -> None:
     images = twins.images()
     twins.same(lambda model: outputs(lambda x: functional_call(model, dict(model.named_parameters()), (x,)), images))
-    weights = {key: value.detach() for key, value in twins.moved().state_dict(keep_vars=True).items()}
-    expected = outputs(twins.moved(), images)
+    moved = twins.moved()
+    weights = moved.state_dict()
+
+    def call(model: nn.Module) -> list[torch.Tensor]:
+        return outputs(lambda x: functional_call(model, weights, (x,)), images)
+
     before = outputs(twins.model, images)
-    assert_equal(outputs(lambda x: functional_call(twins.model, weights, (x,)), images), expected)
+    assert_equal(call(twins.model), call(moved))
+    assert_close(call(moved), outputs(moved, images))  # not bit for bit in timm's own model either (XCiT, torch 2.9)
     assert_equal(outputs(twins.model, images), before)
 
 
