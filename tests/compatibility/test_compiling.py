@@ -33,6 +33,11 @@ def test_compile_captured(twins: Twins) -> None:
     check_compile(twins, twins.moved(), backend='eager')
 
 
+@capability("`torch.compile(fullgraph=True, backend='inductor')`, dynamic batch", slow=True)
+def test_compile_inductor(twins: Twins) -> None:
+    check_compile(twins, twins.moved(), backend='inductor')
+
+
 def check_compile(twins: Twins, model: nn.Module, backend: str) -> None:
     """The compiled model has the results and gradients of the model, for batches of several sizes."""
     expected = [(outputs(model, x), gradients(model, x)) for x in map(twins.images, BATCH_SIZES)]

@@ -89,6 +89,24 @@ def test_patch_holds_the_new_tensors_and_no_others(tmp_path: Path) -> None:
     assert size < weights_file(tmp_path).stat().st_size < size + 100 * len(tensors) + 1000
 
 
+def test_sizes_that_the_guide_names(tmp_path: Path) -> None:
+    calls: tuple[tuple[str, dict[str, Any]], ...] = (
+        ('sem', {}),
+        ('sem', {'reduction': 64}),
+        ('sem', {'operators': ('eca', 'ie')}),
+        ('eca', {}),
+    )
+    megabytes = []
+    for number, call in enumerate(calls):
+        model = patch(timm.create_model('resnet50'), call)
+        sem_timm.save_patch(model, tmp_path / str(number))
+        megabytes.append(weights_file(tmp_path / str(number)).stat().st_size / 1e6)
+    named = '{:.1f} MB for SEM as published, {:.1f} MB with `reduction=64`, {:.2f} MB with the operators'
+    guide = ' '.join((Path(__file__).parents[2] / 'docs/guides/export.md').read_text().split())
+    assert named.format(*megabytes[:3]) in guide
+    assert f'{megabytes[3]:.3f} MB for the operation' in guide
+
+
 def test_patch_of_a_trained_gate_keeps_its_form(tmp_path: Path) -> None:
     model = patch(base(), ('sem', {'init': 'paper'}))
     for module in model.modules():
