@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, TypeAlias, TypeVar
 
@@ -130,8 +131,8 @@ class ChannelGate(nn.Module):
                     f'{type(self).__name__} with num_prefix_tokens={self.num_prefix_tokens} got an input of shape '
                     f'{tuple(x.shape)}; it needs (B, N, C) with N above {self.num_prefix_tokens}.'
                 )
-            return x[:, self.num_prefix_tokens :].mean(1)
-        return x.mean(tuple(range(2, x.ndim)) if self.channel_dim == 1 else tuple(range(1, x.ndim - 1)))
+            return _mean(x[:, self.num_prefix_tokens :], (1,))
+        return _mean(x, tuple(range(2, x.ndim)) if self.channel_dim == 1 else tuple(range(1, x.ndim - 1)))
 
     def gate(self, x: Tensor) -> Tensor:
         """The attention vector (B, C) that the input is multiplied by."""
@@ -156,13 +157,14 @@ class ChannelGate(nn.Module):
             gate = gate.to(x.dtype)
         ones = (1,) * (x.ndim - 2)
         gate = gate.view(-1, self.channels, *ones) if self.channel_dim == 1 else gate.view(-1, *ones, self.channels)
-        if shortcut is not None and shortcut.dtype == x.dtype and shortcut.stride() == x.stride():
-            # One pass over memory instead of two, and the gain with it.
-            return torch.addcmul(shortcut, x, gate, value=self.gain)
-        scaled = x * (gate if self.gain == 1.0 else gate * self.gain)
+        if self.gain != 1.0:
+            gate = gate * self.gain
         if shortcut is None:
-            return scaled
-        return shortcut + scaled if shortcut_first else scaled + shortcut
+            return x * gate
+        if shortcut.dtype == x.dtype and shortcut.shape == x.shape and shortcut.stride() == x.stride():
+            # One pass over memory instead of two; but its gradients take more of them than those of two operations.
+            return (x * gate).add_(shortcut) if torch.is_grad_enabled() else torch.addcmul(shortcut, x, gate)
+        return shortcut + x * gate if shortcut_first else x * gate + shortcut
 
     def _gate_pooled(self, pooled: Tensor) -> Tensor:
         """The product of the operators' sigmoids for pooled features (B, C), before the gain."""
@@ -173,6 +175,14 @@ class ChannelGate(nn.Module):
         if self.num_prefix_tokens:
             parts.append(f'num_prefix_tokens={self.num_prefix_tokens}')
         return ', '.join(parts)
+
+
+def _mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The mean over some axes."""
+    if x.dtype not in (torch.float32, torch.float64):
+        return x.mean(dims)  # a sum of half precision would be rounded, or overflow
+    # The same, bit for bit, with a gradient that is spread over the axes without filling the memory of a whole input.
+    return x.sum(dims) / math.prod([x.shape[dim] for dim in dims])
 
 
 def _check_form(argument: str, form: str) -> None:

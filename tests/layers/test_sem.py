@@ -140,6 +140,13 @@ def test_gradients_are_the_numerical_ones() -> None:
     assert torch.autograd.gradcheck(sem, (x, shortcut))
 
 
+def test_shortcut_of_a_larger_batch() -> None:
+    x, shortcut = torch.randn(1, 8, 3, 2), torch.randn(4, 8, 3, 2)
+    assert torch.equal(SEM(8)(x, shortcut), x + shortcut)
+    with torch.no_grad():
+        assert torch.equal(SEM(8)(x, shortcut), x + shortcut)
+
+
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('operators', [('se',), ('se', 'eca', 'ie'), ('se', 'se', 'lct', 'ceca')])
 def test_forms_convert_exactly_by_a_power_of_two(operators: tuple[str, ...], dtype: torch.dtype) -> None:
