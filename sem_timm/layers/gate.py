@@ -162,8 +162,9 @@ class ChannelGate(nn.Module):
         if shortcut is None:
             return x * gate
         if shortcut.dtype == x.dtype and shortcut.shape == x.shape and shortcut.stride() == x.stride():
-            # One pass over memory instead of two; but its gradients take more of them than those of two operations.
-            return (x * gate).add_(shortcut) if torch.is_grad_enabled() else torch.addcmul(shortcut, x, gate)
+            if torch.is_grad_enabled() and not torch.jit.is_tracing():
+                return (x * gate).add_(shortcut)  # two passes over memory, with gradients that take fewer of them
+            return torch.addcmul(shortcut, x, gate)  # one pass
         return shortcut + x * gate if shortcut_first else x * gate + shortcut
 
     def _gate_pooled(self, pooled: Tensor) -> Tensor:
