@@ -57,7 +57,9 @@ def test_export(name: str) -> None:
             trained(model), (family.images(),), dynamic_shapes=({0: torch.export.Dim('batch')},), strict=False
         ).module()
         for batch_size in (2, 5):
-            assert_equal(model(family.images(batch_size)), exported(family.images(batch_size)))
+            # ECA is exported as what it is, a convolution of sequences, which rounds differently.
+            expected = model(family.images(batch_size))
+            torch.testing.assert_close(exported(family.images(batch_size)), expected, rtol=1e-6, atol=1e-6)
 
 
 @several

@@ -134,7 +134,7 @@ def _kept_bytes(model: nn.Module, input_size: tuple[int, ...], parts: _Parts) ->
         return tensor
 
     hooks: AbstractContextManager[Any] = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with torch.enable_grad(), hooks:
+    with torch.enable_grad(), hooks, _FusedAttention():
         output = _run(model.train(), input_size, TRAINING_BATCH)
     del output
     return {part: size // TRAINING_BATCH for part, size in kept.items()}
@@ -148,8 +148,7 @@ def _run(model: nn.Module, input_size: tuple[int, ...], batch_size: int) -> Any:
     images = torch.empty(batch_size, *input_size, dtype=dtype_of(model), device='meta')
     mode = 'training' if model.training else 'eval'
     try:
-        with _FusedAttention():
-            return model(images)
+        return model(images)
     except Exception as error:  # any exception of a foreign forward
         raise ModelError(
             f'{type(model).__name__} does not run on the meta device in {mode} mode at {input_size}: '

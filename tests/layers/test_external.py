@@ -164,7 +164,7 @@ def test_compiled_maps_over_inputs() -> None:
     core = trained(ExternalAttention(5, 3, 2, memory=4, dtype=torch.float64)).requires_grad_(False)
     (q,) = inputs(core, 3, 2, 2, queries=6)
     with torch.no_grad():
-        mapped = torch.compile(vmap(core), fullgraph=True, backend='aot_eager')
+        mapped = torch.compile(vmap(core.forward), fullgraph=True, backend='aot_eager')
         close(mapped(q), torch.stack([core(x) for x in q]))
 
 
