@@ -3,16 +3,14 @@
 #
 #     benchmarks/compat.sh [oldest|newest] [arguments for pytest]
 #
-# Without a name, both; without arguments, the tests of the surgery, of the promises and of timm's API. For all fast
-# tests: benchmarks/compat.sh oldest tests. An environment takes 6 GB of disk and is deleted after its tests. The floors
-# in pyproject.toml are the oldest versions here, which passed.
+# Without a name, both; without arguments, all fast tests. An environment takes 6 GB of disk and is deleted after its
+# tests. The floors in pyproject.toml are the oldest versions here, which passed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=1
 
 OLDEST=(torch==2.9.0 torchvision==0.24.0 timm==1.0.31)
 NEWEST=(torch torchvision timm)
-CORE=(tests/test_promises.py tests/test_timm_api.py tests/surgery tests/swap)
 
 run() {
     local name=$1 environment=build/compat/$1
@@ -31,7 +29,7 @@ if [[ ${1:-} == oldest || ${1:-} == newest ]]; then
     shift
 fi
 if [[ $# -eq 0 ]]; then
-    set -- "${CORE[@]}"
+    set -- tests
 fi
 status=0
 for name in "${names[@]}"; do

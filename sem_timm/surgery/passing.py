@@ -37,7 +37,7 @@ def passed_on(call: Call) -> Passing:
 
 def _overlap(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors, which may be on the meta device, have numbers in common."""
-    if not first.layout is second.layout is torch.strided:
+    if first.layout is not torch.strided or second.layout is not torch.strided:
         return first is second
     storage = first.untyped_storage()
     if storage._cdata != second.untyped_storage()._cdata or not first.numel() or not second.numel():
