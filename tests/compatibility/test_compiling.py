@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, TypeAlias
+from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tests.compatibility.cells import capability
 from tests.compatibility.twins import Twins, assert_close, gradients, unpatched
-from tests.outputs import outputs, tensors
+from tests.outputs import outputs
 
 BATCH_SIZES = (2, 5, 3)
-ALIKE = (4, 5)
-
-# What a model returns, and the gradients of its parameters by name.
-Results: TypeAlias = tuple[list[Tensor], dict[str, Tensor]]
 
 pytestmark = pytest.mark.filterwarnings('ignore:TF32 acceleration:UserWarning')  # of any change of oneDNN's flags
 
@@ -36,54 +30,30 @@ def forgotten() -> Iterator[None]:
 
 @capability('`torch.compile(fullgraph=True)`, captured only: one graph for all batches', slow=True)
 def test_compile_captured(twins: Twins) -> None:
-    check_compile(twins, partial(captured, twins), BATCH_SIZES)
+    check_compile(twins, twins.moved(), backend='eager')
 
 
-@capability("`torch.compile(fullgraph=True, backend='inductor')`, dynamic batch", slow=True)
-def test_compile_inductor(twins: Twins) -> None:
-    check_compile(twins, partial(compiled_by_inductor, twins), ALIKE)
-
-
-def check_compile(twins: Twins, compiled: Callable[[nn.Module], list[Results]], sizes: Sequence[int]) -> None:
+def check_compile(twins: Twins, model: nn.Module, backend: str) -> None:
     """The compiled model has the results and gradients of the model, for batches of several sizes."""
-    model = twins.moved()
+    expected = [(outputs(model, x), gradients(model, x)) for x in map(twins.images, BATCH_SIZES)]
     try:
-        found = compiled(model)
+        found = compiled(twins, model, backend)
     except Exception:
         with unpatched():
-            compiled(twins.base)
+            compiled(twins, twins.base, backend)
         raise
-    expected = [(outputs(model, images), gradients(model, images)) for images in map(twins.images, sizes)]
     assert_close(found, expected, rtol=1e-3, scale=1e-3)  # fused operations round differently
 
 
-def captured(twins: Twins, model: nn.Module) -> list[Results]:
-    """With and without gradients; the graph of the first batch serves the others."""
-    use = torch.compile(model, fullgraph=True, backend='eager', dynamic=True)
+def compiled(twins: Twins, model: nn.Module, backend: str) -> list[object]:
+    use = torch.compile(model, fullgraph=True, backend=backend, dynamic=True)
     results = []
-    for number, images in enumerate(map(twins.images, BATCH_SIZES)):
-        with torch.compiler.set_stance('fail_on_recompile' if number else 'default'):
+    for number, batch_size in enumerate(BATCH_SIZES):
+        images = twins.images(batch_size)
+        # Inductor itself chooses other kernels from some size on, and compiles again for them, without a patch too.
+        one_graph = number > 0 and backend == 'eager'
+        with torch.compiler.set_stance('fail_on_recompile' if one_graph else 'default'):
             learned = gradients(model, images, call=use)
-        results.append((outputs(use, images), learned))
-    return results
-
-
-def compiled_by_inductor(twins: Twins, model: nn.Module) -> list[Results]:
-    """With gradients, of two batches.
-
-    Of about one size: it chooses other kernels from some size on, and compiles again for them, without a patch too,
-    which takes minutes.
-    """
-    use = torch.compile(model, fullgraph=True, dynamic=True)
-    results: list[Results] = []
-
-    def keep(images: Tensor) -> Any:
-        out = use(images)
-        seen.append([tensor.detach().clone() for tensor in tensors(out)])
-        return out
-
-    for images in map(twins.images, ALIKE):
-        seen: list[list[Tensor]] = []
-        learned = gradients(model, images, call=keep)
-        results.append((seen[0], learned))
+        with torch.no_grad():
+            results.append((use(images), learned))
     return results
