@@ -39,9 +39,10 @@ def verify(reading: Reading | None, module: nn.Module, call: Call, edit: Edit) -
         _check_output_edit(module, call, edit)
         return
     graphs = reading.trace.graphs
-    # A forward that looks at its mode may do so where the trace did not get to.
     passing = {mode: _passing(reading, module, mode) for mode in (False, True)}
-    both = passing[True] != passing[False] or 'training' in names_called(type(module))
+    differ = graphs[True] is not graphs[False] or passing[True] != passing[False]
+    # A forward that looks at its mode may do so where the trace did not get to.
+    both = differ or 'training' in names_called(type(module))
     for training in (False, True) if both else (False,):
         try:
             same = _agree(reading, module, edit, training, passing[training])

@@ -21,6 +21,7 @@ from sem_timm.surgery.evaluate import values_of
 from sem_timm.surgery.placement import Placement
 from sem_timm.surgery.rewrite import patched_class
 from sem_timm.surgery.skeleton import filled
+from sem_timm.surgery.stand_in import cloned
 from sem_timm.surgery.state import outline
 from sem_timm.surgery.swap.cores import Core
 
@@ -52,13 +53,13 @@ def _verify_mode(placement: Placement, module: nn.Module, reads_keys: bool, trai
         with torch.no_grad(), _WithoutDropout():
             outputs = [core.output for core in cores.values()]
             wanted = [output, *chain(*map(_nodes, cores.values()))]
-            values = values_of(graph, first, _cloned(arguments), wanted, outputs)
-            original, left = _run(old, _cloned(arguments))
+            values = values_of(graph, first, cloned(arguments), wanted, outputs)
+            original, left = _run(old, cloned(arguments))
             seen: dict[str, tuple[Any, ...]] = {}
             for attribute, core in cores.items():
                 new.__dict__[attribute] = _stand_in(attribute, core, values, seen)
             new.__class__ = patched_class(placement.edit)
-            result, left_by_new = _run(new, _cloned(arguments), left)
+            result, left_by_new = _run(new, cloned(arguments), left)
     except Exception as error:
         raise TraceError(f'{name} cannot be checked by itself: {type(error).__name__}: {error}') from error
     if not _caches_tensors(module) and not _all_alike(tree_leaves(original), tree_leaves(values[output])):
@@ -90,10 +91,6 @@ def _run(copy: nn.Module, arguments: dict[str, Any], like: dict[str, Any] | None
 
 def _shape_of(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
-
-
-def _cloned(value: Any) -> Any:
-    return tree_map_only(Tensor, torch.clone, value)
 
 
 def _caches_tensors(module: nn.Module) -> bool:
