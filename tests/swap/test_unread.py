@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -204,3 +206,50 @@ def test_values_that_only_lend_their_type_are_unread() -> None:
     family = Family('eva02_base_patch14_448', 56, options={'img_size': 56, 'depth': 1, 'embed_dim': 64, 'num_heads': 2})
     unread = assert_the_plan_agrees_with_autograd(family, 'external')
     assert {'blocks.0.attn.v_proj.weight', 'blocks.0.attn.v_proj.bias', 'blocks.0.attn.k_proj.weight'} <= set(unread)
+
+
+class AsksKeys(Plain):
+    """Scales queries by a size of the keys, which the old core alone computes with."""
+
+    def __init__(self, ask: Callable[[Tensor], float]) -> None:
+        super().__init__()
+        self.ask = ask
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = q * self.ask(k)
+        return (q @ k.mT).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    'ask',
+    [
+        lambda k: k.shape[-1] ** -0.5,
+        lambda k: 1 / math.sqrt(k.size(3)),
+        lambda k: k.size(dim=-1) ** -0.5,
+        lambda k: k.mT.shape[-2] ** -0.5,
+        lambda k: (k.size()[-1] * k.shape[1]) ** -0.5,
+    ],
+)
+def test_keys_that_only_lend_their_width_are_not_computed(ask: Callable[[Tensor], float]) -> None:
+    model = swap(Model(AsksKeys(ask)), 'external', input_size=(3, 32, 32))
+    called: list[nn.Module] = []
+    model.attention.k.register_forward_hook(lambda module, *_: called.append(module))
+    queries: list[Tensor] = []
+    model.attention.core.register_forward_pre_hook(lambda _, given: queries.append(given[0]))
+    images = torch.randn(2, 3, 48, 48)
+    backward(model, images)
+    assert not called and without_gradient(model) == set()
+    attention = model.attention
+    q, k = (attention.heads(layer(model.patches(images).flatten(2).mT)) for layer in (attention.q, attention.k))
+    torch.testing.assert_close(queries[0], q * ask(k))
+
+
+def test_how_many_keys_there_are_is_asked_each_time() -> None:
+    """With as many tokens as channels when it is planned."""
+    model = swap(Model(AsksKeys(lambda k: 1 / k.shape[-2])), 'external', input_size=(3, 32, 32))
+    queries: list[Tensor] = []
+    model.attention.core.register_forward_pre_hook(lambda _, given: queries.append(given[0]))
+    images = torch.randn(2, 3, 48, 48)
+    outputs(model, images)
+    q = model.attention.heads(model.attention.q(model.patches(images).flatten(2).mT))
+    torch.testing.assert_close(queries[0], q / 36)

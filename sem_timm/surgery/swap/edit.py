@@ -19,6 +19,7 @@ from sem_timm.surgery.swap.nodes import is_matrix_transpose
 from sem_timm.surgery.swap.packed import Rows, slice_packed
 from sem_timm.surgery.swap.prune import prune
 from sem_timm.surgery.swap.scale import Arithmetic
+from sem_timm.surgery.swap.widths import write_widths
 from sem_timm.surgery.trace import Guard
 
 
@@ -59,6 +60,7 @@ def swapped(
     edited = fx.Graph()
     edited.output(edited.graph_copy(graph, copies))
     known = {copies[node]: value for node, value in values.items() if node in copies}
+    originals = {copy: node for node, copy in copies.items()}
     nodes = _Nodes(edited, known)
     for (attribute, core), mask in zip(cores.items(), masks, strict=True):
         output = copies[core.output]
@@ -74,6 +76,8 @@ def swapped(
         copies = {old: new if copy is output else copy for old, copy in copies.items()}
     _loosen_types(edited, module)
     prune(edited, module)
+    if write_widths(edited, originals, module, values):
+        prune(edited, module)
     sliced = slice_packed(edited, module, known)
     if operation.folds_projection:
         fold_projections(edited, cores, module, known)

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from sem_timm.surgery.graphs import Values, operation_name
 from sem_timm.surgery.swap.nodes import is_matrix_transpose
+from sem_timm.surgery.swap.widths import size_asked
 
 _TIMES, _OVER = {'mul', 'mul_', 'imul', 'multiply'}, {'truediv', 'itruediv', 'div', 'div_', 'divide'}
 _MINUS = {'sub', 'sub_', 'subtract'}
@@ -185,15 +186,10 @@ def _constant(operand: Any, sources: set[fx.Node], values: Values) -> float | No
 
 def _by_width(node: fx.Node, sources: set[fx.Node], values: Values) -> bool:
     """Whether a number depends on nothing but the width of queries, the last size of sources."""
-    name, inputs = operation_name(node), node.all_input_nodes
-    if name in ('getitem', 'size') and len(node.args) == 2:
-        source, axis = node.args
-        if name == 'getitem' and isinstance(source, fx.Node):
-            source = source.args[0] if operation_name(source) in ('shape', 'getattr', 'size') else None
-        if not isinstance(source, fx.Node) or not isinstance(values[source], Tensor) or not isinstance(axis, int):
-            return False
-        tensor = values[source]
-        return source in sources and axis % tensor.ndim == tensor.ndim - 1
+    asked = size_asked(node, values)
+    if asked is not None:
+        return asked[0] in sources and asked[1] == values[asked[0]].ndim - 1
+    inputs = node.all_input_nodes
     if node.op != 'call_function' or not inputs or any(isinstance(values[source], Tensor) for source in inputs):
         return False
     return all(_by_width(source, sources, values) for source in inputs)
