@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import pytest
 import timm
 import torch
+import torch.compiler.config
 from torch import Tensor
 
 from sem_timm.errors import OptionError
@@ -278,6 +279,25 @@ def test_compiles_whole_and_exports_with_a_free_batch() -> None:
     program = torch.export.export(sem, (x, shortcut), dynamic_shapes=({0: batch}, {0: batch})).module()
     torch.testing.assert_close(program(x, shortcut), expected)
     torch.testing.assert_close(program(x[:2], shortcut[:2]), sem(x[:2], shortcut[:2]))
+
+
+@pytest.mark.filterwarnings('ignore:TF32 acceleration:UserWarning')  # of any change of oneDNN's flags
+@pytest.mark.filterwarnings('ignore:dynamo_pgo force disabled:UserWarning')  # of caches turned off
+def test_one_compiled_training_step_serves_all_batches() -> None:
+    sem = trained(SEM(16))
+    compiled = torch.compile(sem, fullgraph=True)
+    torch.compiler.reset()
+    # With oneDNN, layouts are chosen that let everything pass; and what was compiled before may be on disk.
+    with torch.backends.mkldnn.flags(enabled=False), torch.compiler.config.patch(force_disable_caches=True):
+        for number, batch_size in enumerate((5, 6)):
+            x = torch.randn(batch_size, 16, 6, 6, requires_grad=True)
+            torch._dynamo.mark_dynamic(x, 0)
+            with torch.compiler.set_stance('fail_on_recompile' if number else 'default'):
+                out = compiled(x)
+            inputs = [x, *sem.parameters()]
+            found, expected = (torch.autograd.grad(y.square().sum(), inputs) for y in (out, sem(x)))
+            torch.testing.assert_close(out, sem(x))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # fused operations round differently
 
 
 def test_copies_pickles_and_meta_work() -> None:
