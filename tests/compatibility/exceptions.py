@@ -85,11 +85,14 @@ EXCEPTIONS: tuple[DoesNotApply | CannotWork, ...] = (
         for row in ('other_sizes', 'export_resolution')
     ),
     CannotWork('compile_captured', ('mvitv2',), 'it is captured anew for more than three images'),
-    CannotWork(
-        'compile_captured',
-        ('levit',),
-        'in evaluation mode it keeps a tensor with a gradient, which no second graph takes',
-        operations=('sem',),
+    *(
+        CannotWork(
+            row,
+            ('levit',),
+            'in evaluation mode it keeps a tensor with a gradient, which no second graph takes',
+            operations=('sem',),
+        )
+        for row in ('compile_captured', 'compile_inductor')
     ),
     CannotWork(
         'onnx', ('maxvit',), 'the reshape that joins its windows fixes the size of the batch in this exporter', ('sem',)
