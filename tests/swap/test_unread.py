@@ -15,7 +15,7 @@ import sem_timm
 from tests.families import Family
 from tests.snapshot import assert_same, snapshot
 from tests.swap.classes import CLASSES, SHARED_TABLES
-from tests.swap.small_attention import Model, Plain
+from tests.swap.small_attention import WIDTH, Model, Plain
 from tests.swap.swapping import assert_all_learn, backward, outputs, swap, swapped, without_gradient
 
 FAMILIES = {
@@ -242,6 +242,28 @@ def test_keys_that_only_lend_their_width_are_not_computed(ask: Callable[[Tensor]
     attention = model.attention
     q, k = (attention.heads(layer(model.patches(images).flatten(2).mT)) for layer in (attention.q, attention.k))
     torch.testing.assert_close(queries[0], q * ask(k))
+
+
+class AsksMoreKeys(AsksKeys):
+    """Has tokens of its own in front of keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda k: k.shape[-1] ** -0.5)
+        self.extra = nn.Parameter(torch.randn(2, 1, 2, 3, WIDTH // 2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (
+            torch.cat([extra.expand(q.shape[0], -1, -1, -1), tokens], dim=2)
+            for extra, tokens in zip(self.extra, (k, v), strict=True)
+        )
+        return super().attend(q, k, v)
+
+
+def test_learned_keys_that_only_lend_their_width_are_unread() -> None:
+    model = swap(Model(AsksMoreKeys()), 'external', input_size=(3, 32, 32))
+    assert not model.attention.extra.requires_grad
+    backward(model, torch.randn(2, 3, 32, 32))
+    assert without_gradient(model) == set()
 
 
 def test_how_many_keys_there_are_is_asked_each_time() -> None:

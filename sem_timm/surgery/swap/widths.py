@@ -73,11 +73,14 @@ def _read_as_data(graph: fx.Graph, values: Values) -> set[fx.Node]:
 
 
 def _is_width(node: fx.Node, axis: int, module: nn.Module, values: Values) -> bool:
-    """Whether an axis holds channels, each of them once, so that no input changes how many they are."""
+    """Whether an axis holds channels, each of them once, so that no input changes how many they are.
+
+    One row of them is enough: beside it there may be learned tokens, which are not counted.
+    """
     try:
         if changes_along_axes(node, module, values, 'batch')[axis]:
             return False
         channels = run_on_indices([node], module, values, 'channel')[node].movedim(axis, -1).sort(-1).values
     except RuntimeError:  # where an axis is not known
         return False
-    return channels.shape[-1] > 1 and bool(channels.diff(dim=-1).all())
+    return channels.shape[-1] > 1 and bool(channels.diff(dim=-1).all(-1).any())
