@@ -138,7 +138,9 @@ def _is_view(node: fx.Node, module: nn.Module) -> bool:
 
 def looks_up(node: fx.Node) -> bool:
     """Whether a node asks for a shape or type and reads no data."""
-    return node.target is getattr or (node.op == 'call_method' and node.target in _LOOKUPS)
+    if node.target is getattr:
+        return node.args[1] not in _VIEWS
+    return node.op == 'call_method' and node.target in _LOOKUPS
 
 
 def _is_seen_outside(place: _Place) -> bool:

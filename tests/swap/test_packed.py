@@ -134,3 +134,19 @@ def test_other_spellings(spelling: str, kind: str) -> None:
     model = Model(Spelled(spelling))
     swap(model, kind, input_size=(3, 32, 32))
     assert outputs(model, torch.randn(3, 3, 32, 32))[0].isfinite().all()
+
+
+class ReadWhole(Spelled):
+    """Reads all rows of the packed projection besides, transposed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = self.qkv(x)
+        q, k, v = packed.unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        attention = (q @ k.mT).softmax(-1)
+        return self.proj((attention @ v).transpose(1, 2).flatten(2)) + packed.mT.mean()
+
+
+def test_a_projection_that_is_read_whole_keeps_its_rows() -> None:
+    model = Model(ReadWhole('whole'))
+    plan = sem_timm.plan_model(model, 'external', input_size=(3, 32, 32))
+    assert len(plan) == 1 and not plan.sliced

@@ -192,10 +192,15 @@ class TwoReaders(Projected):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         attention = (q @ k.mT).softmax(-1)
-        return attention @ v + (attention @ v.flip(-1) if self.use == 'matmul' else attention.mean())
+        uses = {
+            'matmul': lambda: attention @ v.flip(-1),
+            'mean': attention.mean,
+            'getattr': lambda: attention.mT.mean(),
+        }
+        return attention @ v + uses[self.use]()
 
 
-@pytest.mark.parametrize('use', ['matmul', 'mean'])
+@pytest.mark.parametrize('use', ['matmul', 'mean', 'getattr'])
 def test_weights_that_are_used_twice(use: str) -> None:
     model = Model(TwoReaders(use))
     with refused(model, RefusedError, 'also used for something else', use):

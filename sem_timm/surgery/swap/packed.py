@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from sem_timm.surgery.effects import looks_up
 from sem_timm.surgery.graphs import Values, called_module, operation_name
 from sem_timm.surgery.layout import layout_of
 from sem_timm.surgery.swap.axes import run_on_indices
@@ -125,7 +126,7 @@ def _only_looks_at(user: fx.Node, node: fx.Node) -> bool:
     """Whether a node asks another for its shape or type and not for its values."""
     if user.op == 'call_method' and user.target == 'type_as':
         return user.args[1] is node and user.args[0] is not node
-    return user.target is getattr or (user.op == 'call_method' and user.target in ('size', 'dim'))
+    return looks_up(user)
 
 
 def _argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:

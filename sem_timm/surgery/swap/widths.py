@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
 
 from sem_timm.surgery.effects import looks_up
 from sem_timm.surgery.graphs import Values
@@ -44,7 +43,7 @@ def write_widths(graph: fx.Graph, originals: Mapping[fx.Node, fx.Node], module: 
         Whether there were any.
     """
     known = {copy: values[node] for copy, node in originals.items() if node in values}
-    read = _read_as_data(graph, known)
+    read = _read_as_data(graph)
     widths = {
         node: known[node]
         for node in graph.nodes
@@ -57,18 +56,15 @@ def write_widths(graph: fx.Graph, originals: Mapping[fx.Node, fx.Node], module: 
     return bool(widths)
 
 
-def _read_as_data(graph: fx.Graph, values: Values) -> set[fx.Node]:
+def _read_as_data(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that anything is computed from, or checked with, and not asked for a shape or type alone."""
     found: set[fx.Node] = set()
     waiting = [node for node in graph.nodes if not node.users]
     while waiting:
         node = waiting.pop()
-        if node in found:
-            continue
-        found.add(node)
-        numbers = node in values and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(values[node]))
-        if not (numbers and looks_up(node)):
-            waiting += node.all_input_nodes
+        if node not in found:
+            found.add(node)
+            waiting += () if looks_up(node) else node.all_input_nodes
     return found
 
 
