@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 
 from sem_timm.errors import OptionError
 from sem_timm.finetuning.errors import DataError
-from sem_timm.finetuning.opening import open_split
+from sem_timm.finetuning.opening import folders_in, open_split, root_of
 from sem_timm.finetuning.options import BUILT_IN, FinetuneOptions
 from sem_timm.finetuning.samples import LabelCheck, Samples
 
@@ -67,20 +67,33 @@ def open_data(options: FinetuneOptions, mode: str = 'RGB', part_size: int = 1) -
         for part in streams:
             part.target_transform = LabelCheck(options.data, num_classes)
         return Data(options.data, train, validation, num_classes)
-    same = _root(train) is not None and _root(train) == _root(validation)
-    return _samples(options, train, validation, same, mode)
+    held_out = _is_held_out(options, train, validation)
+    return _samples(options, train, train if held_out else validation, held_out, mode)
 
 
-def _root(dataset: Any) -> Any:
-    """Where the images of a dataset of timm come from, for finding that two splits are the same."""
-    reader = getattr(dataset, 'reader', None)
-    return getattr(reader, 'root', None)
+def _is_held_out(options: FinetuneOptions, train: Any, validation: Any) -> bool:
+    """Whether there are no images for validation but those for training.
+
+    Raises:
+        DataError: If images of the one are among those of the other.
+    """
+    roots = root_of(train), root_of(validation)
+    if roots[0] is None or roots[1] is None:
+        return False
+    if roots[1] in roots[0].parents:  # timm takes the whole folder for a split that has none
+        return True
+    if roots[0] in roots[1].parents:
+        raise DataError(
+            f'{options.data} has a folder for validation, {roots[1].name}, and none for training, so that its images '
+            f'would be trained on as well. Name the other folder with --train-split; there is {folders_in(roots[0])}.'
+        )
+    return roots[0] == roots[1]
 
 
-def _samples(options: FinetuneOptions, train: Any, validation: Any, same: bool, mode: str) -> Data:
+def _samples(options: FinetuneOptions, train: Any, validation: Any, held_out: bool, mode: str) -> Data:
     """Samples of two datasets, or of two parts of one."""
     parts: Sequence[Sequence[int] | None] = (None, None)
-    if same:
+    if held_out:
         parts = _held_out(options, len(train))
     else:
         _check_classes(train, validation)
@@ -102,7 +115,7 @@ def _samples(options: FinetuneOptions, train: Any, validation: Any, same: bool, 
         raise DataError(
             f'{options.data} has a single class, {classes[0]!r}; put the images of each class into a folder of it.'
         )
-    return Data(options.data, samples[0], samples[1], num_classes, same, classes)
+    return Data(options.data, samples[0], samples[1], num_classes, held_out, classes)
 
 
 def _held_out(options: FinetuneOptions, number: int) -> tuple[list[int], list[int]]:

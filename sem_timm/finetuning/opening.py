@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from timm.data import create_dataset
+from torchvision.datasets import ImageFolder
 
 from sem_timm.errors import MissingPackageError, OptionError, closest
 from sem_timm.finetuning.errors import DataError, first_sentence
@@ -27,6 +28,9 @@ _TORCHVISION = (
     *('imagenet', 'places365', 'inaturalist', 'image_folder'),
 )
 _NOT_FETCHED = ('imagenet', 'image_folder')
+
+# Splits that nobody has asked for by name: a folder without them is taken whole, or in two parts.
+_ANY_SPLIT = (FinetuneOptions.train_split, FinetuneOptions.validation_split)
 
 
 def open_split(options: FinetuneOptions, split: str, part_size: int) -> Any:
@@ -67,7 +71,23 @@ def open_split(options: FinetuneOptions, split: str, part_size: int) -> Any:
         raise DataError(f'cannot open {what}: {first_sentence(error)}. {_advice(options, kind, error)}') from error
     if kind == 'wds' and root is not None:
         _check_shards(options, root, dataset.reader.split_info.filenames)
+    found = root_of(dataset)
+    if found is not None and found == Path(root or '') and found.is_dir() and split not in _ANY_SPLIT:
+        raise DataError(f'{found} has no folder for split {split!r}; there is {folders_in(found)}.')
     return dataset
+
+
+def root_of(dataset: Any) -> Path | None:
+    """The folder or file of images that a dataset reads, where it is one."""
+    holder = dataset if type(dataset) is ImageFolder else getattr(dataset, 'reader', None)
+    root = getattr(holder, 'root', None)
+    return None if root is None else Path(root)
+
+
+def folders_in(root: Path) -> str:
+    """The folders in another one, for messages."""
+    names = sorted(path.name for path in root.iterdir() if path.is_dir())
+    return ', '.join(names[:5] + ['...'] * (len(names) > 5)) or 'none'
 
 
 def _name_and_root(options: FinetuneOptions, kind: str) -> tuple[str, str | None]:

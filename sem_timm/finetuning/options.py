@@ -58,7 +58,7 @@ class FinetuneOptions:
     train_split: str = _option('train', 'Data', 'Name of the training split.')
     validation_split: str = _option('validation', 'Data', 'Name of the split that accuracy is measured on.')
     validation_fraction: float = _option(
-        0.2, 'Data', 'Share of the images held out at random where there is no such split.'
+        0.2, 'Data', 'Share of the training images held out at random where a folder has no such split.'
     )
     num_classes: int | None = _option(None, 'Data', 'Number of classes, where the data does not tell.')
     workers: int = _option(0, 'Data', 'Processes that load images, for each process that trains.')

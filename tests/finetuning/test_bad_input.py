@@ -75,6 +75,20 @@ def test_folder_in_which_no_image_can_be_read_is_an_error(tmp_path: Path) -> Non
         run_small(folder, tmp_path / 'run', skip_bad_images=True)
 
 
+def test_images_for_validation_alone_are_an_error(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / 'data')
+    (folder / 'train').rename(folder / 'learn')
+    with pytest.raises(DataError, match=r'validation, and none for training, .* there is learn, validation'):
+        run_small(folder, tmp_path / 'run')
+    assert run_small(folder, tmp_path / 'run', train_split='learn').num_steps
+
+
+@pytest.mark.parametrize('split', ['train_split', 'validation_split'])
+def test_split_that_a_folder_does_not_have_is_an_error(images: Path, tmp_path: Path, split: str) -> None:
+    with pytest.raises(DataError, match="has no folder for split 'tset'; there is train, validation"):
+        run_small(images, tmp_path / 'run', **{split: 'tset'})
+
+
 def test_classes_of_both_splits_must_be_the_same(tmp_path: Path) -> None:
     folder = write_images(tmp_path / 'data')
     (folder / 'validation' / 'cross').rename(folder / 'validation' / 'kreuz')

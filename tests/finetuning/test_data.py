@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from sem_timm.finetuning.builtin import Digits
 from sem_timm.finetuning.datasets import open_data
 from sem_timm.finetuning.samples import own_random_numbers
 from sem_timm.finetuning.sampling import Share, TrainingBatches, ValidationBatches
-from tests.finetuning.small_runs import run_small, write_images
+from tests.finetuning.small_runs import CLASSES, NUM_TRAIN, NUM_VALIDATION, run_small, write_images
 
 
 def test_digits_are_split_without_overlap_and_fixed() -> None:
@@ -82,6 +83,28 @@ def test_folder_without_splits_holds_images_out(tmp_path: Path) -> None:
     assert data.held_out and data.num_classes == 3
     assert (len(data.train), len(data.validation)) == (36, 12)
     assert not {*data.train.indices} & {*data.validation.indices}
+
+
+@pytest.mark.parametrize('name', ['{}', 'torch/image_folder'])
+@pytest.mark.parametrize('other', ['', 'test'])
+def test_folder_with_images_for_training_alone_holds_some_of_them_out(tmp_path: Path, other: str, name: str) -> None:
+    folder = write_images(tmp_path / 'data')
+    if other:
+        (folder / 'validation').rename(folder / other)
+    else:
+        shutil.rmtree(folder / 'validation')
+    data = open_data(FinetuneOptions(data=name.format(folder), data_root=str(folder), batch_size=8))
+    names = [{part.name(position) for position in range(len(part))} for part in (data.train, data.validation)]
+    assert data.held_out and not names[0] & names[1]
+    assert names[0] | names[1] == {str(file) for file in (folder / 'train').rglob('*.png')}
+
+
+def test_test_images_are_measured_where_they_are_asked_for(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / 'data')
+    (folder / 'validation').rename(folder / 'test')
+    data = open_data(FinetuneOptions(data=str(folder), batch_size=8, validation_split='test'))
+    numbers = len(data.train) / len(CLASSES), len(data.validation) / len(CLASSES)
+    assert not data.held_out and numbers == (NUM_TRAIN, NUM_VALIDATION)
 
 
 def test_tar_is_read(tmp_path: Path) -> None:
