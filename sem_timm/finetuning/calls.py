@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_model
 from torch import nn
 
-from sem_timm.errors import OptionError, closest
+from sem_timm.errors import ModelError, OptionError, closest
 from sem_timm.finetuning.checkpoints import Checkpoints, State, find_checkpoint
 from sem_timm.finetuning.engine import Trainer
 from sem_timm.finetuning.errors import CheckpointError
@@ -28,7 +29,7 @@ from sem_timm.finetuning.files import (
     write_whole,
 )
 from sem_timm.finetuning.logs import start_logs
-from sem_timm.finetuning.models import inserted_parameters, operation_name
+from sem_timm.finetuning.models import given_back_on_error, head_parameters, inserted_parameters, operation_name
 from sem_timm.finetuning.options import FinetuneOptions
 from sem_timm.finetuning.parts import Parts, build_parts, create_accelerator
 from sem_timm.finetuning.progress import ProgressDisplay
@@ -50,7 +51,7 @@ class FinetuneResult:
         options: What the run was told.
         operation: What is in the model, be it by the name of a variant; 'none' if nothing was put in.
         folder: Folder of the run: options, logs, checkpoints, ``model.safetensors`` and ``result.json``; with
-            ``freeze_base`` also ``patch``, the folder of a patch file with what was trained.
+            ``freeze_base`` also ``patch``, the folder of a patch file with what was trained, if one can hold it.
         before: Accuracy on the validation images before the first update, from 0 to 1.
         after: Accuracy at the end.
         best: Highest accuracy after an epoch.
@@ -104,7 +105,8 @@ def finetune(
     Args:
         options: All options; or give them by name.
         network: A model to train, instead of one that timm creates by name; it must have a head for the data. If it
-            has been operated on, no operation is applied.
+            has been operated on, no operation is applied. To train it with its base frozen it needs, as timm's models
+            have, a method ``get_classifier()`` that returns the head.
         **given: Fields of `FinetuneOptions`, in place of those of ``options``.
 
     Returns:
@@ -118,14 +120,15 @@ def finetune(
     asked, checkpoint, changed = _resumed(_asked(options, given), given)
     accelerator = create_accelerator(asked)
     with StopRequest(patient=accelerator.num_processes > 1) as stop:
-        parts = build_parts(asked, accelerator, network)
-        run = _run_folder(asked, parts)
-        state = State(num_processes=accelerator.num_processes)
-        if checkpoint is None:
-            _prepare_folder(run, asked, accelerator)
-        else:
-            state = _load(parts, checkpoint, asked if changed else None)
-        start_logs(accelerator, run, asked.trackers, state.step)
+        with given_back_on_error(network):
+            parts = build_parts(asked, accelerator, network)
+            run = _run_folder(asked, parts)
+            state = State(num_processes=accelerator.num_processes)
+            if checkpoint is None:
+                _prepare_folder(run, asked, accelerator)
+            else:
+                state = _load(parts, checkpoint, asked if changed else None)
+            start_logs(accelerator, run, asked.trackers, state.step)
         total = asked.epochs * parts.training.num_updates
         with ProgressDisplay(total, asked.epochs, asked.progress and accelerator.is_main_process) as display:
             display.say(describe(parts, asked, run, state))
@@ -264,10 +267,18 @@ def _finish(parts: Parts, state: State, options: FinetuneOptions, run: Path, sec
     )
     if accelerator.is_main_process:
         write_whole(run / WEIGHTS, lambda path: save_model(model, str(path)))
-        if options.freeze_base and patched(model):  # else the patch alone is not what was trained
-            with explained(run / PATCH):
-                save_patch(model, run / PATCH, include_head=True)
         write_text(run / RESULT, json.dumps(result.to_dict(), indent=1))
+        if options.freeze_base and patched(model):  # else the patch alone is not what was trained
+            _save_patch(model, run / PATCH)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return result
+
+
+def _save_patch(model: nn.Module, folder: Path) -> None:
+    """Saves what was trained with the base frozen, where a file can hold it."""
+    try:
+        with explained(folder):
+            save_patch(model, folder, include_head=bool(head_parameters(model)))
+    except ModelError as error:  # such as of an operation that has no name; the run has its weights
+        warnings.warn(f'{folder} was not written: {error}', stacklevel=4)

@@ -31,6 +31,11 @@ class Freezing:
         kept = {*inserted_parameters(model), *head_parameters(model)}
         frozen = [n for n, p in model.named_parameters() if n not in kept and p.requires_grad]
         if options.freeze_base or self.every is not None:
+            if not callable(getattr(model, 'get_classifier', None)):
+                raise OptionError(
+                    f'{type(model).__name__} does not say which module is its head, which would be frozen with the '
+                    'base. Give it a method get_classifier() that returns the head, as models of timm have.'
+                )
             if not any(p.requires_grad for n, p in model.named_parameters() if n in kept):
                 raise OptionError('with the base frozen nothing is left to train; put in new modules, or a new head.')
             self.stages = self._stages(model, frozen) if self.every is not None else []

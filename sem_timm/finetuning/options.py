@@ -113,6 +113,10 @@ class FinetuneOptions:
             object.__setattr__(self, name, dict(getattr(self, name) or {}))
         trackers = (self.trackers,) if isinstance(self.trackers, str) else self.trackers
         object.__setattr__(self, 'trackers', tuple(name for name in trackers if name != 'none'))
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.type in ('int', 'int | None') and value is not None and type(value) is not int:
+                raise OptionError(f'{option.name}={value!r} is no whole number.')
         for name, lowest in _LOWEST.items():
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and value >= lowest):

@@ -12,12 +12,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
-from sem_timm.finetuning.errors import CheckpointError, first_sentence
+from sem_timm.finetuning.datasets import Data
+from sem_timm.finetuning.errors import CheckpointError, DataError, first_sentence
 from sem_timm.finetuning.files import OPTIONS, RESULT, WEIGHTS
 from sem_timm.finetuning.loading import TrainingLoader, ValidationLoader
 from sem_timm.finetuning.models import operate
 from sem_timm.finetuning.options import FinetuneOptions
 from sem_timm.finetuning.parts import create_accelerator, data_and_model
+from sem_timm.finetuning.samples import Samples
 from sem_timm.finetuning.sampling import Share
 
 
@@ -67,35 +69,55 @@ def open_run(folder: str | os.PathLike[str], *, data: str | None = None) -> Run:
 
     Args:
         folder: The folder.
-        data: Other images than those of the run, named as there.
+        data: Other images than those of the run, named as there. Their classes are known by name, and may be some of
+            those of the run.
 
     Returns:
         The run: its options, the trained model in eval mode, and its images.
 
     Raises:
         CheckpointError: If the folder is not that of a finished run.
+        DataError: If other images have classes that the run does not know.
         SemTimmError: If the model or the images cannot be had.
     """
     folder = Path(folder)
-    options = _options(folder)
-    options = options if data is None else replace(options, data=data)
-    accelerator = create_accelerator(options)
-    share = Share(0, 1, options.batch_size, 1)
-    # The weights are those of the run: none are to be downloaded.
-    plain = replace(options, pretrained=False, weights=None)
-    found, model, config = data_and_model(plain, share.part_size)
+    options, known = _options(folder), _classes(folder)
+    if data is not None:
+        options = replace(options, data=data, num_classes=options.num_classes or len(known) or None)
+    # Nothing is downloaded, as the weights are those of the run, and nothing is trained.
+    plain = replace(options, pretrained=False, weights=None, precision='no', sync_bn=False, batch_size=1, accumulate=1)
+    accelerator = create_accelerator(plain)
+    found, model, config = data_and_model(plain, options.batch_size)
+    if data is not None:
+        _renumber(found, known)
     operate(model, options, config['input_size'])
     try:
         load_model(model, str(folder / WEIGHTS))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
-            f'{folder / WEIGHTS} does not hold the weights of this run: {first_sentence(error)}.'
+            f'{folder / WEIGHTS} does not hold the weights of {options.model} as this run made it: '
+            f'{first_sentence(error)}. Those of a network of your own go into it by safetensors.torch.load_model.'
         ) from error
     model = model.to(accelerator.device).eval()
+    size = min(options.batch_size, len(found.train)) if isinstance(found.train, Samples) else options.batch_size
+    share = Share(0, 1, size, 1)
     training = TrainingLoader(found, options, config, share, accelerator.device)
     validation = ValidationLoader(found, options, config, share, accelerator.device)
-    classes = found.classes or _classes(folder)
-    return Run(options, model, Images(training), Images(validation), config['input_size'], classes)
+    return Run(options, model, Images(training), Images(validation), config['input_size'], known or found.classes)
+
+
+def _renumber(data: Data, known: tuple[str, ...]) -> None:
+    """Gives the classes of other data the numbers that they have in the run, where names tell."""
+    if not (data.classes and known) or data.classes == known:
+        return
+    strange = [name for name in data.classes if name not in known]
+    if strange:
+        raise DataError(
+            f'{data.name} has classes that the run does not know: {", ".join(strange[:5])}. It knows '
+            f'{", ".join(known[:5])}{", ..." if len(known) > 5 else ""}.'
+        )
+    for samples in (data.train, data.validation):
+        samples.check = [known.index(name) for name in data.classes].__getitem__
 
 
 def _classes(folder: Path) -> tuple[str, ...]:

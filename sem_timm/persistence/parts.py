@@ -30,7 +30,7 @@ def parts_of(model: nn.Module) -> Parts:
     state = model.state_dict()
     check_tensors(model, state)
     modules = patched(model)
-    new, head = _new_names(modules), _prefixes(model, _head(model))
+    new, head = _new_names(modules), head_prefixes(model)
     aliases = _aliases_of_new(model, modules)
     parts = Parts({}, {}, {})
     for name, tensor in state.items():
@@ -67,18 +67,10 @@ def _aliases_of_new(model: nn.Module, modules: tuple[PatchedModule, ...]) -> tup
     return tuple(f'{name}.{child}.' for name, m in every for child in inserted.get(id(m), ()))
 
 
-def _head(model: Any) -> list[nn.Module]:
-    """The classifiers of a model of timm; none for other models, which do not say which they are."""
+def head_prefixes(model: Any) -> tuple[str, ...]:
+    """What the names of the classifiers' tensors begin with; nothing for models that do not say which they are."""
     if not callable(getattr(model, 'get_classifier', None)):
-        return []
+        return ()
     found = model.get_classifier()
-    return [
-        module for module in (found if isinstance(found, (tuple, list)) else [found]) if isinstance(module, nn.Module)
-    ]
-
-
-def _prefixes(model: nn.Module, modules: list[nn.Module]) -> tuple[str, ...]:
-    ids = {id(module) for module in modules}
-    return tuple(
-        f'{name}.' for name, module in model.named_modules(remove_duplicate=False) if name and id(module) in ids
-    )
+    heads = {id(module) for module in (found if isinstance(found, (tuple, list)) else [found])}
+    return tuple(f'{name}.' for name, m in model.named_modules(remove_duplicate=False) if name and id(m) in heads)

@@ -109,6 +109,7 @@ def test_classes_of_both_splits_must_be_the_same(tmp_path: Path) -> None:
         ({'precision': 'fp16'}, "precision='fp16' needs a GPU. Use bf16"),
         ({'sync_bn': True}, 'sync_bn needs GPUs'),
         ({'epoch': 3}, 'epoch'),
+        ({'epochs': 1.5}, r'epochs=1\.5 is no whole number'),
     ],
 )
 def test_option_without_meaning_is_refused_before_anything_is_written(
@@ -124,7 +125,7 @@ def test_option_without_meaning_is_refused_before_anything_is_written(
     [
         ({'epochs': 0}, 'epochs=0 is out of range: it must be at least 1'),
         ({'lr': float('nan')}, 'lr=nan is out of range'),
-        ({'epochs': '3'}, 'epochs=3 is out of range'),
+        ({'epochs': '3'}, "epochs='3' is no whole number"),
         ({'scale': 1.5}, 'scale=1.5 is out of range: it must be from 0 to 1'),
         ({'ema': 1.0}, 'ema=1.0 is out of range'),
         ({'schedule': 'cosin'}, "schedule='cosin' is unknown. Close: cosine"),

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import sem_timm
-from sem_timm.errors import OptionError
+from sem_timm.errors import OptionError, SemTimmError
 from sem_timm.finetuning import FinetuneOptions
 from sem_timm.finetuning.freezing import Freezing
 from sem_timm.finetuning.groups import parameter_groups
@@ -110,6 +110,57 @@ def test_frozen_model_without_head_and_new_modules_is_refused() -> None:
     model = timm.create_model('test_resnet', num_classes=0)
     with pytest.raises(OptionError, match='nothing is left to train'):
         Freezing(model, FinetuneOptions(freeze_base=True, operation='none'))
+
+
+class Own(nn.Module):
+    """A network that is none of timm's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = timm.create_model('test_resnet', num_classes=0)
+        self.top = nn.Linear(self.body.num_features, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.top(self.body(images))
+
+
+class OwnWithHead(Own):
+    def get_classifier(self) -> nn.Module:
+        return self.top
+
+
+def test_own_model_with_a_frozen_base_says_which_module_is_its_head(images: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {'freeze_base': True, 'image_size': 32, 'lr': 0.01}
+    with pytest.raises(OptionError, match=r'Own does not say .* Give it a method get_classifier\(\)'):
+        run_small(images, tmp_path / 'run', network=Own(), **given)
+    network = OwnWithHead()
+    before = network.top.weight.clone()
+    result = run_small(images, tmp_path / 'run', network=network, **given)
+    assert not torch.equal(network.top.weight, before)
+    sem_timm.load_patch(OwnWithHead(), result.folder / 'patch', input_size=(3, 32, 32), check_base='ignore')
+
+
+def test_run_whose_operation_no_file_can_name_has_no_patch(images: Path, tmp_path: Path) -> None:
+    network = patched_model('test_resnet', operation=lambda channels: nn.BatchNorm2d(channels))
+    with pytest.warns(UserWarning, match='patch was not written: .* is made with code of its own'):
+        result = run_small(images, tmp_path / 'run', network=network, freeze_base=True)
+    assert (result.folder / 'result.json').is_file() and not (result.folder / 'patch').exists()
+
+
+@pytest.mark.parametrize('wrong', ['folder', 'optimizer', 'schedule', 'operation_options'])
+def test_own_model_is_given_back_when_a_run_cannot_begin(wrong: str, images: Path, tmp_path: Path) -> None:
+    network = timm.create_model('test_resnet', num_classes=3)
+    network.conv1.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
+    attributes = dict(vars(network))
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'folder').touch() if wrong == 'folder' else None
+    values = {'folder': {}, 'operation_options': {wrong: {'reduction': 0}}}.get(wrong, {wrong: 'wrong'})
+    given: dict[str, Any] = {'freeze_base': True, 'precision': 'bf16', 'compile': True, **values}
+    with pytest.raises(SemTimmError):
+        run_small(images, tmp_path / 'run', network=network, **given)
+    assert not sem_timm.patched(network) and vars(network) == attributes
+    assert {name: parameter.requires_grad for name, parameter in network.named_parameters()} == before
 
 
 def test_own_model_is_trained_and_patched(images: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import timm
 import torch
 
 from sem_timm.errors import OptionError
-from sem_timm.finetuning import FinetuneOptions, finetune, open_run
+from sem_timm.finetuning import DataError, FinetuneOptions, finetune, open_run
 from sem_timm.finetuning.models import create_model, operation_name
 from sem_timm.finetuning.parts import build_parts, create_accelerator
 from sem_timm.surgery import patched
-from tests.finetuning.small_runs import options, run_small
+from tests.finetuning.small_runs import CLASSES, options, run_small
 
 
 def test_weights_that_cannot_be_had(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,6 +58,25 @@ def test_file_of_weights_is_loaded(name: str, images: Path, tmp_path: Path) -> N
     model = create_model(FinetuneOptions(**given), num_classes=3)
     assert torch.equal(model.get_parameter('conv1.0.weight'), source.get_parameter('conv1.0.weight'))
     assert model.get_parameter('fc.weight').shape[0] == 3
+
+
+def test_run_is_opened_on_other_machines_and_images(images: Path, tmp_path: Path) -> None:
+    result = run_small(images, tmp_path / 'run', epochs=1)
+    file = result.folder / 'options.json'
+    file.write_text(json.dumps({**json.loads(file.read_text()), 'precision': 'fp16', 'sync_bn': True}))
+    others = tmp_path / 'others'
+    shutil.copytree(images, others)
+    for split in ('train', 'validation'):
+        shutil.rmtree(others / split / CLASSES[0])
+        for image in sorted((others / split).rglob('*.png'))[3:-3]:
+            image.unlink()
+    run = open_run(result.folder, data=str(others))
+    assert run.classes == CLASSES and len(next(iter(run.training))[0]) == 6
+    assert torch.cat([labels for _, labels in run.validation]).unique().tolist() == [1, 2]
+    (others / 'train' / CLASSES[1]).rename(others / 'train' / 'kreuz')
+    (others / 'validation' / CLASSES[1]).rename(others / 'validation' / 'kreuz')
+    with pytest.raises(DataError, match=r'classes that the run does not know: kreuz\. It knows circle, cross, square'):
+        open_run(result.folder, data=str(others))
 
 
 def test_model_for_grey_images_is_trained_on_them(images: Path, tmp_path: Path) -> None:
