@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,25 +12,24 @@ from sem_timm.batches import Loader, loader_of, read_batches
 from sem_timm.errors import OptionError
 
 
-def batches_for(loader: Loader, model: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Images on the device and in the type of a model, and their labels where they have any.
+def batches_for(loader: Loader, model: nn.Module) -> Iterator[tuple[Tensor, Any]]:
+    """Images on the device and in the type of a model, and what comes as their labels, or None.
 
     Raises:
         OptionError: If a batch has no images.
     """
     weight = next(model.parameters())
     for images, labels in read_batches(loader):
-        labels = labels.to(weight.device) if isinstance(labels, Tensor) else None
         yield images.to(weight.device, weight.dtype), labels
 
 
-def first_batches(loader: Loader, count: int | None, model: nn.Module) -> list[Tensor]:
-    """The images of the first batches of a loader, of all with None.
+def first_batches(loader: Loader, count: int | None, model: nn.Module) -> list[tuple[Tensor, Any]]:
+    """The first batches of a loader, as `batches_for` gives them; all with None.
 
     Raises:
         OptionError: If there are none.
     """
-    found = [images for images, _ in islice(batches_for(loader, model), count)]
+    found = list(islice(batches_for(loader, model), count))
     if not found:
         raise OptionError(
             'the loader yields no images; attention transfer needs images of the kind that the model is for.'
@@ -54,7 +54,7 @@ def number_of_steps(loader: Loader, epochs: int, steps: int | None) -> int:
     return epochs * length
 
 
-def drawn(loader: Loader, steps: int, model: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
+def drawn(loader: Loader, steps: int, model: nn.Module) -> Iterator[tuple[Tensor, Any]]:
     """A number of batches, from as many passes over a loader as that takes, not the first over it.
 
     Raises:

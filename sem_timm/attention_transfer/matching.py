@@ -23,6 +23,8 @@ from sem_timm.batches import Loader
 from sem_timm.errors import OptionError, closest
 from sem_timm.surgery.evaluate import first_tensor
 
+SCHEDULES = ('cosine', 'constant', 'multistep', 'poly', 'rsqrt', 'step', 'tanh', 'wsd')
+
 # Called after each step with the stage, the step, the number of steps and the loss.
 Progress = Callable[[str, int, int, float], None]
 
@@ -33,32 +35,45 @@ def training_parts(
     """Timm's optimizer and schedule over a number of steps.
 
     Raises:
-        OptionError: If timm does not know the optimizer or the schedule.
+        OptionError: If timm does not know the optimizer or the schedule, or cannot make it here.
     """
+    optimizer = _optimizer(parameters, options, learning_rate)
+    return optimizer, _scheduler(optimizer, options.scheduler, learning_rate, steps, int(options.warmup * steps))
+
+
+def _optimizer(parameters: list[nn.Parameter], options: TransferOptions, learning_rate: float) -> torch.optim.Optimizer:
+    name = str(options.optimizer)
+    known = [str(entry) for entry in list_optimizers()]
+    if name.lower().split('_')[-1] not in known:  # as timm reads it, to which 'lookahead_adamw' is adamw
+        raise OptionError(f'optimizer={options.optimizer!r} is unknown. {closest(name, known)}')
     try:
-        optimizer = create_optimizer_v2(
-            parameters, options.optimizer, lr=learning_rate, weight_decay=options.weight_decay
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            parameters, name, lr=learning_rate, weight_decay=options.weight_decay
         )
     except (ValueError, AssertionError) as error:
-        names = [str(name) for name in list_optimizers()]
-        raise OptionError(f'optimizer={options.optimizer!r} is unknown. {closest(options.optimizer, names)}') from error
+        raise OptionError(f'optimizer={name!r}: {error}') from error
+    return optimizer
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, name: str, learning_rate: float, steps: int, warmup: int) -> Scheduler:
     try:
         scheduler, _ = create_scheduler_v2(  # an epoch of the schedule is a step
             optimizer,
-            options.scheduler,
+            name,
             num_epochs=steps,
-            warmup_epochs=int(options.warmup * steps),
+            decay_epochs=steps / 3 if name == 'step' else None,  # None is a part of the steps for others
+            decay_milestones=[steps // 2 + 1, steps * 3 // 4 + 1],  # which timm reads as the step before
+            warmup_epochs=warmup,
             warmup_lr=learning_rate / 100,
             min_lr=learning_rate / 100,
         )
     except (ValueError, AssertionError) as error:
-        known = ('cosine', 'tanh', 'step', 'multistep', 'poly')
-        raise OptionError(
-            f'scheduler={options.scheduler!r} is no schedule over {steps} steps. {closest(options.scheduler, known)}'
-        ) from error
+        if name in SCHEDULES:
+            raise OptionError(f'scheduler={name!r} over {steps} steps: {error}') from error
+        raise OptionError(f'scheduler={name!r} is unknown. {closest(str(name), SCHEDULES)}') from error
     if scheduler is None:
-        raise OptionError("scheduler='none' leaves no schedule; for a constant rate give 'step'.")
-    return optimizer, scheduler
+        raise OptionError("scheduler='none' leaves no schedule; for a constant rate give 'constant'.")
+    return scheduler
 
 
 def match(

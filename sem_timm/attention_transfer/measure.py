@@ -1,4 +1,4 @@
-"""How well a swapped model does: the error of each layer on the original's inputs, and accuracy."""
+"""How well a swapped model does: the error of each layer on the original's inputs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
 
-from sem_timm.attention_transfer.batches import batches_for
 from sem_timm.attention_transfer.pair import Pair, SwappedLayer
-from sem_timm.batches import Loader
 from sem_timm.surgery.evaluate import first_tensor
 
 Visit = Callable[[SwappedLayer, tuple[Any, ...], dict[str, Any], Tensor], None]
@@ -91,14 +88,3 @@ def spreads(pair: Pair, batches: Iterable[Tensor]) -> dict[str, list[Spread]]:
 def error_of(kinds: list[Spread]) -> float:
     """The relative error of a layer: the root of the missed part of the variance, as a mean over kinds of tokens."""
     return (sum(spread.missed_part for spread in kinds) / len(kinds)) ** 0.5
-
-
-@torch.no_grad()
-def top1(model: nn.Module, loader: Loader | None) -> float | None:
-    """The part of a loader's images whose class a model names, in percent; None without labels."""
-    meter = AverageMeter()
-    for images, labels in () if loader is None else batches_for(loader, model):
-        if labels is None:
-            return None
-        meter.update(accuracy(model(images), labels)[0].item(), len(images))
-    return float(meter.avg) if meter.count else None

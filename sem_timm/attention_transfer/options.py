@@ -34,7 +34,8 @@ class TransferOptions:
         optimizer: Name of timm's optimizer.
         learning_rate: Its peak.
         weight_decay: Its weight decay.
-        scheduler: Name of timm's schedule.
+        scheduler: Name of timm's schedule, such as 'cosine', or 'constant' for no decay. 'step' divides the rate by 10
+            after each third of the steps, 'multistep' after the half and after three quarters.
         warmup: The part of the steps with a rising learning rate.
         distill_train: As ``train``, for the distillation; also 'all' for the whole model. By default as ``train``.
         distill_epochs: As ``epochs``, for the distillation.
@@ -87,10 +88,14 @@ class TransferOptions:
         for name in ('learning_rate', 'distill_learning_rate', 'temperature'):
             if not _is_positive(getattr(self, name)):
                 raise OptionError(f'{name}={getattr(self, name)!r}: give a number above 0.')
+        if not _is_zero_or_more(self.weight_decay):
+            raise OptionError(f'weight_decay={self.weight_decay!r}: give a number of at least 0.')
         if not self.sharpness or not isinstance(self.sharpness, tuple) or not all(map(_is_positive, self.sharpness)):
             raise OptionError(f'sharpness={self.sharpness!r}: give numbers above 0, such as (1.0, 2.0).')
         if not isinstance(self.warmup, (int, float)) or not 0 <= self.warmup < 1:
             raise OptionError(f'warmup={self.warmup!r}: give a part of the steps, from 0 to below 1.')
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not -(2**63) <= self.seed < 2**64:
+            raise OptionError(f'seed={self.seed!r}: give a whole number that torch.manual_seed takes, such as 0.')
 
     def _check_stages(self) -> None:
         if self.stages is None:
@@ -105,4 +110,8 @@ class TransferOptions:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float('inf')
+    return _is_zero_or_more(value) and value != 0
+
+
+def _is_zero_or_more(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float('inf')

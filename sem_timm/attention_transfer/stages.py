@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from sem_timm.attention_transfer.batches import first_batches
 from sem_timm.attention_transfer.distillation import distill
+from sem_timm.attention_transfer.evaluation import Evaluation
 from sem_timm.attention_transfer.matching import Progress, match
-from sem_timm.attention_transfer.measure import error_of, spreads, top1
+from sem_timm.attention_transfer.measure import error_of, spreads
 from sem_timm.attention_transfer.memories import check_memories, initialize
 from sem_timm.attention_transfer.options import TransferOptions
 from sem_timm.attention_transfer.pair import Pair, make_pair, swaps_of
@@ -43,7 +44,8 @@ def transfer(
         loader: Images that the model is for: batches (B, C, H, W), pairs of these and labels, or dictionaries. Labels
             are not used.
         options: How; or give the fields of `TransferOptions` by name.
-        evaluation: Images with labels, to measure accuracy on, and errors on the first of them.
+        evaluation: Images with labels, whole numbers (B,), to measure accuracy on, and errors on the first of them;
+            passed over again for each stage. Without labels, errors alone are measured.
         progress: Called after each step with the stage, the step, the number of steps and the loss.
         **fields: Fields of `TransferOptions`, in place of ``options``.
 
@@ -57,7 +59,7 @@ def transfer(
     options = _options(options, fields)
     swaps_of(model)  # its errors come before those of the loader
     with undisturbed(options.seed):
-        calibration = first_batches(loader, options.calibration_batches, model)
+        calibration = _images(first_batches(loader, options.calibration_batches, model))
         pair = make_pair(model, calibration[0], _trained(options).values())
         run = _Run(pair, options, calibration, evaluation)
         for stage in run.stages:
@@ -86,7 +88,7 @@ def initialize_memories(
     options = replace(_options(options, fields), stages=('initialize',))
     swaps_of(model)
     with undisturbed(options.seed):
-        images = first_batches(batches, None, model)
+        images = _images(first_batches(batches, None, model))
     return transfer(model, images, replace(options, calibration_batches=len(images)))
 
 
@@ -130,23 +132,28 @@ def _trained(options: TransferOptions) -> dict[str, str]:
     return {stage: each[stage] for stage in options.stages or ('initialize', 'match')}
 
 
+def _images(batches: list[tuple[Tensor, Any]]) -> list[Tensor]:
+    return [images for images, _ in batches]
+
+
 class _Run:
     """The stages of one transfer, measured one after another."""
 
     def __init__(
         self, pair: Pair, options: TransferOptions, calibration: list[Tensor], evaluation: Loader | None
     ) -> None:
-        self.pair, self.options, self.calibration, self.evaluation = pair, options, calibration, evaluation
+        self.pair, self.options, self.calibration = pair, options, calibration
         self.stages = options.stages or _possible(pair)
         if 'initialize' in self.stages:
             check_memories(pair)
         for stage, which in _trained(options).items():
             if stage != 'initialize':
                 pair.names(which)
-        self.measured = calibration
+        self.measured, self.evaluation = calibration, None
         if evaluation is not None:
-            self.measured = first_batches(evaluation, options.calibration_batches, pair.model)
-        self.done = [Stage('original', accuracy=top1(pair.teacher, evaluation))]
+            first = first_batches(evaluation, options.calibration_batches, pair.model)
+            self.measured, self.evaluation = _images(first), Evaluation(evaluation, first)
+        self.done = [Stage('original', accuracy=self._accuracy(pair.teacher))]
         self._measure(Stage('swap'))
 
     def do(self, name: str, loader: Loader, progress: Progress | None) -> None:
@@ -176,8 +183,10 @@ class _Run:
         found = spreads(self.pair, self.measured)
         self.variances = {name: [kind.variance for kind in kinds] for name, kinds in found.items()}
         errors = {name: error_of(kinds) for name, kinds in found.items()}
-        accuracy = top1(self.pair.student, self.evaluation)
-        self.done.append(replace(stage, errors=errors, accuracy=accuracy))
+        self.done.append(replace(stage, errors=errors, accuracy=self._accuracy(self.pair.student)))
+
+    def _accuracy(self, model: nn.Module) -> float | None:
+        return None if self.evaluation is None else self.evaluation.accuracy(model)
 
 
 def _possible(pair: Pair) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import sem_timm
 from sem_timm import ModelError, OptionError, RefusedError
-from tests.attention_transfer.small_transformer import batches, create, swapped
+from tests.attention_transfer.small_transformer import batches, create, labelled, swapped
 from tests.refusals import refused
 
 
@@ -114,6 +114,59 @@ def test_an_evaluation_without_images() -> None:
         sem_timm.transfer(model, batches(), evaluation=[])
 
 
+@pytest.mark.parametrize(
+    'number, parts',
+    [
+        (2, ['yields 0 batches', '2 before']),
+        (3, ['yields 1 batches', '2 before']),
+        (6, ['yields 0 batches', '4 before']),
+    ],
+)
+def test_an_evaluation_that_cannot_be_passed_over_again(number: int, parts: list[str]) -> None:
+    model, pairs = swapped(), labelled(create(), number)
+    with refused(model, OptionError, *parts, 'not a generator'):
+        sem_timm.transfer(model, batches(), evaluation=iter(pairs), calibration_batches=2)
+
+
+def test_an_evaluation_that_runs_dry_between_stages() -> None:
+    class Drying:
+        left = 3 * 2 + 1  # batches, of which three passes take two each: the first batches, the original, the swap
+
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            for pair in labelled(create()):
+                if self.left:
+                    self.left -= 1
+                    yield pair
+
+    model = swapped()
+    with refused(model, OptionError, 'yields 1 batches', '2 before'):
+        sem_timm.transfer(model, batches(), evaluation=Drying())
+
+
+@pytest.mark.parametrize(
+    'labels, parts',
+    [
+        (torch.eye(16, 4, dtype=torch.long), ['shape (16, 4)', 'argmax(1)']),
+        (torch.zeros(16), ['torch.float32']),
+        (torch.zeros(16, dtype=torch.bool), ['torch.bool']),
+        (torch.zeros(15, dtype=torch.long), ['shape (15,)', '16 images']),
+        (0, ['shape ()']),
+        (['cat'] * 16, ['type list']),
+        ({'boxes': 1}, ['type dict']),
+    ],
+)
+def test_labels_that_are_no_classes(labels: Any, parts: list[str]) -> None:
+    model = swapped()
+    with refused(model, OptionError, *parts):
+        sem_timm.transfer(model, batches(), evaluation=[(batches(1)[0], labels)])
+
+
+def test_labels_in_a_part_of_the_batches() -> None:
+    model = swapped()
+    with refused(model, OptionError, 'type NoneType'):
+        sem_timm.transfer(model, batches(), evaluation=[*labelled(create()), (batches(1)[0], None)])
+
+
 def test_images_of_another_size() -> None:
     model = swapped()
     with refused(model, OptionError, 'input_size=(3, 16, 16)'):
@@ -177,9 +230,18 @@ def test_a_learning_rate_at_which_training_diverges() -> None:
         ({'learning_rate': float('nan')}, ['learning_rate=nan']),
         ({'sharpness': ()}, ['sharpness=()']),
         ({'warmup': 1.0}, ['warmup=1.0']),
-        ({'optimizer': 'adamv'}, ["optimizer='adamv'", 'adamw']),
-        ({'scheduler': 'cosin'}, ["scheduler='cosin'", 'cosine']),
-        ({'scheduler': 'none'}, ['constant rate']),
+        ({'weight_decay': -0.1}, ['weight_decay=-0.1', 'at least 0']),
+        ({'weight_decay': 'abc'}, ["weight_decay='abc'"]),
+        ({'weight_decay': float('nan')}, ['weight_decay=nan']),
+        ({'seed': 'abc'}, ["seed='abc'", 'whole number']),
+        ({'seed': True}, ['seed=True']),
+        ({'seed': 2**64}, ['torch.manual_seed']),
+        ({'optimizer': 'adamv'}, ["optimizer='adamv' is unknown", 'adamw']),
+        ({'optimizer': 3}, ['optimizer=3 is unknown']),
+        ({'scheduler': 'cosin'}, ["scheduler='cosin' is unknown", 'cosine']),
+        ({'scheduler': 'const'}, ["scheduler='const'", 'Close: constant']),
+        ({'scheduler': 'wsd', 'steps': 1}, ["scheduler='wsd' over 1 steps", '0 < decay_epochs']),
+        ({'scheduler': 'none'}, ["constant rate give 'constant'"]),
         ({'epoch': 2}, ["option 'epoch'", 'epochs']),
     ],
 )
@@ -187,6 +249,13 @@ def test_options_without_a_meaning(options: dict[str, Any], parts: list[str]) ->
     model = swapped()
     with refused(model, OptionError, *parts):
         sem_timm.transfer(model, batches(), **options)
+
+
+def test_why_timm_cannot_make_an_optimizer_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    model = swapped()
+    with refused(model, OptionError, "optimizer='bnbadam': CUDA required"):
+        sem_timm.transfer(model, batches(), optimizer='bnbadam')
 
 
 def test_distillation_needs_a_classifier_of_timm() -> None:

@@ -6,12 +6,15 @@ import copy
 import json
 import subprocess
 import sys
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import sem_timm
+from sem_timm.attention_transfer.matching import training_parts
 from sem_timm.attention_transfer.pair import make_pair
 from sem_timm.surgery.rewrite import note_of
 from tests.attention_transfer.small_transformer import SIZE, batches, create, labelled, swapped
@@ -130,6 +133,49 @@ def test_without_labels_there_are_errors_and_no_accuracy() -> None:
     assert [stage.accuracy for stage in result.stages] == [None] * 4
     assert result.won_back('match') is None
     assert 'accuracy' not in repr(result)
+
+
+def test_images_alone_need_no_second_pass() -> None:
+    result = sem_timm.transfer(swapped(), batches(), evaluation=iter(batches(1)))
+    assert result['match'].mean_error and result['match'].accuracy is None
+
+
+@pytest.mark.parametrize('form', [list, tuple, numpy.array])
+def test_labels_need_not_be_tensors(form: Any) -> None:
+    pairs = labelled(create())
+    others = [(images, form(labels.tolist())) for images, labels in pairs]
+    first, second = (sem_timm.transfer(swapped(), batches(), evaluation=loader) for loader in (pairs, others))
+    assert second['original'].accuracy == 100
+    assert [stage.accuracy for stage in first.stages] == [stage.accuracy for stage in second.stages]
+
+
+def test_labels_of_the_loader_are_not_read() -> None:
+    loader = [(images, {'boxes': 1}) for images in batches()]
+    assert len(sem_timm.transfer(swapped(), loader).stages) == 4
+
+
+@pytest.mark.parametrize(
+    'schedule, expected',
+    [
+        ('constant', [1, 1, 1, 1]),
+        ('step', [1, 1, 0.1, 0.01]),
+        ('multistep', [1, 1, 0.1, 0.01]),
+    ],
+)
+@pytest.mark.parametrize('steps', [4, 400])
+def test_schedules_that_go_by_steps_fall_in_proportion(schedule: str, expected: list[float], steps: int) -> None:
+    options = sem_timm.TransferOptions(scheduler=schedule, warmup=0)
+    optimizer, scheduler = training_parts([torch.nn.Parameter(torch.zeros(1))], options, 1.0, steps)
+    rates = []
+    for step in range(steps):
+        rates.append(optimizer.param_groups[0]['lr'])
+        scheduler.step(step + 1)
+    assert rates[:: steps // 4] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize('name', ['AdamW', 'lookahead_adamw'])
+def test_optimizers_are_named_as_timm_reads_them(name: str) -> None:
+    assert len(sem_timm.transfer(swapped(), batches(), optimizer=name)['match'].losses) == 4
 
 
 @pytest.mark.parametrize('kind', ['pairs', 'dictionaries'])
