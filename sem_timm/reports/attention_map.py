@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from sem_timm.layers import ChannelsFirst, ExternalAttention, ExternalAttention2
 from sem_timm.layers.excitation import check_at_least_one
 from sem_timm.reports.isolation import device_of, isolated
 from sem_timm.reports.pictures import check_path, overlays
-from sem_timm.reports.token_grid import check_not_windowed, token_grid, tokens_given
+from sem_timm.reports.token_grid import check_not_windowed, fits_image, token_grid, tokens_given
 from sem_timm.surgery.image_shape import explained_shape
 from sem_timm.surgery.layout import Layout, LayoutMode, set_layout
 from sem_timm.surgery.random_state import preserved_random_state
@@ -117,9 +118,10 @@ def attention_map(
         The maps, a slot and a head each.
 
     Raises:
-        ModelError: If the model has no External Attention.
+        ModelError: If the model has no External Attention, or it gives numbers that are not finite.
         NoMatchError: If there is no such layer.
-        OptionError: If there is no such slot or head, or the image is none or of a shape that the model refuses.
+        OptionError: If there is no such slot or head, or the image is none or of a shape that the model refuses, or a
+            PIL image where the model takes neither one channel nor three.
         RefusedError: If the layer attends in windows, or its tokens form no grid.
     """
     with preserved_random_state():
@@ -131,6 +133,8 @@ def attention_map(
             seen = _look(copy, name, images)
     if seen.attention is None:
         raise RefusedError(f'{name} is not run by the forward of this {type(model).__name__}.')
+    if not seen.attention.isfinite().all():
+        raise ModelError(f'{name} gives numbers that are not finite; weights or image are not.')
     size = (images.shape[2], images.shape[3])
     maps = _on_grid(name, copy.get_submodule(name), seen.attention, seen.parts, seen.given or [], size)
     return _chosen(name, maps, copy.get_submodule(name), slots, heads, _picture(images[0], config))
@@ -156,7 +160,13 @@ def _layer_name(model: nn.Module, layer: int | str) -> str:
 def _as_batch(image: Any, model: nn.Module, config: dict[str, Any]) -> Tensor:
     if isinstance(image, Image.Image):
         size = probe(model).input_size
-        transform: Any = create_transform(**{**config, 'input_size': size})
+        if size[0] not in (1, 3):
+            raise OptionError(
+                f'image is a PIL image, and {type(model).__name__} takes {size[0]} channels; '
+                f'give a normalised tensor (C, H, W), such as of {size}.'
+            )
+        statistics = {key: config[key][: size[0]] for key in ('mean', 'std')}
+        transform: Any = create_transform(**{**config, **statistics, 'input_size': size})
         return transform(image.convert('L' if size[0] == 1 else 'RGB')).unsqueeze(0)
     if not isinstance(image, Tensor):
         raise OptionError(f'image is a {type(image).__name__}; give a PIL image or a normalised tensor (C, H, W).')
@@ -199,7 +209,10 @@ def _on_grid(
 ) -> Tensor:
     """The attention as maps (heads, slots, H, W)."""
     if isinstance(module, ExternalAttention2d):
+        samples, _, height, width = attention.shape
+        check_not_windowed(name, samples, 1, height * width, height * width)
         if not (given and isinstance(given[0], Tensor) and given[0].ndim == 3):
+            _check_fits(name, (height, width), image_size)
             return attention  # (1, slots, H, W)
         # Tokens, which were laid out as a square or as one column, whatever they are in the image, without the prefix.
         attention, given = attention.flatten(2).mT, []
@@ -215,9 +228,18 @@ def _on_grid(
         attention = attention.reshape(-1, *attention.shape[-2:])
     grid = token_grid(attention.shape[1], given, image_size)
     if grid is None:
-        height, width = image_size
-        raise RefusedError(f'the {attention.shape[1]} tokens of {name} form no grid over {height} × {width} pixels.')
+        size = ' × '.join(map(str, image_size))
+        raise RefusedError(f'the {attention.shape[1]} tokens of {name} form no grid over {size} pixels.')
+    _check_fits(name, (grid.height, grid.width), image_size)
     return attention[:, grid.prefix :].mT.unflatten(2, (grid.height, grid.width))
+
+
+def _check_fits(name: str, grid: tuple[int, int], image_size: tuple[int, int]) -> None:
+    if not fits_image(grid, image_size):
+        shape, size = (' × '.join(map(str, pair)) for pair in (grid, image_size))
+        raise RefusedError(
+            f'the tokens of {name} lie as {shape}, such as windows × tokens, which is no grid over {size} pixels.'
+        )
 
 
 def _chosen(
@@ -248,8 +270,13 @@ def _chosen(
 def _indices(what: str, given: int | Sequence[int] | None, count: int, name: str) -> list[int]:
     if given is None:
         return list(range(count))
-    indices = [given] if isinstance(given, int) else list(given)
-    wrong = [i for i in indices if isinstance(i, bool) or not isinstance(i, int) or not -count <= i < count]
+    is_one = not isinstance(given, Iterable) or getattr(given, 'ndim', None) == 0
+    entries: list[Any] = [given] if is_one else list(given)  # type: ignore[arg-type]
+    try:
+        indices = [operator.index(entry) for entry in entries]  # numpy's integers too
+    except TypeError:
+        indices = []
+    wrong = any(isinstance(entry, bool) for entry in entries) or not all(-count <= i < count for i in indices)
     if wrong or not indices:
         raise OptionError(f'{what}={given!r}: {name} has {count}, numbered from 0.')
     return [index % count for index in indices]
@@ -257,7 +284,7 @@ def _indices(what: str, given: int | Sequence[int] | None, count: int, name: str
 
 def _picture(image: Tensor, config: dict[str, Any]) -> Tensor:
     """A normalised image (C, H, W) as it was before, (H, W, 3)."""
-    image = image.float().cpu()
+    image = image.detach().float().cpu()
     mean, std = (torch.tensor(config[key]) for key in ('mean', 'std'))
     if len(mean) != len(image):
         image, mean, std = image[:1], mean[:1], std[:1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sem_timm.errors import ModelError
+from sem_timm.errors import ModelError, OptionError
 from sem_timm.surgery.planning import check_model
 from sem_timm.surgery.skeleton import shadow
 
@@ -17,12 +17,23 @@ def isolated(model: nn.Module, device: torch.device | str | None = None) -> nn.M
 
     Raises:
         ModelError: If the model is wrapped or has no weights.
+        OptionError: If torch knows no such device, or nothing is computed on it.
     """
+    _check_device(device)
     check_model(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError(f'this {type(model).__name__} has no weights: its parameters are on the meta device.')
     copy = shadow(model)
     return copy if device is None else copy.to(device)
+
+
+def _check_device(device: torch.device | str | None) -> None:
+    try:
+        is_meta = device is not None and torch.device(device).type == 'meta'
+    except (RuntimeError, TypeError) as error:
+        raise OptionError(f'device={device!r} is no device that torch knows, such as cpu or cuda:0.') from error
+    if is_meta:
+        raise OptionError(f'device={device!r} holds no numbers to look at; choose one that computes, such as cpu.')
 
 
 def device_of(model: nn.Module) -> torch.device:

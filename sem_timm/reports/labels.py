@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sem_timm.batches import Loader, read_batches
@@ -40,14 +39,34 @@ def _one_each(labels: Any, count: int) -> list[Hashable]:
             'by_class=True needs labels, and the loader yields images alone; '
             'let it yield (images, labels), or leave by_class out.'
         )
-    if isinstance(labels, Tensor):
-        if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.complex64:
-            raise OptionError(
-                f'by_class=True needs one class per image, and the loader yields labels of shape '
-                f'{tuple(labels.shape)} and {labels.dtype}; leave mixup and one-hot labels out.'
-            )
-        labels = labels.tolist()
-    labels = list(labels)
-    if len(labels) != count or not all(isinstance(label, Hashable) for label in labels):
-        raise OptionError(f'by_class=True needs one class per image; there are {len(labels)} labels of {count} images.')
-    return labels
+    found = _plain(labels) if getattr(labels, 'ndim', 1) == 1 else labels
+    is_listed = isinstance(found, Sequence) and not isinstance(found, (str, bytes))
+    # One by one too: tensors in a list hash by what they are, not by what they hold.
+    found = [_plain(label) for label in found] if is_listed else [found]
+    if not is_listed or not all(map(_names_a_class, found)):
+        raise OptionError(
+            f'by_class=True needs one class per image, a whole number or a name, and the loader yields labels '
+            f'{_described(labels)}; leave mixup and one-hot labels out.'
+        )
+    if len(found) != count:
+        raise OptionError(f'by_class=True needs one class per image; there are {len(found)} labels of {count} images.')
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """What a tensor or an array holds, as numbers, names or lists of Python."""
+    return value.tolist() if hasattr(value, 'tolist') else value
+
+
+def _names_a_class(label: Any) -> bool:
+    try:
+        hash(label)
+    except TypeError:
+        return False
+    return not isinstance(label, (float, complex))
+
+
+def _described(labels: Any) -> str:
+    if hasattr(labels, 'shape') and hasattr(labels, 'dtype'):
+        return f'of shape {tuple(labels.shape)} and {labels.dtype}'
+    return f'of type {type(labels).__name__}' + (f' of {type(labels[0]).__name__}' if isinstance(labels, list) else '')

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from sem_timm.errors import ModelError
@@ -123,7 +124,8 @@ def summary(model: nn.Module, input_size: tuple[int, ...] | None = None) -> Summ
         OptionError: If it does not accept ``input_size``.
     """
     check_model(model)
-    with preserved_random_state():
+    # Within inference mode nothing is kept for a backward pass.
+    with preserved_random_state(), torch.inference_mode(False):
         size = probe(model, input_size).input_size
         part_of = _parts(model)
         is_patched = bool(patched(model))

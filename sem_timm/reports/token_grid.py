@@ -50,6 +50,13 @@ def _stated_sizes(inputs: list[Any], data: list[Tensor]) -> Iterator[tuple[int, 
             yield value[0], value[1]
 
 
+def fits_image(grid: tuple[int, int], image_size: tuple[int, int]) -> bool:
+    """Whether a grid (H, W) has the proportions of an image; windows × tokens, which look like one, mostly have not."""
+    height, width = grid[0] * image_size[1], grid[1] * image_size[0]
+    # Rounding up or down changes a side of one patch or more by less than twice.
+    return max(height, width) < 4 * min(height, width)
+
+
 def _in_proportion(num_tokens: int, image_size: tuple[int, int]) -> tuple[int, int]:
     """Height and width of a grid of square patches; zeros where the number does not fit."""
     if num_tokens < 1:

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import timm
 import torch
@@ -78,6 +79,12 @@ def test_chosen_slots_and_heads_are_those_of_all() -> None:
     assert torch.equal(some.maps, every.maps[[64 + 3, 64 + 63]])
 
 
+@pytest.mark.parametrize('slots', [numpy.int64(2), [numpy.int32(2)], numpy.array([2]), torch.tensor(2)])
+def test_numbers_of_slots_may_be_those_of_an_array(slots: Any) -> None:
+    found = sem_timm.attention_map(vit(), IMAGE, slots=slots, heads=numpy.int64(1))
+    assert found.labels == ('head 1, slot 2',)
+
+
 def test_heads_that_share_a_memory_are_averaged_unless_chosen() -> None:
     model = vit('eamlp')
     mean = sem_timm.attention_map(model, IMAGE)
@@ -116,6 +123,22 @@ def test_windows_are_refused_and_a_window_that_covers_all_is_not() -> None:
     assert sem_timm.attention_map(model, IMAGE[:, :, :64], layer=2).maps.shape[1:] == (4, 4)
 
 
+@pytest.mark.parametrize(
+    ('architecture', 'options', 'operation', 'layer', 'part'),
+    [
+        ('mobilevit_xxs', {}, 'external2d', -1, '4 windows of 4 tokens'),
+        ('mobilevitv2_050', {}, 'external2d', 'stages.3.1.transformer.0', 'lie as 4 × 16'),  # places × patches
+        ('nest_tiny', {'img_size': 112}, 'external', -1, 'lie as 1 × 49'),
+    ],
+)
+def test_feature_maps_that_are_windows_are_refused(
+    architecture: str, options: dict[str, Any], operation: str, layer: int | str, part: str
+) -> None:
+    model = model_of(architecture, operation, **options)
+    with refused(model, RefusedError, part):
+        sem_timm.attention_map(model, torch.zeros(3, 112, 112), layer=layer)
+
+
 def test_blocks_of_feature_maps_show_their_positions() -> None:
     model = model_of('test_resnet', 'external2d')
     found = sem_timm.attention_map(model, IMAGE, layer='layer1.0')
@@ -140,6 +163,25 @@ def test_photograph_is_transformed_as_the_model_wants_it() -> None:
     found = sem_timm.attention_map(model, Image.fromarray(pixels).convert('L'))
     assert found.image.shape == (64, 96, 3) and found.maps.shape[1:] == (4, 6)
     assert found.image.min() >= 0 and found.image.max() <= 1
+
+
+def test_photograph_is_grey_where_the_model_takes_one_channel() -> None:
+    found = sem_timm.attention_map(vit(in_chans=1), Image.new('RGB', (96, 64), (51, 51, 51)))
+    torch.testing.assert_close(found.image, torch.full((64, 96, 3), 0.2))
+
+
+@pytest.mark.parametrize('channels', [2, 4])
+def test_photograph_is_refused_where_it_has_other_channels(channels: int) -> None:
+    model = vit(in_chans=channels)
+    with refused(
+        model, OptionError, f'takes {channels} channels', f'tensor (C, H, W), such as of ({channels}, 64, 96)'
+    ):
+        sem_timm.attention_map(model, Image.new('RGB', (96, 64)))
+
+
+def test_image_may_require_gradients(tmp_path: Path) -> None:
+    found = sem_timm.attention_map(vit(), IMAGE.clone().requires_grad_())
+    assert found.overlay(tmp_path / 'slots.png', most=1).exists()
 
 
 @pytest.mark.parametrize('channels', [1, 3, 5])
@@ -178,6 +220,11 @@ def test_compact_model_is_seen_as_well() -> None:
         ({'layer': 'blocks.9'}, NoMatchError, ("'blocks.9'", 'blocks.5.attn.core')),
         ({'slots': 64}, OptionError, ('slots=64', 'has 64')),
         ({'slots': []}, OptionError, ('slots=[]',)),
+        ({'slots': 1.5}, OptionError, ('slots=1.5', 'has 64')),
+        ({'slots': slice(2)}, OptionError, ('slots=slice', 'has 64')),
+        ({'slots': [True]}, OptionError, ('slots=[True]', 'has 64')),
+        ({'heads': 'all'}, OptionError, ("heads='all'", 'has 2')),
+        ({'image': IMAGE * float('nan')}, ModelError, ('blocks.5.attn.core', 'not finite')),
         ({'heads': [0, 2]}, OptionError, ('heads=[0, 2]', 'has 2')),
         ({'image': IMAGE.unsqueeze(0).repeat(2, 1, 1, 1)}, OptionError, ('(2, 3, 64, 96)', 'one normalised image')),
         ({'image': IMAGE.byte()}, OptionError, ('uint8',)),

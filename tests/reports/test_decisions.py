@@ -85,6 +85,13 @@ def test_names_of_classes_may_be_words() -> None:
     assert {label: one.num_images for label, one in found.classes.items()} == {'ant': 1, 'cat': 2, 'dog': 1}
 
 
+def test_labels_may_be_tensors_in_a_list() -> None:
+    images, labels = batches(1)[0]
+    found = sem_timm.decisions(decided(), [(images, [*labels])], by_class=True)
+    assert {label: one.num_images for label, one in found.classes.items()} == {0: 2, 1: 1, 2: 1}
+    assert list(found.to_dict()['classes']) == ['0', '1', '2']
+
+
 def test_operators_may_differ_between_blocks() -> None:
     model = timm.create_model('test_resnet', num_classes=10)
     sem_timm.patch_model(model, 'sem', target=r'layer[12]\..*', operators=('se', 'se', 'eca'))
@@ -177,6 +184,8 @@ def test_device_is_one_that_torch_knows() -> None:
         ([], {}, 'no images'),
         ([batches()[0][0]], {'by_class': True}, 'images alone'),
         (batches(), {'max_batches': 0}, 'max_batches=0'),
+        (batches(), {'device': 'gpu'}, "device='gpu'"),
+        (batches(), {'device': 'meta'}, "device='meta'"),
     ],
 )
 def test_loaders_without_images_or_labels_are_refused(loader: Any, options: dict[str, Any], message: str) -> None:

@@ -98,6 +98,13 @@ def test_parts_add_up_to_the_whole(name: str) -> None:
         assert stage.patched.parameters >= stage.base.parameters
 
 
+def test_inference_mode_around_it_changes_nothing() -> None:
+    model = sem_timm.patch_model(timm.create_model('test_resnet'))
+    expected = sem_timm.summary(model)
+    with torch.inference_mode():
+        assert sem_timm.summary(model) == expected
+
+
 def test_frozen_parameters_keep_fewer_activations() -> None:
     model = sem_timm.patch_model(timm.create_model('test_resnet'))
     every = sem_timm.summary(model)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sem_timm.reports.token_grid import TokenGrid, token_grid
+from sem_timm.reports.token_grid import TokenGrid, fits_image, token_grid
 from sem_timm.surgery.layout import Layout, set_layout
 
 
@@ -33,3 +33,13 @@ def test_grid_is_found_or_is_none(
     count: int, inputs: list[Any], size: tuple[int, int], expected: TokenGrid | None
 ) -> None:
     assert token_grid(count, inputs, size) == expected
+
+
+@pytest.mark.parametrize(
+    ('grid', 'size', 'expected'),
+    [((4, 6), (64, 96), True), ((2, 32), (33, 1024), True), ((4, 16), (256, 256), False), ((1, 49), (112, 112), False)],
+)
+def test_windows_by_tokens_have_not_the_proportions_of_the_image(
+    grid: tuple[int, int], size: tuple[int, int], expected: bool
+) -> None:
+    assert fits_image(grid, size) is expected
