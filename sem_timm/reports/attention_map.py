@@ -122,11 +122,12 @@ def attention_map(
         NoMatchError: If there is no such layer.
         OptionError: If there is no such slot or head, or the image is none or of a shape that the model refuses, or a
             PIL image where the model takes neither one channel nor three.
-        RefusedError: If the layer attends in windows, or its tokens form no grid.
+        RefusedError: If the layer attends in windows, or its tokens form no grid or lie in another order.
     """
     with preserved_random_state():
         copy = isolated(model)
         name = _layer_name(copy, layer)
+        _check_order(copy, name)
         config = resolve_data_config({}, model=copy)
         images = _as_batch(image, copy, config).to(device_of(copy), dtype_of(copy))
         with explained_shape(copy, images):
@@ -155,6 +156,17 @@ def _layer_name(model: nn.Module, layer: int | str) -> str:
     if isinstance(layer, bool) or not isinstance(layer, int) or not -len(names) <= layer < len(names):
         raise NoMatchError(f'layer={layer!r}: there are {len(names)} layers, {names[0]} to {names[-1]}.')
     return names[layer]
+
+
+def _check_order(model: nn.Module, name: str) -> None:
+    """Refuses the blocks of timm's Hiera that have tokens in another order than the image: all but the last stage's."""
+    schedule = getattr(getattr(model, 'reroll', None), 'schedule', None) or {}
+    unordered = [f'blocks.{number}.' for number, (steps, _) in schedule.items() if steps]
+    if name.startswith(tuple(unordered)):
+        raise RefusedError(
+            f'the tokens of {name} lie in no rows of the image: {type(model).__name__} orders them by mask units up '
+            f'to its last stage. Choose a layer from blocks.{len(unordered)} on.'
+        )
 
 
 def _as_batch(image: Any, model: nn.Module, config: dict[str, Any]) -> Tensor:

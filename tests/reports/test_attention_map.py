@@ -115,6 +115,14 @@ def test_grid_is_that_of_the_tokens(
     assert maps.shape[1:] == grid
 
 
+def test_tokens_in_the_order_of_mask_units_are_refused() -> None:
+    model = model_of('hiera_tiny_224', embed_dim=8, stages=(1, 1, 1, 1))
+    image = torch.randn(3, 224, 224)
+    with refused(model, RefusedError, 'blocks.2.attn.core', 'mask units', 'from blocks.3 on'):
+        sem_timm.attention_map(model, image, layer='blocks.2.attn')
+    assert sem_timm.attention_map(model, image, layer='blocks.3.attn').maps.shape[-2:] == (7, 7)
+
+
 def test_windows_are_refused_and_a_window_that_covers_all_is_not() -> None:
     options = {'img_size': 64, 'window_size': 4, 'embed_dim': 24, 'depths': (1, 1, 1), 'num_heads': (2, 2, 2)}
     model = model_of('swin_tiny_patch4_window7_224', **options)
