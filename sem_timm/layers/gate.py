@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, TypeVar
+from typing import Literal, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from sem_timm.errors import OptionError, closest
-from sem_timm.layers.excitation import check_at_least_one
-from sem_timm.layers.operators import ExcitationClass, build_operators, zero_last_weights
+from sem_timm.layers.excitation import ZeroableExcitation, check_at_least_one
+from sem_timm.layers.operators import ExcitationClass, build_operators, check_zeroable
 
 GateInit: TypeAlias = Literal['identity', 'paper']
 
@@ -88,7 +88,10 @@ class ChannelGate(nn.Module):
         """
         gain = float(state)
         if gain not in (1.0, 2.0 ** len(self.operators)):
-            raise OptionError(f'the state_dict holds a gain of {gain}; {len(self.operators)} operators have 1 or 2^n.')
+            raise OptionError(
+                f'the state_dict holds a gain of {gain}, and with the operators {", ".join(self.operators)} it is 1 or '
+                f'{2.0 ** len(self.operators)}. Load it into a {type(self).__name__} with the operators it is of.'
+            )
         self.gain = gain
 
     def reset_parameters(self, init: GateInit | None = None) -> None:
@@ -100,19 +103,28 @@ class ChannelGate(nn.Module):
         Raises:
             OptionError: If ``init`` is unknown, or 'identity' with an operator that has no ``zero_last_weights``.
         """
+        init = self.form if init is None else init
+        self._check_init(init)
         for module in self.operators.values():
             reset = getattr(module, 'reset_parameters', None)
             if callable(reset):
                 reset()
-        self._apply_init(self.form if init is None else init)
+        self._apply_init(init)
+
+    def _check_init(self, init: GateInit) -> None:
+        """Refuse an initial form that is unknown, or that an operator cannot have."""
+        _check_form('init', init)
+        if init == 'identity':
+            for name, operator in self.operators.items():
+                check_zeroable(name, operator)
 
     def _apply_init(self, init: GateInit) -> None:
         """Give freshly drawn parameters the initial form."""
-        _check_form('init', init)
+        self._check_init(init)
         self.set_form(init)
         if init == 'identity':
-            for name, operator in self.operators.items():
-                zero_last_weights(name, operator)
+            for operator in self.operators.values():
+                cast(ZeroableExcitation, operator).zero_last_weights()
 
     def pool(self, x: Tensor) -> Tensor:
         """Average over all positions but the prefix tokens: (B, C).
@@ -162,7 +174,7 @@ class ChannelGate(nn.Module):
         if shortcut is None:
             return x * gate
         if shortcut.dtype == x.dtype and shortcut.shape == x.shape and shortcut.stride() == x.stride():
-            if torch.is_grad_enabled() and not torch.jit.is_tracing():
+            if torch.is_grad_enabled() and may_write_over():
                 return (x * gate).add_(shortcut)  # two passes over memory, with gradients that take fewer of them
             return torch.addcmul(shortcut, x, gate)  # one pass
         return shortcut + x * gate if shortcut_first else x * gate + shortcut
@@ -176,6 +188,16 @@ class ChannelGate(nn.Module):
         if self.num_prefix_tokens:
             parts.append(f'num_prefix_tokens={self.num_prefix_tokens}')
         return ', '.join(parts)
+
+
+def may_write_over() -> bool:
+    """Whether results may be written over: transforms such as `torch.func.vmap` cannot follow that.
+
+    Nor may a trace by `torch.jit`, which has to be the same with gradients and without.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return not (torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
 
 
 def _mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sem_timm.errors import OptionError, closest
+from sem_timm.layers.attention_cores import attention_kinds
 from sem_timm.layers.excitation import (
     CircularEfficientChannel,
     EffectiveSqueezeExcitation,
@@ -20,6 +21,7 @@ from sem_timm.layers.excitation import (
     SqueezeExcitation,
     ZeroableExcitation,
 )
+from sem_timm.layers.timm_attention import timm_attention_names
 
 ExcitationClass: TypeAlias = Callable[..., nn.Module]
 
@@ -35,6 +37,9 @@ PUBLISHED_EXCITATIONS: dict[str, ExcitationClass] = {
 # The one registry of the package. It only grows, and a name never changes its meaning, so that a name in a saved
 # configuration stands for the same class wherever the registering module was imported.
 _excitations: dict[str, ExcitationClass] = dict(PUBLISHED_EXCITATIONS)
+
+# Names that patch_model understands in another way; so it does those of attentions.
+_OPERATIONS = ('sem', 'external2d')
 
 _CONTRACT = 'class MyExcitation(nn.Module): def __init__(self, channels, device=None, dtype=None)'
 
@@ -56,12 +61,15 @@ def register_excitation(name: str, cls: ExcitationClass) -> None:
             ``zero_last_weights()``, see `ZeroableExcitation`.
 
     Raises:
-        OptionError: If the name is no identifier, is taken by another class, or ``cls`` cannot be called like that.
+        OptionError: If the name is no identifier, is taken by another class or stands for an operation, or ``cls``
+            cannot be called like that.
     """
     if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ModuleDict, name):
         raise OptionError(f"name={name!r} cannot name an operator: write a plain identifier such as 'my_excitation'.")
     if _excitations.get(name, cls) is not cls:
         raise OptionError(f'name={name!r} already stands for {_excitations[name]!r}; choose another name.')
+    if name not in _excitations and name in (*_OPERATIONS, *attention_kinds(), *timm_attention_names()):
+        raise OptionError(f'name={name!r} is an operation of patch_model already; choose another name.')
     _check_constructor(cls)
     _excitations[name] = cls
 
@@ -99,11 +107,11 @@ def build_operators(
     return built
 
 
-def zero_last_weights(name: str, operator: nn.Module) -> None:
-    """Make an operator's logits exactly zero.
+def check_zeroable(name: str, operator: nn.Module) -> None:
+    """Refuse an operator whose logits cannot be made exactly zero.
 
     Raises:
-        OptionError: If the operator does not offer it.
+        OptionError: If it does not offer that.
     """
     if not isinstance(operator, ZeroableExcitation):
         raise OptionError(
@@ -112,7 +120,6 @@ def zero_last_weights(name: str, operator: nn.Module) -> None:
             '  Add a method zero_last_weights(self) that sets its last weights at zero, '
             "or use init='paper', which works without it."
         )
-    operator.zero_last_weights()
 
 
 def _resolve(entry: str | ExcitationClass) -> tuple[str, ExcitationClass]:

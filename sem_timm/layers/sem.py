@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sem_timm.errors import OptionError, closest
-from sem_timm.layers.gate import ChannelGate, GateInit
+from sem_timm.layers.gate import ChannelGate, GateInit, may_write_over
 from sem_timm.layers.operators import ExcitationClass
 
 DecisionForm: TypeAlias = Literal['sigmoid', 'softmax', 'equal']
@@ -109,7 +109,7 @@ class SEM(ChannelGate):
 
     def _gate_pooled(self, pooled: Tensor) -> Tensor:
         logits, weights = self._weighted_pooled(pooled)
-        if not torch.is_grad_enabled() and not torch.jit.is_tracing():
+        if not torch.is_grad_enabled() and may_write_over():
             return logits.mul_(weights).sigmoid_().prod(1)
         # Not prod(1): its gradient looks for zeros, which makes a GPU wait. The product is the same, bit for bit.
         gate, *others = torch.sigmoid(logits * weights).unbind(1)

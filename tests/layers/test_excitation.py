@@ -141,7 +141,7 @@ def test_own_class_without_zero_last_weights_works_with_paper_init_only() -> Non
         SEM(8, operators=(OwnExcitation,))
 
 
-@pytest.mark.parametrize('name', ['se', 'not a name', 'a.b', 'keys', '', 3])
+@pytest.mark.parametrize('name', ['se', 'not a name', 'a.b', 'keys', '', 3, 'sem', 'external', 'external2d', 'gc'])
 def test_registering_refuses_taken_and_unusable_names(name: str) -> None:
     before = excitation_names()
     with pytest.raises(OptionError, match='name='):

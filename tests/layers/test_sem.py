@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import pytest
 import timm
 import torch
 import torch.compiler.config
-from torch import Tensor
+from torch import Tensor, nn
 
 from sem_timm.errors import OptionError
 from sem_timm.layers import SEM, ChannelGate, Excitation
@@ -169,7 +170,7 @@ def test_forms_convert_exactly_by_a_power_of_two(operators: tuple[str, ...], dty
 
 def test_a_gain_of_neither_form_is_refused() -> None:
     state = SEM(16).state_dict()
-    with pytest.raises(OptionError, match='3 operators have 1 or 2'):
+    with pytest.raises(OptionError, match=r'operators se, eca, ie it is 1 or 8\.0'):
         SEM(16).load_state_dict({**state, '_extra_state': torch.tensor(3.0)})
 
 
@@ -182,6 +183,40 @@ def test_reset_parameters_gives_either_init() -> None:
     assert sem.form == 'paper' and sem.operators['se'].fc2.weight.any()
     sem.reset_parameters()
     assert sem.form == 'paper' and torch.equal(sem.operators['ie'].beta, -torch.ones(16))
+
+
+@pytest.mark.parametrize('init', ['papier', 'identity'])
+def test_reset_parameters_that_is_refused_leaves_them_as_they_were(init: Any) -> None:
+    class Plain(nn.Module):
+        def __init__(self, channels: int, device: Any = None, dtype: Any = None) -> None:
+            super().__init__()
+            self.fc = nn.Linear(channels, channels, device=device, dtype=dtype)
+
+        def forward(self, pooled: Tensor) -> Tensor:
+            return self.fc(pooled)
+
+    sem = SEM(16, operators=('se', Plain), init='paper')
+    before = {name: tensor.clone() for name, tensor in sem.state_dict().items()}
+    with pytest.raises(OptionError, match=init):
+        sem.reset_parameters(init)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sem.state_dict().items())
+
+
+@pytest.mark.parametrize('mode', [torch.enable_grad, torch.no_grad])
+def test_vmap_over_weights_and_over_shortcuts(mode: Callable[[], Any]) -> None:
+    sem = SEM(16, init='paper')
+    x, shortcuts = torch.randn(2, 16, 5, 5), torch.randn(3, 2, 16, 5, 5)
+    weights = torch.randn(3, *sem.decision.weight.shape)
+
+    def gated(weight: Tensor, shortcut: Tensor) -> Tensor:
+        return torch.func.functional_call(sem, {'decision.weight': weight}, (x, shortcut))
+
+    with mode():
+        for over in ((0, None), (None, 0)):
+            given = [both if dim == 0 else both[0] for both, dim in zip((weights, shortcuts), over)]
+            found = torch.func.vmap(gated, in_dims=over)(*given)
+            one_by_one = [gated(*(g[i] if dim == 0 else g for g, dim in zip(given, over))) for i in range(3)]
+            torch.testing.assert_close(found, torch.stack(one_by_one))
 
 
 def test_decision_weighs_the_operators() -> None:
