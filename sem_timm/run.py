@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if is_module:
         runpy.run_module(rest[0], run_name='__main__', alter_sys=True)
     else:
-        sys.path.insert(0, os.path.dirname(os.path.abspath(rest[0])))
+        sys.path.insert(0, os.path.dirname(os.path.realpath(rest[0])))
         runpy.run_path(rest[0], run_name='__main__')
     return 0
 

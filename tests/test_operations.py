@@ -193,6 +193,28 @@ def test_an_operator_of_ones_own() -> None:
     assert json.dumps(sem_timm.patched(model)[0].operation.to_dict()).count('Halving') == 1
 
 
+class OwnCore(sem_timm.AttentionCore):
+    """An attention core of one's own, with a class for an option."""
+
+    def __init__(self, head_dim: int, act: Any = nn.GELU, **kwargs: Any) -> None:
+        super().__init__(head_dim, **kwargs)
+
+
+def test_own_code_is_told_by_its_name() -> None:
+    config = sem_timm.AttentionConfig(OwnCore, act=nn.SiLU)
+    assert json.dumps(config.to_dict()) == '{"name": "OwnCore", "act": "torch.nn.modules.activation.SiLU"}'
+
+
+def test_options_that_nothing_has_are_an_error() -> None:
+    for operation, options in (('external', {'kind': 'linear'}), (OwnCore, {'kind': 'linear'}), ('eca', {'name': 'x'})):
+        with pytest.raises(OptionError, match=r"option '(kind|name)' of .* is unknown"):
+            sem_timm.plan_model(FAMILIES['vit_registers'].create(), operation, **options)
+    with pytest.raises(OptionError, match='timm attention 3 is unknown'):
+        TimmAttentionConfig(name=3)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match='name=3 is no identifier'):
+        InsertConfig(Own, name=3)  # type: ignore[arg-type]
+
+
 def test_positions() -> None:
     model, images = FAMILIES['vit_registers'].create(), FAMILIES['vit_registers'].images()
     with torch.no_grad():

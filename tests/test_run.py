@@ -28,6 +28,15 @@ def test_script_runs_as_by_itself_with_the_variants_there(tmp_path: Path) -> Non
     assert done.stdout == "__main__ ['test_resnet_sem', '--lr', '1'] PatchedBasicBlock 7\n"
 
 
+def test_script_behind_a_link_has_the_folder_of_the_script(tmp_path: Path) -> None:
+    (tmp_path / 'real').mkdir()
+    (tmp_path / 'real' / 'train.py').write_text(SCRIPT)
+    (tmp_path / 'real' / 'beside.py').write_text('VALUE = 7')
+    (tmp_path / 'link.py').symlink_to(tmp_path / 'real' / 'train.py')
+    done = run(str(tmp_path / 'link.py'), 'test_resnet_sem')
+    assert done.returncode == 3, done.stderr
+
+
 def test_module_runs_too() -> None:
     done = run('-m', 'timeit', '-n', '1', '-r', '1', 'import timm; timm.create_model("test_resnet_sem")')
     assert done.returncode == 0, done.stderr

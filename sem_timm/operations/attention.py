@@ -18,11 +18,16 @@ from sem_timm.layers import (
     attention_core_names,
     attention_kinds,
 )
+from sem_timm.operations.configs import plain
 from sem_timm.surgery import AttentionSite
 from sem_timm.surgery.swap.whole import WholeSite
 
 # What a site says and no option can.
 _FROM_SITE = {'self', 'head_dim', 'value_dim', 'head_axis', 'dim', 'device', 'dtype'}
+
+# What a site says where no option does; of dropout, only one that is replaced as a whole.
+_FROM_SITE_UNLESS_GIVEN = ('num_heads', 'grid_size', 'num_prefix_tokens')
+_DROPOUT = ('attn_drop', 'proj_drop')
 
 
 @dataclass(frozen=True, init=False)
@@ -54,15 +59,19 @@ class AttentionConfig:
         for name in options:
             if name not in known:
                 raise OptionError(f'option {name!r} of attention {str(self)!r} is unknown. {closest(name, known)}')
-        # Its own checks speak before a model is looked at.
-        heads = options.get('num_heads', 1)
-        width = 32 * heads if isinstance(heads, int) and heads > 0 else 32
         try:
-            cls(width, **{'num_heads': 1, 'device': torch.device('meta'), **options})
+            self._example()  # its own checks speak before a model is looked at
         except OptionError:
             raise
         except (TypeError, ValueError) as error:  # of torch's own modules, such as for a dropout above 1
             raise OptionError(f'attention {str(self)!r} cannot be built with {options}: {error}') from error
+
+    def _example(self) -> nn.Module:
+        """What it builds, of some width and without memory."""
+        options: dict[str, Any] = {'num_heads': 1, 'device': torch.device('meta'), **dict(self.options)}
+        heads = options['num_heads']
+        module: nn.Module = self._class()(32 * heads if isinstance(heads, int) and heads > 0 else 32, **options)
+        return module
 
     def _class(self) -> Any:
         if isinstance(self.kind, type) and issubclass(self.kind, AttentionCore):
@@ -74,6 +83,13 @@ class AttentionConfig:
         if self.kind not in attention_core_names():
             raise OptionError(f'attention {self.kind!r} is unknown. {closest(self.kind, attention_kinds())}')
         return attention_core_class(self.kind)
+
+    def with_defaults(self) -> AttentionConfig:
+        """An equal configuration that names all options, but for those that a site decides where they are not given."""
+        decided = {*_FROM_SITE, *_FROM_SITE_UNLESS_GIVEN, *(_DROPOUT if self.replaces_module else ())}
+        found = _parameters(self._class()).values()
+        defaults = {p.name: p.default for p in found if p.name not in decided and p.default is not p.empty}
+        return AttentionConfig(self.kind, **{**defaults, **dict(self.options)})
 
     @property
     def attribute(self) -> str:
@@ -99,6 +115,11 @@ class AttentionConfig:
     def replaces_module(self) -> bool:
         """Whether it replaces whole attention modules."""
         return self.kind == WHOLE_ATTENTION
+
+    @property
+    def has_tensors(self) -> bool:
+        """Whether what it builds has anything in its state_dict."""
+        return bool(self._example().state_dict())
 
     @property
     def is_identity(self) -> bool:
@@ -146,26 +167,26 @@ class AttentionConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as data that `json.dumps` takes."""
-        return {'name': str(self), **dict(self.options)}
+        return {'name': str(self), **{name: plain(value) for name, value in self.options}}
 
     def __str__(self) -> str:
         return self.kind if isinstance(self.kind, str) else self.kind.__name__
 
 
-def _parameters(cls: type) -> list[str]:
-    """Names of what a constructor takes; where it hands ``**kwargs`` on, also those of the next class that has one."""
-    names: dict[str, None] = {}
+def _parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """What a constructor takes; where it hands ``**kwargs`` on, also what that of the next class takes."""
+    found: dict[str, inspect.Parameter] = {}
     for base in cls.__mro__:
         if '__init__' not in base.__dict__:
             continue
         parameters = inspect.signature(base.__dict__['__init__']).parameters.values()
         stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        names.update(dict.fromkeys(p.name for p in parameters if p.kind not in stars))
+        found |= {p.name: p for p in parameters if p.kind not in stars and p.name not in found}
         if base is AttentionCore or not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
             break
-    return list(names)
+    return found
 
 
 def _dropout_of(site: AttentionSite) -> dict[str, float]:
     """The rates of dropout of a module that is replaced as a whole."""
-    return {'attn_drop': site.attn_drop, 'proj_drop': site.proj_drop} if isinstance(site, WholeSite) else {}
+    return {name: getattr(site, name) for name in _DROPOUT} if isinstance(site, WholeSite) else {}

@@ -47,6 +47,8 @@ def resolve_operation(operation: Operation, **options: Any) -> InsertionConfig |
             )
         return operation
     if operation in attention_kinds() or (isinstance(operation, type) and issubclass(operation, AttentionCore)):
+        if 'kind' in options:
+            raise OptionError(f"option 'kind' of attention {operation!r} is unknown; the operation is the kind.")
         kind: Any = operation
         return AttentionConfig(kind, **options)
     if operation is AttentionConfig:

@@ -53,7 +53,7 @@ class InsertionConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as data that `json.dumps` takes."""
-        return {'name': str(self), **{f.name: _plain(getattr(self, f.name)) for f in fields(self)}}
+        return {'name': str(self), **{f.name: plain(getattr(self, f.name)) for f in fields(self)}}
 
     def __str__(self) -> str:
         return self.attribute
@@ -167,7 +167,9 @@ class TimmAttentionConfig(InsertionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.name not in timm_attention_names():
-            raise OptionError(f'timm attention {self.name!r} is unknown. {closest(self.name, timm_attention_names())}')
+            raise OptionError(
+                f'timm attention {self.name!r} is unknown. {closest(str(self.name), timm_attention_names())}'
+            )
 
     @property
     def attribute(self) -> str:
@@ -239,7 +241,7 @@ class InsertConfig(InsertionConfig):
             )
         if not callable(self.factory) or (isinstance(self.factory, type) and issubclass(self.factory, InsertionConfig)):
             raise OptionError(f'factory={self.factory!r} is no class or function (channels) -> nn.Module.')
-        if not self.name.isidentifier() or keyword.iskeyword(self.name):
+        if not isinstance(self.name, str) or not self.name.isidentifier() or keyword.iskeyword(self.name):
             raise OptionError(f'name={self.name!r} is no identifier; it becomes a part of the state_dict keys.')
 
     @property
@@ -263,9 +265,10 @@ def _init(name: str) -> Any:
     return name  # any text may have been given; the layer checks it
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """An option as data that `json.dumps` takes: a class by its name, a tuple as a list."""
     if isinstance(value, (tuple, list)):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     if callable(value):
         return f'{getattr(value, "__module__", "")}.{getattr(value, "__qualname__", repr(value))}'
     return value

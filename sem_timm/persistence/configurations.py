@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
-from sem_timm.errors import ModelError, OptionError
+from sem_timm.errors import ModelError, OptionError, PatchFileError
 from sem_timm.layers.operators import registered_name
 from sem_timm.operations import (
     AttentionConfig,
@@ -38,8 +39,18 @@ def config_to_json(config: Config) -> dict[str, Any]:
     """A configuration as data that `json.dumps` takes, from which `config_from_json` makes an equal one.
 
     Raises:
-        ModelError: If it holds a class or function, which a file cannot name.
+        ModelError: If it holds a class or function, which a file cannot name, or a value that `config_from_json`
+            refuses.
     """
+    written = _written(config)
+    try:
+        config_from_json(Field(Path('patch.json'), '', written))
+    except PatchFileError as error:
+        raise ModelError(f'the patch {str(config)!r} has what a patch file cannot have: {error}') from error
+    return written
+
+
+def _written(config: Config) -> dict[str, Any]:
     if isinstance(config, AttentionConfig):
         options = {'kind': config.kind, **dict(config.options)}
         return {'operation': _ATTENTION, 'options': {k: _plain(config, k, v) for k, v in options.items()}}

@@ -14,14 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from sem_timm.errors import ModelError, PatchFileError, SemTimmError, SwapWarning, closest
-from sem_timm.operations import ExcitationConfig, SEMConfig, plan_model
+from sem_timm.layers.operators import registered_name
+from sem_timm.operations import AttentionConfig, ExcitationConfig, SEMConfig, plan_model
 from sem_timm.persistence.base_check import check_base_weights
+from sem_timm.persistence.configurations import Config
 from sem_timm.persistence.parts import Parts, check_tensors, parts_of
 from sem_timm.persistence.record import PARTS, RECORD_NAME, PatchRecord, SiteRecord, Step, read_record, site_record
 from sem_timm.persistence.save import base_of, steps_of
 from sem_timm.persistence.weights_file import read_tensors
 from sem_timm.surgery import Plan, apply_plan, check_choice, check_model, patched, unpatch_model
 from sem_timm.surgery.random_state import preserved_random_state
+from sem_timm.surgery.skeleton import probe
 
 CHECKS = ('warn', 'error', 'ignore')
 
@@ -57,6 +60,7 @@ def load_patch(
         PatchFileError: If a file is missing, damaged or newer, or does not fit the model; or its base weights, with
             ``check_base='error'``. The message names the file and the field.
         ModelError: If the model is wrapped, on the meta device, or patched otherwise.
+        OptionError: If ``check_base`` is unknown, or the model does not take images of ``input_size``.
     """
     check_choice('check_base', check_base, CHECKS)
     check_model(model)
@@ -69,6 +73,8 @@ def load_patch(
         if patched(model):
             _check_same_patch(model, file, record)
         else:
+            if input_size is not None:
+                probe(model, input_size)  # an error that blames the argument, and not the file
             for number, step in enumerate(record.steps):
                 _apply(model, step, record, f'{file}: operations[{number}]', input_size)
         parts = parts_of(model)
@@ -95,21 +101,51 @@ def _check_model_is(model: nn.Module, file: Path, record: PatchRecord) -> None:
 
 
 def _check_same_patch(model: nn.Module, file: Path, record: PatchRecord) -> None:
-    if _by_site(steps_of(model)) != _by_site(record.steps):
+    steps = steps_of(model)
+    here, there = _by_site(steps), _by_site(record.steps)
+    if here != there:
         raise ModelError(
-            f'this {type(model).__name__} is patched already, and not as {file} says: {_listed(steps_of(model))} here, '
-            f'{_listed(record.steps)} there.\n  unpatch_model(model) first.'
+            f'this {type(model).__name__} is patched already, and not as {file} says: {_listed(steps)} here, '
+            f'{_listed(record.steps)} there{_first_difference(here, there)}.\n  unpatch_model(model) first.'
         )
 
 
-def _by_site(steps: tuple[Step, ...]) -> dict[tuple[str, str], Any]:
-    found = {}
-    for step in steps:
-        config = step.config
-        if isinstance(config, (SEMConfig, ExcitationConfig)):
-            config = replace(config, init='identity')  # the form of a gate is among its values
-        found.update({(site.name, site.attribute): (config, site) for site in step.sites})
-    return found
+_Made = dict[tuple[str, str], tuple[Config, SiteRecord]]
+
+
+def _by_site(steps: tuple[Step, ...]) -> _Made:
+    """What was made where; equal if the same was, whichever options led to it."""
+    return {(site.name, site.attribute): (_normal(step.config), site) for step in steps for site in step.sites}
+
+
+def _normal(config: Config) -> Config:
+    """A configuration without what its sites and values tell anyway, in the words that a file has for the rest."""
+    if isinstance(config, AttentionConfig):
+        return config.with_defaults()
+    config = replace(config, position='auto', branches='last')
+    if isinstance(config, (SEMConfig, ExcitationConfig)):
+        # The form of a gate is among its values; this one works with any operator.
+        config = replace(config, init='paper')
+    if isinstance(config, SEMConfig):
+        config = replace(config, operators=tuple(registered_name(o) or o for o in config.operators))
+    return config
+
+
+def _first_difference(here: _Made, there: _Made) -> str:
+    """The end of a message: the first site that is in only one of two patches, or else the first other option."""
+    for name, attribute in here | there:
+        if ((name, attribute) in here) != ((name, attribute) in there):
+            return f'; {name}.{attribute} is only {"here" if (name, attribute) in here else "there"}'
+    for key in here:
+        mine, other = _told(*here[key]), _told(*there[key])
+        for option in mine | other:
+            if mine.get(option) != other.get(option):
+                return f'; {".".join(key)} has {option}={mine.get(option)!r} here and {other.get(option)!r} there'
+    return ''
+
+
+def _told(config: Config, site: SiteRecord) -> dict[str, Any]:
+    return {'operation': str(config), **config.to_dict(), **asdict(site), 'shape': None}  # which is not compared
 
 
 def _listed(steps: tuple[Step, ...]) -> str:

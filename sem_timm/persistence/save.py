@@ -54,8 +54,8 @@ def save_patch(
             distributed run, call it in one process.
         folder: Where to; made if it is not there.
         include_head: Whether to save the classifier too, as needed after training for other classes.
-        base: The model before training, or its state_dict. With it, base weights that have changed since are noticed;
-            without it, the patch is one for the base weights that the model has now.
+        base: The model before training, which is unwrapped too, or its state_dict. With it, base weights that have
+            changed since are noticed; without it, the patch is one for the base weights that the model has now.
         include_changed_base: Whether to save those, such as statistics of batch norms; needs ``base``.
 
     Returns:
@@ -63,7 +63,7 @@ def save_patch(
 
     Raises:
         ModelError: If the model is not patched, made compact, sharded or on the meta device, or was patched with code
-            that a file cannot name.
+            or numbers that a file cannot have.
         OptionError: If the base weights have changed and are not included, or the arguments do not go together.
         PatchFileError: If a file is where the folder is to be.
         OSError: If the files cannot be written.
@@ -147,7 +147,9 @@ def _changed(parts: Parts, base: State | None, include: bool) -> dict[str, Tenso
         if include:
             raise OptionError('include_changed_base=True needs base=, the model before training or its state_dict.')
         return {}
-    before = dict(base.state_dict() if isinstance(base, nn.Module) else base)
+    if not isinstance(base, (nn.Module, Mapping)):
+        raise OptionError(f'base={base!r} is no model and no state_dict; timm.models.load_state_dict(file) reads one.')
+    before = dict(_unwrapped(base).state_dict() if isinstance(base, nn.Module) else base)
     changed = {name: tensor for name, tensor in parts.base.items() if _differs(name, tensor, before)}
     seen = [name for name in changed if is_compared(name)]
     if seen and not include:

@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from sem_timm.errors import OptionError
-from sem_timm.operations import AttentionConfig, SEMConfig
+from sem_timm.operations import AttentionConfig, SEMConfig, resolve_operation
 from sem_timm.registry.kinds import Kind
 
 _CALL_OPTIONS = ('target', 'exclude', 'input_size')
@@ -38,13 +38,19 @@ def _check_known(kind: Kind, name: str, options: Options, known: tuple[str, ...]
 def _checked_for_attention(kind: Kind, name: str, options: Options) -> Options:
     own = {key: _frozen(value) for key, value in options.items() if key not in _CALL_OPTIONS}
     try:
-        AttentionConfig(kind.operation, **own)
+        resolve_operation(kind.operation, **own)
     except OptionError as error:
         general = ', '.join(kind.prefix + option for option in _CALL_OPTIONS)
         raise OptionError(
             f'{name}: {error}\n  In create_model these options have the prefix {kind.prefix}. There are also {general}.'
         ) from error
     return {**options, **own}
+
+
+def has_tensors(kind: Kind, options: Options) -> bool:
+    """Whether the modules of an operation with these options have any weights."""
+    own = {key: value for key, value in options.items() if key not in _CALL_OPTIONS}
+    return not kind.swaps_attention or AttentionConfig(kind.operation, **own).has_tensors
 
 
 def _frozen(value: Any) -> Any:

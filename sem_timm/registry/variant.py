@@ -20,8 +20,8 @@ from sem_timm.errors import SwapWarning
 from sem_timm.operations import patch_model
 from sem_timm.registry.features import build_features
 from sem_timm.registry.kinds import Kind
-from sem_timm.registry.options import Options, pop_options
-from sem_timm.registry.weights import load_inserted, own_weights, restore_source, split
+from sem_timm.registry.options import Options, has_tensors, pop_options
+from sem_timm.registry.weights import load_inserted, own_weights, restore_source, split, without_variant
 from sem_timm.surgery import patched
 
 _SOURCES = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'custom_load')
@@ -35,7 +35,12 @@ def create_variant(
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Builds a base with its weights, patches it, and loads the weights of the new modules where there are any."""
+    """Builds a base with its weights, patches it, and loads the weights of the new modules where there are any.
+
+    Raises:
+        OptionError: If an option is unknown or out of range, or a saved model has not the weights of the variant that
+            it says it is.
+    """
     name = architecture + kind.suffix
     options = pop_options(kind, name, kwargs)
     if not kind.swaps_attention:
@@ -43,6 +48,11 @@ def create_variant(
     overlay = dict(pretrained_cfg_overlay or {}, architecture=name)
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, overlay) if pretrained else PretrainedCfg()
     inserted, rest = split(own_weights(cfg, kwargs.get('cache_dir')), kind)
+    # A saved model says what it is, and only modules without tensors leave no trace in its weights.
+    is_saved = pretrained and 'pretrained_model_args' in kwargs
+    untrained = not inserted and (not is_saved or has_tensors(kind, options))
+    if is_saved and untrained and kwargs.get('pretrained_strict', True):
+        raise without_variant(cfg, architecture, name)
     if inserted:
         # The base loads its part itself, since only its family knows how to fit it to other classes or image sizes.
         overlay.update(state_dict=rest, source=None)
@@ -62,7 +72,7 @@ def create_variant(
     model: Any = build_features(build, patch) if kwargs.get('features_only') else patch(build())
     # What create_model and save_for_hf keep as the arguments that rebuild the model; init must not be guessed again.
     model._model_args = {**getattr(model, '_model_args', {}), **{kind.prefix + key: v for key, v in options.items()}}
-    if kind.swaps_attention and pretrained and not inserted:
+    if kind.swaps_attention and pretrained and untrained:
         _warn(f'{name} has the weights of {architecture} but for its new attention ({kind.operation})')
     return model
 

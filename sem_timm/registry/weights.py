@@ -43,6 +43,20 @@ def split(weights: Weights, kind: Kind) -> tuple[Weights, Weights]:
     return inserted, {key: weights[key] for key in weights if key not in inserted}
 
 
+def without_variant(cfg: PretrainedCfg, architecture: str, name: str) -> OptionError:
+    """The error about a saved model that says it is a variant, and has no weights of the modules that make it one."""
+    where = f'file={cfg.file!r}' if cfg.file else f'hf_hub_id={cfg.hf_hub_id!r}'
+    classes = f'num_classes={cfg.num_classes}'
+    return OptionError(
+        f'the saved model says that it is {name}, and its weights have none of the tensors that {name} adds to '
+        f'{architecture}: it was unpatched, or patched otherwise, before it was saved.\n'
+        f'  timm.create_model({architecture!r}, pretrained=True, {classes}, '
+        f'pretrained_cfg_overlay=dict(source={cfg.source!r}, {where}, {classes})) gives the unpatched model back, and '
+        f'the same with {name!r} puts new modules into it. Weights of one that was patched otherwise go by '
+        'load_state_dict into a base that patch_model has patched so.'
+    )
+
+
 def _of_inserted(weights: Weights, kind: Kind) -> Weights:
     config = AttentionConfig(kind.operation) if kind.swaps_attention else SEMConfig()
     # Named sem, or sem1 and sem2 where one module has two, and sem_ where sem was taken.

@@ -123,11 +123,13 @@ def test_changed_base_weights_and_head_come_along_on_request(tmp_path: Path) -> 
 
 def test_changed_base_weights_are_noticed_when_they_are_left_out(tmp_path: Path) -> None:
     before, model = trained_base()
-    for given in (before, before.state_dict()):
+    for given in (before, before.state_dict(), nn.DataParallel(before)):
         with refused(model, OptionError, 'base tensors have changed', 'conv1', 'include_changed_base=True'):
             sem_timm.save_patch(model, tmp_path, base=given)
     with refused(model, OptionError, 'include_changed_base=True needs base='):
         sem_timm.save_patch(model, tmp_path, include_changed_base=True)
+    with refused(model, OptionError, "base='weights.pth' is no model and no state_dict"):
+        sem_timm.save_patch(model, tmp_path, base='weights.pth')  # type: ignore[arg-type]
     with refused(model, OptionError, 'not the base of this model', 'it has none'):
         sem_timm.save_patch(model, tmp_path, base={})
     with refused(model, OptionError, 'meta device'):

@@ -238,9 +238,31 @@ def test_registered_operators_are_saved_by_name(tmp_path: Path) -> None:
     for model in (by_class, by_name):
         sem_timm.save_patch(model, tmp_path)
         assert torch.equal(outputs(sem_timm.load_patch(base(), tmp_path)), outputs(model))
+    sem_timm.load_patch(by_class, tmp_path, check_base='error')
     edit_json(tmp_path, lambda data: data['operations'][0]['options'].update(operators=['se', 'halfing']))
     with refused(model := base(), sem_timm.PatchFileError, "'halfing' is unknown", 'register_excitation'):
         sem_timm.load_patch(model, tmp_path)
+
+
+def test_operators_without_an_identity_load_onto_the_same_patch(tmp_path: Path) -> None:
+    sem_timm.register_excitation('without_identity', nn.LayerNorm)
+    model = patch(base(), ('sem', {'operators': ('without_identity',), 'init': 'paper'}))
+    sem_timm.save_patch(model, tmp_path)
+    assert sem_timm.load_patch(model, tmp_path, check_base='error') is model
+
+
+def test_numbers_that_cannot_be_loaded_are_not_saved(tmp_path: Path) -> None:
+    model = patch(base(), ('sem', {'reduction': 2**22}))
+    with refused(model, ModelError, "'sem' has what a patch file cannot have", 'reduction: 4194304 is out of range'):
+        sem_timm.save_patch(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('size', [64, (3, 64), (4, 64, 64)])
+def test_wrong_input_size_is_the_callers_error(tmp_path: Path, size: Any) -> None:
+    sem_timm.save_patch(of_case('sem'), tmp_path)
+    with refused(model := base(), OptionError, 'input_size='):
+        sem_timm.load_patch(model, tmp_path, input_size=size)
 
 
 def test_what_cannot_be_saved(tmp_path: Path) -> None:

@@ -89,8 +89,32 @@ def test_variant_with_other_options_is_no_place_for_a_patch(tmp_path: Path) -> N
     _, model = pair('test_resnet_sem', sem_operators=('se', 'ie'))
     sem_timm.save_patch(model, tmp_path)
     _, other = pair('test_resnet_sem')
-    with refused(other, ModelError, 'patched already', 'sem at 4 sites here', 'unpatch_model(model) first'):
+    difference = "layer1.0.sem has operators=['se', 'eca', 'ie'] here and ['se', 'ie'] there"
+    with refused(other, ModelError, 'patched already', 'sem at 4 sites here', difference, 'unpatch_model(model) first'):
         sem_timm.load_patch(other, tmp_path)
+    _, fewer = pair('test_resnet_sem', sem_target='layer2.0')
+    with refused(fewer, ModelError, 'sem at 1 sites here', 'layer1.0.sem is only there'):
+        sem_timm.load_patch(fewer, tmp_path)
+
+
+SPELT: list[tuple[str, str, dict[str, Any]]] = [
+    ('test_resnet_sem', 'sem', {'position': 'residual', 'branches': 'all'}),
+    ('test_vit_ea', 'external', {'memory': 64}),
+    ('test_vit_eamlp', 'eamlp', {'memory': 64}),
+]
+
+
+@pytest.mark.parametrize('variant, operation, default', SPELT, ids=[case[0] for case in SPELT])
+def test_options_that_change_nothing_are_no_difference(
+    tmp_path: Path, variant: str, operation: str, default: dict[str, Any]
+) -> None:
+    base, fresh = pair(variant)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', sem_timm.SwapWarning)
+        sem_timm.patch_model(base, operation, **default)
+    sem_timm.save_patch(base, tmp_path)
+    sem_timm.load_patch(fresh, tmp_path, check_base='error')
+    assert torch.equal(run(fresh), run(base))
 
 
 def test_feature_backbones(tmp_path: Path) -> None:

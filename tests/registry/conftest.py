@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from timm.models import _registry as timm_registry
 
 from tests.registry.models import train
+
+
+@pytest.fixture
+def registrations() -> Iterator[None]:
+    """Takes back what a test registers."""
+    before = set(timm_registry._model_entrypoints)
+    yield
+    for name in timm_registry._model_entrypoints.keys() - before:
+        del timm_registry._model_entrypoints[name]
+        timm_registry._clear_model_entries(name)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -18,16 +17,6 @@ from sem_timm.registry.table import read_table
 from tests.registry.models import BASES
 
 SOURCES = {'url', 'file', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'architecture'}
-
-
-@pytest.fixture
-def registrations() -> Iterator[None]:
-    """Takes back what a test registers."""
-    before = set(timm_registry._model_entrypoints)
-    yield
-    for name in timm_registry._model_entrypoints.keys() - before:
-        del timm_registry._model_entrypoints[name]
-        timm_registry._clear_model_entries(name)
 
 
 @pytest.fixture

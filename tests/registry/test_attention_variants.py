@@ -159,6 +159,8 @@ def test_unknown_and_impossible_options_are_errors_before_a_model_is_built(calls
     assert 'Close: memory.' in str(caught.value) and general in str(caught.value)
     with pytest.raises(OptionError, match=r'There are: num_heads, memory, norm.|There are: memory, norm, num_heads.'):
         timm.create_model('test_vit_ea', ea_zzz=8)
+    with pytest.raises(OptionError, match="test_vit_ea: option 'kind' of attention 'external' is unknown"):
+        timm.create_model('test_vit_ea', ea_kind='linear')
     with pytest.raises(OptionError, match='test_vit_ea: memory=0'):
         timm.create_model('test_vit_ea', ea_memory=0)
     with pytest.raises(OptionError, match="test_vit_eamlp: option 'norm' of attention 'eamlp' is unknown"):

@@ -104,13 +104,35 @@ def test_hub_model_of_a_variant_loads(tmp_path: Path, monkeypatch: pytest.Monkey
     assert loaded.pretrained_cfg['source'] == 'hf-hub' and 'state_dict' not in loaded.pretrained_cfg
 
 
+@pytest.mark.parametrize('suffix', VARIANTS)
+def test_saved_variant_without_its_modules_is_refused(tmp_path: Path, suffix: str) -> None:
+    model: Any = sem_timm.unpatch_model(fine_tuned(suffix))
+    save_for_hf(model, tmp_path)
+    with pytest.raises(OptionError, match=rf'(?s)says that it is test_vit_{suffix}.*create_model\(.test_vit.'):
+        timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    with pytest.warns(SwapWarning, match='has the weights of test_vit'):
+        lenient = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, pretrained_strict=False)
+    assert_equal(outputs(sem_timm.unpatch_model(lenient), image(160)), outputs(model, image(160)))
+
+
+def test_saved_variant_without_weights_of_its_own_comes_back_without_a_warning(
+    tmp_path: Path, registrations: None
+) -> None:
+    sem_timm.register_variants('linear')
+    torch.manual_seed(0)
+    model = timm.create_model('test_vit_linear', num_classes=5)
+    train(model)
+    save_for_hf(model, tmp_path)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert_equal(outputs(loaded, image(160)), outputs(model, image(160)))
+
+
 def test_folder_with_base_weights_serves_a_variant(tmp_path: Path) -> None:
     base = timm.create_model('test_vit', num_classes=5)
     save_for_hf(base, tmp_path)
-    config = tmp_path / 'config.json'
-    config.write_text(config.read_text().replace('"test_vit"', '"test_vit_ea"'))
+    overlay = dict(source='local-dir', file=str(tmp_path), num_classes=5)
     with pytest.warns(SwapWarning, match='test_vit_ea has the weights of test_vit') as caught:
-        model = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+        model = timm.create_model('test_vit_ea', pretrained=True, num_classes=5, pretrained_cfg_overlay=overlay)
     assert len(caught) == 1 and len(attentions(model)) == 6
     assert_equal(outputs(sem_timm.unpatch_model(model), image(160)), outputs(base, image(160)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from timm.models import load_state_dict, model_entrypoint, save_for_hf
 from torch import nn
 
+import sem_timm
 from sem_timm import OptionError
 from tests.registry.models import assert_equal, gates, image, outputs, train
 
@@ -116,14 +118,26 @@ def test_hub_model_of_a_variant_loads(tmp_path: Path, monkeypatch: pytest.Monkey
     assert loaded.pretrained_cfg['source'] == 'hf-hub' and 'state_dict' not in loaded.pretrained_cfg
 
 
+def test_saved_variant_without_its_modules_is_refused(tmp_path: Path) -> None:
+    """Its record says that it is a variant, and its weights are those of a base."""
+    model: Any = sem_timm.unpatch_model(fine_tuned())
+    save_for_hf(model, tmp_path / 'unpatched')
+    save_for_hf(sem_timm.patch_model(copy.deepcopy(model), 'eca'), tmp_path / 'otherwise')
+    for folder in ('unpatched', 'otherwise'):
+        with pytest.raises(OptionError, match=r'(?s)says that it is test_resnet_sem.*create_model\(.test_resnet.'):
+            timm.create_model(f'local-dir:{tmp_path / folder}', pretrained=True)
+    assert gates(timm.create_model(f'local-dir:{tmp_path / "unpatched"}'))
+
+
 def test_folder_with_base_weights_serves_a_variant(tmp_path: Path) -> None:
-    base = timm.create_model('test_resnet', num_classes=5)
+    """As the error above says."""
+    base: Any = sem_timm.unpatch_model(fine_tuned())
     save_for_hf(base, tmp_path)
-    config = tmp_path / 'config.json'
-    config.write_text(config.read_text().replace('"test_resnet"', '"test_resnet_sem"'))
-    model = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
-    assert gates(model)
-    assert_equal(outputs(model, image()), outputs(base, image()))
+    overlay = dict(source='local-dir', file=str(tmp_path), num_classes=5)
+    for name, count in (('test_resnet', 0), ('test_resnet_sem', 4)):
+        model = timm.create_model(name, pretrained=True, num_classes=5, pretrained_cfg_overlay=overlay)
+        assert len(gates(model)) == count
+        assert_equal(outputs(model, image()), outputs(base, image()))
 
 
 def test_weights_of_other_options_are_an_error(tmp_path: Path) -> None:
