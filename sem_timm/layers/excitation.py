@@ -117,7 +117,9 @@ class EfficientChannel(nn.Module):
     def convolve(self, pooled: Tensor, padding: int) -> Tensor:
         """Convolve every row of a matrix, padded with so many zeros at both ends."""
         differentiated = torch.compiler.is_compiling() and torch.is_grad_enabled()
-        if differentiated or torch.compiler.is_exporting() or pooled.shape[0] == 0:
+        # Until torch 2.10, torch.compile says that it exports as well.
+        exported = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+        if differentiated or exported or pooled.shape[0] == 0:
             return F.conv1d(pooled.unsqueeze(1), self.conv.weight, padding=padding).squeeze(1)
         # The batch as the height of one image: on a CPU five times as fast as a batch of one-channel sequences. But an
         # image needs a height above zero, torch 2.9 and 2.10 export none of any height, and a compiled backward would
