@@ -52,6 +52,7 @@ class ChannelGate(nn.Module):
         self.channel_dim = channel_dim
         self.num_prefix_tokens = num_prefix_tokens
         self.operators = build_operators(operators, channels, reduction, device=device, dtype=dtype)
+        self._check_init(init)
         self._apply_init(init)
 
     @property
@@ -119,8 +120,7 @@ class ChannelGate(nn.Module):
                 check_zeroable(name, operator)
 
     def _apply_init(self, init: GateInit) -> None:
-        """Give freshly drawn parameters the initial form."""
-        self._check_init(init)
+        """Give freshly drawn parameters an initial form that was checked."""
         self.set_form(init)
         if init == 'identity':
             for operator in self.operators.values():

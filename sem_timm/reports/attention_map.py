@@ -18,7 +18,7 @@ from sem_timm.layers import ChannelsFirst, ExternalAttention, ExternalAttention2
 from sem_timm.layers.excitation import check_at_least_one
 from sem_timm.reports.isolation import device_of, isolated
 from sem_timm.reports.pictures import check_path, overlays
-from sem_timm.reports.token_grid import check_not_windowed, fits_image, token_grid, tokens_given
+from sem_timm.reports.token_grid import check_fits, check_not_windowed, check_order, token_grid, tokens_given
 from sem_timm.surgery.image_shape import explained_shape
 from sem_timm.surgery.layout import Layout, LayoutMode, set_layout
 from sem_timm.surgery.random_state import preserved_random_state
@@ -127,7 +127,7 @@ def attention_map(
     with preserved_random_state():
         copy = isolated(model)
         name = _layer_name(copy, layer)
-        _check_order(copy, name)
+        check_order(copy, name)
         config = resolve_data_config({}, model=copy)
         images = _as_batch(image, copy, config).to(device_of(copy), dtype_of(copy))
         with explained_shape(copy, images):
@@ -156,17 +156,6 @@ def _layer_name(model: nn.Module, layer: int | str) -> str:
     if isinstance(layer, bool) or not isinstance(layer, int) or not -len(names) <= layer < len(names):
         raise NoMatchError(f'layer={layer!r}: there are {len(names)} layers, {names[0]} to {names[-1]}.')
     return names[layer]
-
-
-def _check_order(model: nn.Module, name: str) -> None:
-    """Refuses the blocks of timm's Hiera that have tokens in another order than the image: all but the last stage's."""
-    schedule = getattr(getattr(model, 'reroll', None), 'schedule', None) or {}
-    unordered = [f'blocks.{number}.' for number, (steps, _) in schedule.items() if steps]
-    if name.startswith(tuple(unordered)):
-        raise RefusedError(
-            f'the tokens of {name} lie in no rows of the image: {type(model).__name__} orders them by mask units up '
-            f'to its last stage. Choose a layer from blocks.{len(unordered)} on.'
-        )
 
 
 def _as_batch(image: Any, model: nn.Module, config: dict[str, Any]) -> Tensor:
@@ -224,7 +213,7 @@ def _on_grid(
         samples, _, height, width = attention.shape
         check_not_windowed(name, samples, 1, height * width, height * width)
         if not (given and isinstance(given[0], Tensor) and given[0].ndim == 3):
-            _check_fits(name, (height, width), image_size)
+            check_fits(name, (height, width), image_size)
             return attention  # (1, slots, H, W)
         # Tokens, which were laid out as a square or as one column, whatever they are in the image, without the prefix.
         attention, given = attention.flatten(2).mT, []
@@ -242,16 +231,8 @@ def _on_grid(
     if grid is None:
         size = ' × '.join(map(str, image_size))
         raise RefusedError(f'the {attention.shape[1]} tokens of {name} form no grid over {size} pixels.')
-    _check_fits(name, (grid.height, grid.width), image_size)
+    check_fits(name, (grid.height, grid.width), image_size)
     return attention[:, grid.prefix :].mT.unflatten(2, (grid.height, grid.width))
-
-
-def _check_fits(name: str, grid: tuple[int, int], image_size: tuple[int, int]) -> None:
-    if not fits_image(grid, image_size):
-        shape, size = (' × '.join(map(str, pair)) for pair in (grid, image_size))
-        raise RefusedError(
-            f'the tokens of {name} lie as {shape}, such as windows × tokens, which is no grid over {size} pixels.'
-        )
 
 
 def _chosen(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sem_timm.errors import RefusedError
 from sem_timm.surgery.layout import layout_of
@@ -96,3 +96,31 @@ def tokens_given(inputs: list[Any]) -> tuple[int, int]:
             channel = layout.channel if layout.channel is not None else value.ndim - 1
             return value.shape[0], value[0].numel() // value.shape[channel]
     return 1, 0
+
+
+def check_fits(name: str, grid: tuple[int, int], image_size: tuple[int, int]) -> None:
+    """Refuses a grid (H, W) that has not the proportions of the image.
+
+    Raises:
+        RefusedError: If it has not.
+    """
+    if not fits_image(grid, image_size):
+        shape, size = (' × '.join(map(str, pair)) for pair in (grid, image_size))
+        raise RefusedError(
+            f'the tokens of {name} lie as {shape}, such as windows × tokens, which is no grid over {size} pixels.'
+        )
+
+
+def check_order(model: nn.Module, name: str) -> None:
+    """Refuses the blocks of timm's Hiera that have tokens in another order than the image: all but the last stage's.
+
+    Raises:
+        RefusedError: If the layer is in one of them.
+    """
+    schedule = getattr(getattr(model, 'reroll', None), 'schedule', None) or {}
+    unordered = [f'blocks.{number}.' for number, (steps, _) in schedule.items() if steps]
+    if name.startswith(tuple(unordered)):
+        raise RefusedError(
+            f'the tokens of {name} lie in no rows of the image: {type(model).__name__} orders them by mask units up '
+            f'to its last stage. Choose a layer from blocks.{len(unordered)} on.'
+        )
