@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -9,38 +10,47 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from sem_timm.surgery.effects import needed_for
-from sem_timm.surgery.layout import LayoutMode
+from sem_timm.surgery.aliasing import linked, passed_on, passed_on_in_either_mode
+from sem_timm.surgery.effects import needed_for, writes_in
+from sem_timm.surgery.graphs import Values
+from sem_timm.surgery.layout_mode import LayoutMode
+from sem_timm.surgery.skeleton import Call
 from sem_timm.surgery.trace import Trace
 
 
 class _Recorder(fx.Interpreter):
-    def __init__(self, module: nn.Module, graph: fx.Graph, known: Mapping[str, Any]) -> None:
+    """Runs a graph; children that need not be run again return what they returned in the probe."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, known: Mapping[str, Call]) -> None:
         super().__init__(module, garbage_collect_values=False, graph=graph)
         self.known = known
+        # Where nothing is written in place it does not matter whose memory a tensor is.
+        self.writes = bool(writes_in(graph.nodes, module))
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        called = operator.attrgetter(str(target))(self.module)
         if target in self.known:
-            return self.known[target]
-        called: Any = self.module
-        for part in str(target).split('.'):
-            called = getattr(called, part)
-        return called(*args, **kwargs)
+            call = self.known[target]
+            output = linked(call.output, passed_on(call), args, kwargs)
+        else:
+            output = called(*args, **kwargs)
+        if not self.writes or not isinstance(called, nn.Module):  # one of the module's own methods
+            return output
+        passing = passed_on_in_either_mode(called, Call(args, kwargs, output))
+        return linked(output, passing, args, kwargs)
 
 
-def evaluate(
-    trace: Trace, module: nn.Module, known: Mapping[str, Any], *, training: bool = False
-) -> dict[fx.Node, Any]:
+def evaluate(trace: Trace, module: nn.Module, known: Mapping[str, Call], *, training: bool = False) -> Values:
     """Runs a graph on the values of its traced call, children in eval mode.
 
     Args:
         trace: The trace.
         module: The module it was made from, or one that traces the same.
-        known: Outputs of children that need not be run again, by their names in the module.
+        known: Calls of children that need not be run again, by their names in the module.
         training: Which of the graphs.
 
     Returns:
-        The value of each node.
+        The value of each node. Where a child returns what it is given, be it in training only, so do the values.
     """
     graph = trace.graphs[training]
     names = [str(node.target) for node in graph.nodes if node.op == 'placeholder']
@@ -50,40 +60,48 @@ def evaluate(
     return dict(recorder.env)
 
 
-class _Partial(_Recorder):
+class Partial(fx.Interpreter):
+    """Runs a part of a graph on arguments by name."""
+
     def __init__(self, module: nn.Module, graph: fx.Graph, arguments: Mapping[str, Any]) -> None:
-        super().__init__(module, graph, {})
+        super().__init__(module, garbage_collect_values=False, graph=graph)
         self.arguments = arguments
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.arguments[str(target)]
 
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return operator.attrgetter(str(target))(self.module)(*args, **kwargs)
 
-def values_of(
-    graph: fx.Graph,
-    module: nn.Module,
-    arguments: Mapping[str, Any],
-    nodes: list[fx.Node],
-    at_first: Collection[fx.Node] = (),
-) -> dict[fx.Node, Any]:
-    """Runs as much of a graph as some of its nodes need, without gradients, and returns their values.
 
-    Values are those at the end, if others write into them; for the nodes ``at_first`` they are copies of the first.
+def run_part(
+    runner: fx.Interpreter, nodes: Collection[fx.Node], part: Collection[fx.Node], at_first: Collection[fx.Node] = ()
+) -> Values:
+    """Lets an interpreter run a part of its graph and nothing else, without gradients.
+
+    Args:
+        runner: The interpreter.
+        nodes: The nodes whose values are wanted.
+        part: All that they need, see `needed_for`.
+        at_first: Those whose values are copies of the first ones; the others are as they are at the end, when others
+            may have written into them.
+
+    Returns:
+        The values of the nodes.
     """
-    return run_needed(_Partial(module, graph, arguments), nodes, at_first)
-
-
-def run_needed(runner: fx.Interpreter, nodes: list[fx.Node], at_first: Collection[fx.Node] = ()) -> dict[fx.Node, Any]:
-    """Lets an interpreter run what some nodes need and nothing else, and returns their values as `values_of` does."""
-    needed = needed_for(nodes, runner.module)
     copies = {}
     with torch.no_grad():
-        for node in nodes[0].graph.nodes:
-            if node in needed:
+        for node in runner.graph.nodes:
+            if node in part:
                 runner.env[node] = runner.run_node(node)
                 if node in at_first:
                     copies[node] = tree_map_only(torch.Tensor, torch.clone, runner.env[node])
     return {node: copies.get(node, runner.env[node]) for node in nodes}
+
+
+def run_needed(runner: fx.Interpreter, nodes: list[fx.Node], values: Values) -> Values:
+    """As `run_part`, with the part found from the values of the graph."""
+    return run_part(runner, nodes, needed_for(nodes, runner.module, values))
 
 
 def first_tensor(output: Any) -> torch.Tensor:

@@ -32,11 +32,6 @@ def is_data(value: Any) -> bool:
     return any(layout_of(leaf) is not None for leaf in tree_leaves(value))
 
 
-def operation_name(node: fx.Node) -> str:
-    """The name of the method or function that a node calls, or of what it looks up."""
-    return node.target if isinstance(node.target, str) else getattr(node.target, '__name__', '')
-
-
 def called_module(node: fx.Node, module: nn.Module) -> nn.Module | None:
     """The child that a ``call_module`` node calls; None for one of the module's own methods."""
     try:

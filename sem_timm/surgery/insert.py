@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from sem_timm.errors import TraceError
 from sem_timm.surgery.blocks import find_blocks
 from sem_timm.surgery.bytecode import iterates_children
-from sem_timm.surgery.layout import Layout, LayoutMode, layout_of, set_layout
+from sem_timm.surgery.layout import Layout, layout_of, set_layout
+from sem_timm.surgery.layout_mode import LayoutMode
 from sem_timm.surgery.placement import (
     Aftermath,
     Placement,
@@ -26,12 +27,12 @@ from sem_timm.surgery.placement import (
     free_names,
 )
 from sem_timm.surgery.plan import Insertion, Site
+from sem_timm.surgery.proof import prove_insertion, prove_output
 from sem_timm.surgery.reading import Reader, Reading
 from sem_timm.surgery.residual import ResidualAdd, last_of_each_output, site_layout
 from sem_timm.surgery.rewrite import Edit
 from sem_timm.surgery.source import graph_source, output_source
 from sem_timm.surgery.trace import forward_signature
-from sem_timm.surgery.verify import verify
 
 
 class Inserter:
@@ -60,9 +61,13 @@ class Inserter:
         check_editable(self.reader, last)
         return self._at_output(last)
 
-    def verify(self, name: str, placement: Placement) -> None:
+    def prove(self, name: str, placement: Placement) -> None:
         """Compares the edited forward with the original in numbers; raises TraceError if they differ."""
-        verify(placement.reading, self.reader.modules[name], self.reader.probe.calls[name], placement.edit)
+        module = self.reader.modules[name]
+        if placement.reading is None:
+            prove_output(module, self.reader.probe.calls[name], placement.edit)
+        else:
+            prove_insertion(placement.reading, module, placement.edit)
 
     def unreadable(self) -> dict[str, str]:
         """Modules that might be blocks and could not be read, unless they are part of one or hold some."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, field
 from types import FunctionType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import fx, nn
 
@@ -15,6 +15,11 @@ from sem_timm.surgery.graphs import own_methods_called
 from sem_timm.surgery.plan import AttentionSite, Site
 from sem_timm.surgery.reading import Reader, Reading
 from sem_timm.surgery.rewrite import Edit, edit_of, patched_class
+
+if TYPE_CHECKING:
+    from sem_timm.surgery.swap.edit import Swapping
+    from sem_timm.surgery.swap.original import Original
+    from sem_timm.surgery.swap.rows import Rows
 
 
 class Refused(Exception):
@@ -35,7 +40,12 @@ class Placement:
     sites: tuple[Site, ...] | tuple[AttentionSite, ...]
     edit: Edit
     reading: Reading | None
-    swapping: Any = None
+    swapping: Swapping | None = None
+
+    @property
+    def attention_sites(self) -> tuple[AttentionSite, ...]:
+        """The sites, of a swap."""
+        return tuple(site for site in self.sites if isinstance(site, AttentionSite))
 
 
 @dataclass(frozen=True)
@@ -45,14 +55,14 @@ class Aftermath:
     Attributes:
         unread: Names of parameters that no longer reach the output.
         sliced: The rows that are read of packed weights, by name.
+        computed: Names of modules that are still called though nobody reads their result, or all of it.
         originals: How the old attention is computed, by name of the module.
-        tables: Edits of the modules upstream whose results no module reads any more, by name.
     """
 
-    unread: tuple[str, ...] = ()
-    sliced: dict[str, Any] = field(default_factory=dict)
-    originals: dict[str, Any] = field(default_factory=dict)
-    tables: dict[str, Edit] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
+    sliced: dict[str, Rows] = field(default_factory=dict)
+    computed: list[str] = field(default_factory=list)
+    originals: dict[str, Original] = field(default_factory=dict)
 
 
 class Placer(Protocol):
@@ -69,7 +79,7 @@ class Placer(Protocol):
     def place(self, name: str) -> Placement:
         """Finds the sites of one module, or raises Refused."""
 
-    def verify(self, name: str, placement: Placement) -> None:
+    def prove(self, name: str, placement: Placement) -> None:
         """Compares the edited forward with the original in numbers; raises TraceError if they differ."""
 
     def unreadable(self) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Hashable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -13,6 +13,10 @@ from torch import nn
 from sem_timm.errors import OptionError
 from sem_timm.surgery.rewrite import Edit
 from sem_timm.tables import table
+
+if TYPE_CHECKING:
+    from sem_timm.surgery.swap.original import Original
+    from sem_timm.surgery.swap.rows import Rows
 
 POSITIONS = ('auto', 'residual', 'output')
 BRANCHES = ('last', 'all')
@@ -215,21 +219,23 @@ class Plan:
         unread: Names of parameters that no longer reach the output; they stop requiring gradients.
         sliced: The rows that are read of each packed weight that is not read as a whole; the others get gradients of
             zero.
-        originals: What the old attention of each module is computed by, for the scale of the new one.
+        computed: Names of modules that are still called though nobody reads their result, or all of it.
+        originals: What the old attention of each module is computed by.
     """
 
-    operation: Any
+    operation: Insertion | Swap
     model_name: str
     input_size: tuple[int, ...]
     dtype: torch.dtype
-    sites: tuple[Any, ...]
+    sites: tuple[Site, ...] | tuple[AttentionSite, ...]
     refusals: tuple[Refusal, ...]
     edits: dict[str, Edit] = field(repr=False)
     model: weakref.ref[nn.Module] = field(repr=False)
     structure: dict[str, Hashable] = field(repr=False)
     unread: tuple[str, ...] = ()
-    sliced: dict[str, Any] = field(default_factory=dict)
-    originals: dict[str, Any] = field(default_factory=dict, repr=False)
+    sliced: dict[str, Rows] = field(default_factory=dict)
+    computed: tuple[str, ...] = ()
+    originals: dict[str, Original] = field(default_factory=dict, repr=False)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.sites)
@@ -269,6 +275,7 @@ class Plan:
             'sites': [site.to_dict() for site in self.sites],
             'unread': list(self.unread),
             'sliced': {name: asdict(rows) for name, rows in self.sliced.items()},
+            'computed': list(self.computed),
             'refusals': [asdict(refusal) for refusal in self.refusals],
         }
 
@@ -285,9 +292,17 @@ class Plan:
         lines[-1] += f'{self.num_parameters:,} new parameters; {kept}.'
         if self.unread:
             lines.append(f'No longer read: {len(self.unread)} parameters, which stop requiring gradients.')
+        if self.computed:
+            lines.append(f'Still computed, in whole or in part for nobody: {_few(self.computed)}.')
         if self.refusals:
             lines += ['Refused:', *(f'  {r.name} ({r.class_name}): {r.reason}' for r in self.refusals)]
         return '\n'.join(lines)
+
+
+def _few(names: tuple[str, ...]) -> str:
+    """Some names and how many more there are."""
+    more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+    return ', '.join(names[:3]) + more
 
 
 _NUMBERS = ('channels', 'heads', 'tokens', 'new parameters')

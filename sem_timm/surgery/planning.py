@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from math import prod
 from threading import RLock
 from typing import Any
 
@@ -19,7 +20,7 @@ from sem_timm.surgery.placement import Placement, Placer, Refused
 from sem_timm.surgery.plan import Insertion, Plan, Refusal, Swap
 from sem_timm.surgery.random_state import preserved_random_state
 from sem_timm.surgery.reading import Reader
-from sem_timm.surgery.rewrite import DISABLED, Edit
+from sem_timm.surgery.rewrite import DISABLED
 from sem_timm.surgery.select import Target, select
 from sem_timm.surgery.skeleton import dtype_of, probe
 from sem_timm.surgery.swap import NoCore, Swapper, may_attend
@@ -101,7 +102,7 @@ def _planned(
         for entry, names in wanted or [('', found)]:
             kept = [name for name in names if name not in unwanted]
             work.place([name for name in found if name in set(kept)] or kept, entry)
-        work.verify()
+        work.prove()
         work.check(operation)
         if wanted is None:
             failures = placer.unreadable().items()
@@ -117,11 +118,12 @@ def _planned(
         dtype=dtype_of(model),
         sites=tuple(site for placement in order.values() for site in placement.sites),
         refusals=tuple(Refusal(n, type(reader.modules[n]).__name__, why) for n, why in work.refusals.items()),
-        edits={**after.tables, **{name: placement.edit for name, placement in order.items()}},
+        edits={name: placement.edit for name, placement in order.items()},
         model=weakref.ref(model),
         structure=structure_of(model),
-        unread=after.unread,
+        unread=tuple(after.unread),
         sliced=after.sliced,
+        computed=tuple(after.computed),
         originals=after.originals,
     )
 
@@ -175,28 +177,21 @@ class _Work:
                 self.placements[placement.sites[0].name] = placement
                 found.append(placement.sites[0].name)
 
-    def verify(self) -> None:
-        """Compares each distinct rewritten forward with the original, on the smallest block that uses it."""
-        smallest: dict[Edit, tuple[int, str]] = {}
+    def prove(self) -> None:
+        """Compares each distinct rewritten forward with the original, on the smallest module that uses it."""
+        forms: dict[Hashable, list[str]] = {}
         for name, placement in self.placements.items():
-            size = sum(torch.Size(site.shape).numel() for site in placement.sites)
-            if size < smallest.get(placement.edit, (size + 1, ''))[0]:
-                smallest[placement.edit] = (size, name)
-        for edit, (_, name) in smallest.items():
-            reading = self.placements[name].reading
             # Code that differs in numbers alone was derived alike; that its shapes fit is seen on the meta device.
-            form = edit.base, _DIGITS.sub('#', edit.source)
-            if reading is not None and form in reading.trace.verified:
-                continue
+            trace = None if placement.reading is None else id(placement.reading.trace.graphs)
+            forms.setdefault((placement.edit.base, _DIGITS.sub('#', placement.edit.source), trace), []).append(name)
+        for names in forms.values():
+            smallest = min(names, key=lambda name: sum(prod(site.shape) for site in self.placements[name].sites))
             try:
-                self.placer.verify(name, self.placements[name])
+                self.placer.prove(smallest, self.placements[smallest])
             except TraceError as error:
-                for other in [n for n, placement in self.placements.items() if placement.edit == edit]:
-                    del self.placements[other]
-                    self.refusals[other] = str(error)
-            else:
-                if reading is not None:
-                    reading.trace.verified.add(form)
+                for name in names:
+                    del self.placements[name]
+                    self.refusals[name] = str(error)
 
     def check(self, operation: Any) -> None:
         """Raises RefusedError if all that an entry of the target selects is refused."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,6 @@ from sem_timm.errors import TraceError
 from sem_timm.surgery.bytecode import may_add
 from sem_timm.surgery.evaluate import evaluate
 from sem_timm.surgery.graphs import Values
-from sem_timm.surgery.passing import Passing, passed_on
 from sem_timm.surgery.residual import ResidualAdd, residual_adds
 from sem_timm.surgery.rewrite import edit_of
 from sem_timm.surgery.skeleton import Call, Probe
@@ -24,16 +23,11 @@ from sem_timm.surgery.walk import modules_by_name
 
 @dataclass(frozen=True)
 class Reading:
-    """A module's forward: its trace, the value of every node, and its residual adds, by training mode.
-
-    Also the children that return what they are given, the tensor itself, as dropout does in eval mode, or a view of it,
-    or return one tensor twice.
-    """
+    """A module's forward: its trace, the value of every node, and its residual adds, by training mode."""
 
     trace: Trace
     values: dict[bool, Values]
     adds: dict[bool, list[ResidualAdd]]
-    passing: dict[str, Passing] = field(default_factory=dict)
 
 
 class Reader:
@@ -140,10 +134,8 @@ class Reader:
         calls = {child: self.probe.calls.get(prefix + child) for child in {str(node.target): None for node in nodes}}
         below = {child: call for child, call in calls.items() if call is not None}
         # What children returned that were called just once need not be computed again.
-        known = {child: call.output for child, call in below.items() if self.probe.counts[prefix + child] == 1}
-        passed = {child: passed_on(call) for child, call in below.items()}
-        passing = {child: which for child, which in passed.items() if any(index is not None for index in which)}
-        return _evaluated(found, self.modules[name], self.probe.calls[name], known, passing)
+        known = {child: call for child, call in below.items() if self.probe.counts[prefix + child] == 1}
+        return _evaluated(found, self.modules[name], self.probe.calls[name], known)
 
     def _trace(self, module: nn.Module, call: Call, values: dict[str, Any], inline_methods: bool) -> Trace:
         structure, is_local = self.structures.describe(module)
@@ -190,9 +182,7 @@ def bound_arguments(module: nn.Module, call: Call) -> dict[str, Any]:
         raise TraceError(f'{type(module).__name__}.forward: {error}') from error
 
 
-def _evaluated(
-    found: Trace, module: nn.Module, call: Call, known: dict[str, Any], passing: dict[str, Passing]
-) -> Reading:
+def _evaluated(found: Trace, module: nn.Module, call: Call, known: dict[str, Call]) -> Reading:
     values: dict[bool, Values] = {}
     adds: dict[bool, list[ResidualAdd]] = {}
     for training in (False, True):
@@ -203,13 +193,13 @@ def _evaluated(
             values[training] = evaluate(found, module, known, training=training)
         except Exception as error:  # a graph that does not run on the traced call's own values is wrong
             raise TraceError(f'{type(module).__name__}: the traced forward does not run: {error}') from error
-        adds[training] = residual_adds(found.graphs[training], module, values[training], passing)
+        adds[training] = residual_adds(found.graphs[training], module, values[training])
         output = next(values[training][node] for node in found.graphs[training].nodes if node.op == 'output')
         if _shapes(output) != _shapes(call.output):
             raise TraceError(f'{type(module).__name__}: the traced forward returns other shapes than the forward')
     if len(adds[True]) != len(adds[False]):
         raise TraceError(f'{type(module).__name__}.forward has other residual adds in training than in eval mode')
-    return Reading(found, values, adds, passing)
+    return Reading(found, values, adds)
 
 
 def _shapes(value: Any) -> Any:

@@ -3,13 +3,18 @@
 A residual add has two tensor operands of equal shape. One, the shortcut, is data that the layers left alone, or a
 projection of it; the other, the branch, went through layers that the shortcut did not. Not every such sum is one:
 sums of parallel convolutions, attention biases and position encodings have no untouched side, no common data, or do
-not reach the output as a whole.
+not reach the output as a whole. For example, of
+
+    y = self.bn2(self.conv2(self.act(self.conv1(x))))
+    return self.act2(y + self.downsample(x))
+
+the sum is one: ``y`` is the branch, with two layers of weights, and the projection, with one, is the shortcut.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +22,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from sem_timm.surgery.effects import is_written_after
-from sem_timm.surgery.graphs import Values, ancestors, is_data, operation_name
+from sem_timm.surgery.graphs import Values, ancestors, is_data
 from sem_timm.surgery.layout import Layout, layout_of
-
-_ADDS: tuple[Callable[..., Any], ...] = (operator.add, operator.iadd, torch.add)
-_ADD_METHODS = ('add', 'add_')
-_SLICES: tuple[Callable[..., Any], ...] = (operator.getitem, torch.narrow)
+from sem_timm.surgery.vocabulary import NORM_LAYERS, Kind, kind_of, operation_name, word_of, writes_into
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,13 @@ class ResidualAdd:
     partial: bool
 
 
-def residual_adds(
-    graph: fx.Graph, module: nn.Module, values: Values, passing: Collection[str] = ()
-) -> list[ResidualAdd]:
+def residual_adds(graph: fx.Graph, module: nn.Module, values: Values) -> list[ResidualAdd]:
     """The residual adds of a graph whose results carry the module's output, in the order they are executed.
 
     Args:
         graph: The graph.
         module: The module that it belongs to.
         values: The value of every node.
-        passing: Names of the children that return what they are given.
     """
     weights = _WeightCounter(module)
     sizes = {value.numel() for value in _leaves(values[_output(graph)]) if isinstance(value, Tensor)}
@@ -68,7 +67,7 @@ def residual_adds(
         whole = _before_slices(branch, values)
         if any(_changed_in_place(operand, node) for operand in {branch, shortcut, whole}):
             continue
-        if is_written_after(node, branch, module, passing):  # which the new module keeps for its gradient
+        if is_written_after(node, branch, module, values):  # which the new module keeps for its gradient
             continue
         if sizes & {values[node].numel(), values[whole].numel()} or _rejoined(node, operands, values, graph):
             found.append(ResidualAdd(node, whole, shortcut, whole is not branch))
@@ -109,13 +108,12 @@ def _carried(output: fx.Node, values: Values) -> set[fx.Node]:
         node = waiting.pop()
         if node not in found and not isinstance(values[node], _LOOKED_UP):
             found.add(node)
-            lends = node.op == 'call_method' and node.target in _AS_ANOTHER
+            word = word_of(node)
+            lends = word is not None and word.lends
             waiting += node.all_input_nodes[:1] if lends else node.all_input_nodes
     return found
 
 
-# Methods that take only the size or type of their second tensor.
-_AS_ANOTHER = ('type_as', 'view_as', 'reshape_as', 'expand_as')
 _LOOKED_UP = (int, float, str, torch.Size, torch.dtype, torch.device)
 
 
@@ -136,10 +134,7 @@ def _nodes(value: Any) -> Iterator[fx.Node]:
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The two operands if the node is a plain sum of two nodes."""
-    is_sum = (node.op == 'call_function' and node.target in _ADDS) or (
-        node.op == 'call_method' and node.target in _ADD_METHODS
-    )
-    if not is_sum or node.kwargs.keys() - {'input', 'other'}:
+    if kind_of(node) is not Kind.SUM or node.kwargs.keys() - {'input', 'other'}:
         return None
     operands = [*node.args, *node.kwargs.values()]
     if len(operands) != 2 or not all(isinstance(operand, fx.Node) for operand in operands):
@@ -196,13 +191,8 @@ def _carries(node: fx.Node, common: set[fx.Node], weights: _WeightCounter, value
 
 def _changed_in_place(operand: fx.Node, add: fx.Node) -> bool:
     """Whether a statement changes an operand in place, so that it matters when it is read, or which tensor it is."""
-    for user in operand.users:
-        name = operation_name(user)
-        changes = user.op != 'call_module' and name.endswith('_') and not name.endswith('__')
-        changes |= user.kwargs.get('inplace') is True
-        if changes and user.args[:1] == (operand,) and (user is not add or len(operand.users) > 1):
-            return True
-    return False
+    changing = [user for user in operand.users if user.op != 'call_module' and writes_into(user) is operand]
+    return any(user is not add or len(operand.users) > 1 for user in changing)
 
 
 def _is_one_of_several_inputs(node: fx.Node, values: Values) -> bool:
@@ -214,7 +204,7 @@ def _is_one_of_several_inputs(node: fx.Node, values: Values) -> bool:
 
 def _before_slices(node: fx.Node, values: Values) -> fx.Node:
     """The tensor that a chain of slices starts from (RexNet adds its shortcut to a part of the channels)."""
-    while node.op == 'call_function' and node.target in _SLICES:
+    while _is_slice(node):
         source = node.args[0]
         if not isinstance(source, fx.Node) or not isinstance(values[source], Tensor):
             break
@@ -222,13 +212,17 @@ def _before_slices(node: fx.Node, values: Values) -> fx.Node:
     return node
 
 
+def _is_slice(node: fx.Node) -> bool:
+    return node.op == 'call_function' and operation_name(node) in ('getitem', 'narrow')
+
+
 def _rejoined(add: fx.Node, operands: tuple[fx.Node, fx.Node], values: Values, graph: fx.Graph) -> bool:
     """Whether the output joins the sum with the rest of a tensor of which an operand is a slice (DPN's dual paths)."""
     result = _output(graph).args[0]
-    if not isinstance(result, fx.Node) or result.target is not torch.cat or add not in result.all_input_nodes:
+    if not isinstance(result, fx.Node) or kind_of(result) is not Kind.JOIN or add not in result.all_input_nodes:
         return False
     wholes = {_before_slices(operand, values) for operand in operands} - set(operands)
-    return any(part.target in _SLICES and part.args[0] in wholes for part in result.all_input_nodes)
+    return any(_is_slice(part) and part.args[0] in wholes for part in result.all_input_nodes)
 
 
 class _WeightCounter:
@@ -264,8 +258,5 @@ class _WeightCounter:
         parameters = list(called.parameters())
         weights = sum(p.ndim > 1 for p in parameters)
         # A learned scale leaves a shortcut one; a norm does not (RepVGG sums a norm with convolutions).
-        scales = not called._modules and not weights and not isinstance(called, _NORMS)
+        scales = not called._modules and not weights and not isinstance(called, NORM_LAYERS)
         return weights, bool(parameters) and not scales
-
-
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from sem_timm.errors import ModelError, OptionError
-from sem_timm.surgery.layout import Layout, LayoutMode, set_layout
+from sem_timm.surgery.layout import Layout, set_layout
+from sem_timm.surgery.layout_mode import LayoutMode
 from sem_timm.surgery.state import State
 from sem_timm.surgery.tracers import place_of
 from sem_timm.surgery.walk import modules_by_name

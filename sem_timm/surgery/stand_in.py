@@ -1,44 +1,49 @@
-"""A module with stand-ins for all that its forward calls, so that the forward can be run by itself, on numbers."""
+"""A module with stand-ins for all that its forward calls, so that the forward can be run by itself, on numbers.
+
+For example, of ``x + self.drop(self.norm(self.conv(x)))`` none of the three children is computed: each returns numbers
+of the shape that was recorded, which depend on what it is given. So a forward costs a few operations on single
+numbers, needs no weights, and shows in its result whatever it does to data on the way.
+"""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from itertools import count
-from math import isfinite
+from math import isfinite, nan, sin
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from sem_timm.surgery.passing import Passing
+from sem_timm.surgery.aliasing import Passing, linked, passed_on, tensors_in
+from sem_timm.surgery.graphs import called_module
 from sem_timm.surgery.reading import Reading
+from sem_timm.surgery.skeleton import Call
+from sem_timm.surgery.state import INFRASTRUCTURE
 
 _GOLDEN = 0.6180339887498949
 
 
 class Numbers:
-    """A low-discrepancy sequence in (-0.5, 0.5), of which tensors of any shape are views."""
+    """A low-discrepancy sequence around zero, of which tensors of any shape are views.
 
-    def __init__(self, length: int) -> None:
-        self._calls: list[tuple[int, float]] = []
-        self._sequence = torch.arange(length + 1000, dtype=torch.float32).mul_(_GOLDEN).frac_().sub_(0.5)
+    Args:
+        length: The number of entries of the largest tensor.
+        spread: The largest number.
+    """
 
-    def note(self, seed: int, sample: float) -> None:
-        """Notes a call of a child: one whose result nobody uses may still count, or move statistics."""
-        self._calls.append((seed, sample if isfinite(sample) else 0.0))
-
-    def calls(self) -> list[tuple[int, float]]:
-        """The calls noted since the last time."""
-        calls, self._calls = self._calls, []
-        return calls
+    def __init__(self, length: int, spread: float) -> None:
+        sequence = torch.arange(length + 1000, dtype=torch.float32).mul_(_GOLDEN).frac_()
+        self._sequence = sequence.sub_(0.5).mul_(2 * spread)
 
     def like(self, value: Any, seed: int) -> Any:
         """Numbers of the shape and type of a meta value; zero for integers, which are mostly indices."""
-        places = count(seed)
+        places = count(seed % 900)
         return tree_map_only(Tensor, lambda tensor: self._tensor(tensor, next(places)), value)
 
     def _tensor(self, value: Tensor, place: int) -> Tensor:
@@ -47,45 +52,104 @@ class Numbers:
         return self._sequence[place : place + value.numel()].view(value.shape).to(value.dtype)
 
 
-def most_entries(values: Iterable[Any]) -> int:
-    """The number of entries of the largest tensor among some values."""
-    return max((leaf.numel() for leaf in tree_leaves(list(values)) if isinstance(leaf, Tensor)), default=0)
+class StandIns:
+    """Stand-ins for what one mode of a forward calls and reads, the same ones in every run of it.
+
+    Args:
+        reading: The reading of the module.
+        module: The module, of a weightless copy.
+        training: The mode.
+        spread: How large numbers are.
+        real: Classes of children that have no weights and are run as they are.
+        adding: Names of children that add something to what they are given, and return it here as it is.
+    """
+
+    def __init__(
+        self,
+        reading: Reading,
+        module: nn.Module,
+        training: bool,
+        *,
+        spread: float = 0.5,
+        real: tuple[type, ...] = (),
+        adding: Collection[str] = (),
+    ) -> None:
+        self.module, self.training, self.adding = module, training, adding
+        graph, values = reading.trace.graphs[training], reading.values[training]
+        self._read = {str(node.target): values[node] for node in graph.nodes if node.op == 'get_attr'}
+        self._outputs: dict[str, list[tuple[Any, Passing]]] = {}
+        for node in graph.nodes:
+            if node.op == 'call_module' and not isinstance(called_module(node, module), real):
+                args, kwargs = map_arg((node.args, node.kwargs), values.get)
+                passing = passed_on(Call(args, kwargs, values[node]))
+                self._outputs.setdefault(str(node.target), []).append((values[node], passing))
+        needed = tensors_in([reading.trace.values, self._read, [o for of in self._outputs.values() for o in of]])
+        self.numbers = Numbers(max((tensor.numel() for tensor in needed), default=0), spread)
+        self.arguments = {n: self.numbers.like(v, seed) for seed, (n, v) in enumerate(reading.trace.values.items())}
+        self._samples: dict[str, list[float]] = {}  # what each child was given in the first run
+        self.calls: list[tuple[str, float]] = []
+
+    def build(self, cls: type) -> tuple[nn.Module, list[Tensor]]:
+        """The module, of some class, with stand-ins, and the numbers that stand for the tensors that it reads."""
+        shells = {each: shell_of(each, type(each)) for each in self.module.modules()}
+        shells[self.module] = root = shell_of(self.module, cls)
+        for shell in shells.values():  # under all the names that a child has, and in lists that hold it as well
+            shell.__dict__.update({key: _with_shells(value, shells) for key, value in shell.__dict__.items()})
+            _empty_caches(shell)
+        root.__dict__['training'] = self.training
+        read = [self._put(shells.values(), name) for name, value in self._read.items() if isinstance(value, Tensor)]
+        self.calls = []
+        for seed, target in enumerate(self._outputs):
+            called = self._stand_in(target, 7 * seed)
+            if '.' in target or target in root._modules:
+                root.get_submodule(target).__dict__['forward'] = called
+            else:  # one of the module's own methods
+                root.__dict__[target] = called
+        return root, read
+
+    def _put(self, shells: Iterable[nn.Module], name: str) -> Tensor:
+        """Puts numbers in the place of a tensor wherever it is, and returns them."""
+        tensor = operator.attrgetter(name)(self.module)
+        scale = max(1, tensor[0].numel()) ** -0.5 if tensor.ndim > 1 and tensor.numel() else 1.0  # as weights have it
+        new = cloned(self.numbers.like(tensor, len(name)))
+        new = new * scale if new.is_floating_point() else new
+        for shell in shells:
+            for tensors in (shell._parameters, shell._buffers, shell.__dict__):
+                tensors.update({key: new for key, value in tensors.items() if value is tensor})
+        return new
+
+    def _stand_in(self, target: str, seed: int) -> Callable[..., Any]:
+        """A stand-in for a child: returns numbers of the recorded shapes that depend on what it is given.
+
+        What the child passes on, the stand-in passes on as well: a change of the one in place is one of the other. A
+        child that is called several times returns, in later runs, what belongs to the call with such arguments: a swap
+        may leave out some of them.
+        """
+        outputs, known, calls = self._outputs[target], self._samples.get(target), count()
+
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            if target in self.adding:
+                return args[0].clone()
+            sample = _sample((args, kwargs))
+            # One whose result nobody uses may still count, or move statistics.
+            self.calls.append((target, sample if isfinite(sample) else 0.0))
+            if known is None:
+                self._samples.setdefault(target, []).append(sample)
+                place = next(calls)
+            else:
+                place = min(range(len(known)), key=lambda call: abs(known[call] - sample))
+            template, passing = outputs[place]
+            factor = 1 + 0.5 * sin(sample) if isfinite(sample) else nan
+            return linked(_scaled(self.numbers.like(template, seed), factor), passing, args, kwargs)
+
+        return stand_in
 
 
-def cloned(value: Any) -> Any:
-    """A value with copies of the tensors in it."""
-    return tree_map_only(Tensor, torch.clone, value)
-
-
-def module_with_stand_ins(
-    module: nn.Module,
-    reading: Reading,
-    cls: type,
-    training: bool,
-    numbers: Numbers,
-    passing: Mapping[fx.Node, Passing],
-) -> tuple[nn.Module, list[Tensor]]:
-    """The module with numbers for the tensors its forward reads, which are told, and stand-ins for all it calls."""
-    shells = {each: shell_of(each, type(each)) for each in module.modules()}
-    shells[module] = root = shell_of(module, cls)
-    for shell in shells.values():  # under all the names that a child has, and in lists that hold it as well
-        shell.__dict__.update({key: _with_shells(value, shells) for key, value in shell.__dict__.items()})
-    root.__dict__['training'] = training
-    graph, values = reading.trace.graphs[training], reading.values[training]
-    outputs: dict[str, list[_Output]] = {}
-    read: list[Tensor] = []
-    for node in graph.nodes:
-        if node.op == 'call_module':
-            outputs.setdefault(str(node.target), []).append((values[node], passing[node]))
-        elif node.op == 'get_attr':
-            read += _with_numbers(shells.values(), operator.attrgetter(str(node.target))(module), node, numbers)
-    for seed, (target, templates) in enumerate(outputs.items()):
-        called = _calls(numbers, templates, seed)
-        if '.' in target or target in root._modules:
-            root.get_submodule(target).__dict__['forward'] = called
-        else:  # one of the module's own methods
-            root.__dict__[target] = called
-    return root, read
+def _empty_caches(shell: nn.Module) -> None:
+    """Takes tensors out of dictionaries in which a forward keeps what it once computed from weights."""
+    for key, value in shell.__dict__.items():
+        if type(value) is dict and key not in INFRASTRUCTURE and tensors_in(value):
+            shell.__dict__[key] = {name: entry for name, entry in value.items() if not tensors_in(entry)}
 
 
 def _with_shells(value: Any, shells: dict[nn.Module, nn.Module]) -> Any:
@@ -103,17 +167,6 @@ def _with_shells(value: Any, shells: dict[nn.Module, nn.Module]) -> Any:
     return value
 
 
-def _with_numbers(shells: Iterable[nn.Module], tensor: Any, node: fx.Node, numbers: Numbers) -> Iterator[Tensor]:
-    """Puts numbers in the place of a tensor wherever it is, and returns them."""
-    if not isinstance(tensor, Tensor):
-        return
-    new = cloned(numbers.like(tensor, len(str(node.target))))
-    for shell in shells:
-        for tensors in (shell._parameters, shell._buffers, shell.__dict__):
-            tensors.update({name: new for name, value in tensors.items() if value is tensor})
-    yield new
-
-
 def shell_of(module: nn.Module, cls: type) -> nn.Module:
     """A module with the same attributes whose dictionaries can be changed without changing the module."""
     shell: nn.Module = object.__new__(cls)
@@ -123,67 +176,25 @@ def shell_of(module: nn.Module, cls: type) -> nn.Module:
     return shell
 
 
-# A value of the shapes that a call returns, and for each of its tensors which of those that it was given it shows.
-_Output = tuple[Any, Passing]
-
-
-def _calls(numbers: Numbers, templates: list[_Output], seed: int) -> Callable[..., Any]:
-    """A stand-in for a child: returns numbers of the recorded shapes that depend on what it is given.
-
-    What the child passes on, the stand-in passes on as well: a change of the one in place is one of the other.
-    """
-    calls = iter(templates)
-
-    def stand_in(*args: Any, **kwargs: Any) -> Any:
-        sample = _sample((args, kwargs))
-        numbers.note(seed, sample)
-        template, passing = next(calls)
-        result = _scaled(numbers.like(template, 7 * seed % 900), 1 + sample)
-        if all(index is None for index in passing):
-            return result
-        known, which = tree_leaves((args, kwargs)), iter(passing)
-
-        def passed(new: Tensor) -> Tensor:
-            index = next(which)
-            known.append(new if index is None else _view_like(new, known[index]))
-            returned: Tensor = known[-1]
-            return returned
-
-        return tree_map_only(Tensor, passed, result)
-
-    return stand_in
-
-
-def _view_like(new: Tensor, given: Tensor) -> Tensor:
-    """A tensor that shows numbers of another, in the shape of a third; which of them does not matter."""
-    if new.shape == given.shape:
-        return given
-    fits = given.storage_offset() + new.numel() <= given.untyped_storage().nbytes() // given.itemsize
-    return given.as_strided(new.shape, new.stride()) if fits and new.dtype == given.dtype else new
-
-
-def returning_given(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A stand-in for a method that returns the tensors which it is given, as far as their shapes allow."""
-
-    def stand_in(*args: Any, **kwargs: Any) -> Any:
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        result = method(*args, **kwargs)
-        return tree_map_only(Tensor, lambda new: next((old for old in given if old.shape == new.shape), new), result)
-
-    return stand_in
+def cloned(value: Any) -> Any:
+    """A value with copies of the tensors in it."""
+    return tree_map_only(Tensor, torch.clone, value)
 
 
 def _sample(value: Any) -> float:
     """A number that depends on a few hundred entries of each tensor, on where they are, and on its place in memory."""
     total = 0.0
-    for tensor in tree_leaves(value):
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
-            entries = tensor.reshape(-1)[:: max(1, tensor.numel() // 251)].double()
-            weights = torch.linspace(0.5, 1.5, len(entries), dtype=torch.float64)
-            total += float(entries @ weights) / len(entries)
-            # A layer may add up in another order if its input lies differently in memory.
-            total += 1e-3 * sum(stride / (axis + 2) for axis, stride in enumerate(tensor.stride()))
+    for tensor in _floats(value):
+        entries = tensor.reshape(-1)[:: max(1, tensor.numel() // 251)].double()
+        weights = torch.linspace(0.5, 1.5, len(entries), dtype=torch.float64)
+        total += float(entries @ weights) / len(entries)
+        # A layer may add up in another order if its input lies differently in memory.
+        total += 1e-3 * sum(stride / (axis + 2) for axis, stride in enumerate(tensor.stride()))
     return total
+
+
+def _floats(value: Any) -> Iterator[Tensor]:
+    yield from (t for t in tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point() and t.numel())
 
 
 def _scaled(value: Any, factor: float) -> Any:

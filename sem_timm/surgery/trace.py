@@ -28,14 +28,9 @@ from sem_timm.errors import TraceError
 from sem_timm.surgery.bytecode import names_called
 from sem_timm.surgery.skeleton import Call
 from sem_timm.surgery.tracers import LEVELS, LevelTracer, check, is_unpacked, own_methods, place_of
+from sem_timm.surgery.vocabulary import SWITCHES
 
 _CONSTANTS = (type(None), bool, int, float, str)
-
-# Contexts and calls that act on what is computed inside them, or tell how; none of them leaves a node in a graph.
-_SWITCHES = {'autocast', 'no_grad', 'enable_grad', 'set_grad_enabled', 'inference_mode', 'checkpoint', 'checkpoint_seq'}
-_SWITCHES |= {'is_autocast_enabled', 'is_grad_enabled', 'is_inference_mode_enabled'}
-# Whether gradients are computed is asked of a tensor, too, and is another thing in training than in a plan.
-_SWITCHES |= {'requires_grad', 'grad_fn', 'is_leaf'}
 
 _Level = Callable[[dict[str, Any], frozenset[str]], LevelTracer]
 
@@ -58,7 +53,6 @@ class Trace:
         guards: What the call must satisfy for the graphs to hold.
         methods: Names of the module's own methods that the graphs call like children.
         edits: What was made of the graphs so far, by what was asked for.
-        verified: Classes and codes, but for numbers, of edits that were compared with the forward.
     """
 
     signature: inspect.Signature
@@ -67,7 +61,6 @@ class Trace:
     guards: tuple[Guard, ...]
     methods: frozenset[str]
     edits: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
-    verified: set[Any] = field(default_factory=set, repr=False, compare=False)
 
 
 def trace(module: nn.Module, call: Call, *, inline_methods: bool = False) -> Trace:
@@ -90,7 +83,7 @@ def trace(module: nn.Module, call: Call, *, inline_methods: bool = False) -> Tra
     forward = type(module).forward
     if hasattr(forward, '__wrapped__'):
         raise TraceError(f'{type(module).__name__}.forward is decorated, which a graph cannot show.')
-    switches = names_called(type(module)) & _SWITCHES
+    switches = names_called(type(module)) & SWITCHES
     if switches:
         raise TraceError(f'{type(module).__name__}.forward uses {min(switches)}, which a graph cannot show.')
     values = bind(signature, call)

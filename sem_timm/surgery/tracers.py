@@ -18,6 +18,7 @@ from sem_timm.errors import GuardError, TraceError
 from sem_timm.surgery.graphs import ancestors
 from sem_timm.surgery.random_state import random_states
 from sem_timm.surgery.state import State
+from sem_timm.surgery.vocabulary import DEVICE_QUESTIONS
 
 
 def own_methods(cls: type) -> Iterator[str]:
@@ -227,9 +228,8 @@ def _is_memory(value: Any) -> bool:
 
 
 def _asks_for_device(node: fx.Node) -> bool:
-    names = ('device', 'is_cuda', 'is_cpu', 'is_meta', 'is_mps', 'is_xpu')
     asked = (node, *node.all_input_nodes)
-    return any(each.target is getattr and each.args[1] in names for each in asked)
+    return any(each.target is getattr and each.args[1] in DEVICE_QUESTIONS for each in asked)
 
 
 def _drop_dead_reads(graph: fx.Graph) -> None:

@@ -2,7 +2,12 @@
 
 Shapes cannot tell the head axis from the token axis, nor tokens from channels. So a part of the graph is run on real
 numbers that are an index: every layer hands on its input, or the number of each output channel (or sample), and all
-that moves data does so as always. An axis along which the result varies holds what was counted.
+that moves data does so as always. An axis along which the result varies holds what was counted. For example
+
+    q = self.q(x)                                  # (2, 5, 12): each token is 1, 2, ..., 12
+    q = q.reshape(2, 5, 3, 4).transpose(1, 2)      # (2, 3, 5, 4): head 0 has 1 to 4, head 1 has 5 to 8
+
+varies along axes 1 and 3 when channels are counted: heads and channels. Along axis 2, the tokens, it does not.
 """
 
 from __future__ import annotations
@@ -17,11 +22,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sem_timm.surgery.evaluate import run_needed
 from sem_timm.surgery.graphs import Values, called_module
 from sem_timm.surgery.layout import layout_of
+from sem_timm.surgery.vocabulary import Kind, kind_of
 
 Counted = Literal['channel', 'batch']
-
-_LAYERS = {'linear', 'conv1d', 'conv2d', 'conv3d'}
-_NORMS = {'normalize', 'layer_norm', 'rms_norm', 'group_norm', 'batch_norm', 'l2_normalize'}
 
 
 def changes_along_axes(node: fx.Node, module: nn.Module, values: Values, counted: Counted) -> list[int]:
@@ -30,9 +33,17 @@ def changes_along_axes(node: fx.Node, module: nn.Module, values: Values, counted
     Raises:
         RuntimeError: If the part of the graph before the node does not run on index numbers.
     """
-    result = run_on_indices([node], module, values, counted)[node]
+    result = without_repeats(run_on_indices([node], module, values, counted)[node])
     changes = ((result.diff(dim=axis) != 0).movedim(axis, 0).flatten(1).any(1) for axis in range(result.ndim))
     return [int(change.sum()) for change in changes]
+
+
+def without_repeats(tensor: Tensor) -> Tensor:
+    """A tensor with one entry along each axis that repeats one in memory: what an index is mostly made of."""
+    repeated = [axis for axis, stride in enumerate(tensor.stride()) if stride == 0 and tensor.shape[axis] > 1]
+    for axis in repeated:
+        tensor = tensor.narrow(axis, 0, 1)
+    return tensor
 
 
 def run_on_indices(
@@ -40,21 +51,23 @@ def run_on_indices(
 ) -> dict[fx.Node, Tensor]:
     """The values of nodes when every layer returns the index of each channel or sample instead of features."""
     wanted = list(nodes)
-    return run_needed(_Indices(module, wanted[0].graph, values, counted), wanted)
+    try:
+        return run_needed(_Indices(module, wanted[0].graph, values, counted, in_full=False), wanted, values)
+    except RuntimeError:  # what is written into, or viewed as one axis where it was two, must be there in memory
+        return run_needed(_Indices(module, wanted[0].graph, values, counted, in_full=True), wanted, values)
 
 
 class _Indices(fx.Interpreter):
-    def __init__(self, module: nn.Module, graph: fx.Graph, values: Values, counted: Counted) -> None:
+    def __init__(self, module: nn.Module, graph: fx.Graph, values: Values, counted: Counted, in_full: bool) -> None:
         super().__init__(module, garbage_collect_values=False, graph=graph)
-        self.known, self.counted = values, counted
+        self.known, self.counted, self.in_full = values, counted, in_full
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == 'placeholder':
             return tree_map_only(Tensor, self._counted, self.known[n])
         if n.op == 'get_attr':
-            return tree_map_only(Tensor, _ones, self.known[n])
-        name = getattr(n.target, '__name__', '')
-        if (n.op == 'call_module' and not self._is_free(n)) or (n.op == 'call_function' and name in _LAYERS | _NORMS):
+            return tree_map_only(Tensor, self._ones, self.known[n])
+        if (n.op == 'call_module' and not self._is_free(n)) or kind_of(n) in (Kind.LAYER, Kind.NORM):
             inputs = [leaf for leaf in tree_leaves(self.fetch_args_kwargs_from_env(n)) if isinstance(leaf, Tensor)]
             return tree_map_only(Tensor, lambda out: self._handed_on(out, inputs), self.known[n])
         return super().run_node(n)
@@ -72,13 +85,17 @@ class _Indices(fx.Interpreter):
     def _counted(self, like: Tensor) -> Tensor:
         layout = layout_of(like)
         if layout is None or not like.is_floating_point():
-            return _ones(like)
+            return self._ones(like)
         axis = layout.channel if self.counted == 'channel' else layout.batch
         if axis is None:
             raise RuntimeError(f'the {self.counted} axis of a tensor {tuple(like.shape)} is not known')
         shape = [-1 if at == axis else 1 for at in range(like.ndim)]
-        return torch.arange(1, like.shape[axis] + 1, dtype=torch.float32).view(shape).expand(like.shape).clone()
+        return self._repeated(torch.arange(1, like.shape[axis] + 1, dtype=torch.float32).view(shape), like)
 
+    def _ones(self, like: Tensor) -> Tensor:
+        one = torch.ones(()) if like.is_floating_point() else torch.zeros((), dtype=like.dtype)
+        return self._repeated(one, like)
 
-def _ones(like: Tensor) -> Tensor:
-    return torch.ones(like.shape) if like.is_floating_point() else torch.zeros(like.shape, dtype=like.dtype)
+    def _repeated(self, numbers: Tensor, like: Tensor) -> Tensor:
+        """Numbers in the shape of another tensor, without memory of that size where it can be done without."""
+        return numbers.expand(like.shape).clone() if self.in_full else numbers.expand(like.shape)

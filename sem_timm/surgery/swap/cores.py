@@ -2,7 +2,12 @@
 
 A core is a call of ``scaled_dot_product_attention``, or a product of queries and keys that reaches a softmax through
 scales, biases and masks only, and from there the product with the values through nothing but dropout. Everything else
-that has a softmax is told apart with the reason.
+that has a softmax is told apart with the reason. For example
+
+    attention = (q @ k.transpose(-2, -1) * self.scale + bias).softmax(dim=-1)
+    x = self.attn_drop(attention) @ v
+
+is the core of ``q``, ``k`` and ``v``, with a scale and with ``bias`` as an extra.
 """
 
 from __future__ import annotations
@@ -14,20 +19,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from sem_timm.surgery.effects import looks_up
-from sem_timm.surgery.graphs import Values, operation_name
+from sem_timm.surgery.graphs import Values
 from sem_timm.surgery.swap.nodes import (
-    is_elementwise,
     is_matrix_transpose,
     is_over_last_axis,
     is_product,
     is_softmax,
+    keeps_places,
     only_adds,
     passes,
-    permutes,
-    reshapes,
 )
 from sem_timm.surgery.swap.scale import Scale, Step, scale_of_call, scale_of_steps
+from sem_timm.surgery.vocabulary import Kind, kind_of, looks_up, operation_name
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Core:
         key_transposed: Whether the keys lie transposed already.
         transposed: Whether the result is (..., d_v, N), as in ``v @ attention.mT``.
         is_causal: Whether a token sees only those before it.
+        adding: Calls of children that add something to the logits, which is learned and goes with the old core.
     """
 
     output: fx.Node
@@ -68,6 +72,7 @@ class Core:
     key_transposed: bool = False
     transposed: bool = False
     is_causal: bool = False
+    adding: tuple[fx.Node, ...] = ()
 
 
 # Added to a logit, it switches a pair off, to say nothing of minus infinity; penalties that are weighed lie above.
@@ -112,6 +117,7 @@ def _spelled_out(softmax: fx.Node, module: nn.Module, values: Values) -> Core:
         raise NotACore('its softmax is not over the keys')
     scale = scale_of_steps(query, key, logits, steps, values)
     extras = tuple(extra for step in steps for extra in _extras(step, values))
+    adding = tuple(step.node for step in steps if step.node.op == 'call_module')
     current, transposed = softmax, False
     while True:
         users = list(current.users)
@@ -129,9 +135,9 @@ def _spelled_out(softmax: fx.Node, module: nn.Module, values: Values) -> Core:
         current = following
     left, right = _factors(product)
     if left is current and not transposed:
-        return Core(product, query, key, right, scale, extras, key_transposed=True)
+        return Core(product, query, key, right, scale, extras, key_transposed=True, adding=adding)
     if right is current and transposed:
-        return Core(product, query, key, left, scale, extras, key_transposed=True, transposed=True)
+        return Core(product, query, key, left, scale, extras, key_transposed=True, transposed=True, adding=adding)
     raise NotACore('its attention weights meet the values in an order that is not read')
 
 
@@ -155,16 +161,16 @@ def _product_behind(softmax: fx.Node, module: nn.Module, values: Values) -> tupl
                 raise NotACore(_mixed('its logits are', moved))
             return current, steps
         operands = [o for o in current.all_input_nodes if isinstance(values[o], Tensor)]
-        if is_elementwise(current) and operands:
+        if keeps_places(current) and operands:
             shape = values[current].shape
             whole = [o for o in operands if values[o].shape == shape] or operands[:1]
             main = next((o for o in whole if _leads_to_product(o, module, values)), whole[0])
             steps.append(Step(current, main))
             current = main
-        elif (reshapes(current) or only_adds(current, module, values)) and operands:
+        elif (kind_of(current) is Kind.RESHAPE or only_adds(current, module, values)) and operands:
             steps.append(Step(current, operands[0]))
             current = operands[0]
-        elif operands and (current.op == 'call_module' or permutes(current)):
+        elif operands and (current.op == 'call_module' or kind_of(current) is Kind.PERMUTATION):
             moved.append(current)
             current = operands[0]
         else:
@@ -174,9 +180,9 @@ def _product_behind(softmax: fx.Node, module: nn.Module, values: Values) -> tupl
 
 def _extras(step: Step, values: Values) -> list[Extra]:
     """What a step adds to logits, or masks them by."""
-    node, name = step.node, operation_name(step.node).rstrip('_')
+    node, kind, name = step.node, kind_of(step.node), operation_name(step.node).rstrip('_')
     others = [o for o in node.all_input_nodes if o is not step.logits and isinstance(values[o], Tensor)]
-    if name in ('to', 'type', 'type_as', 'expand') or reshapes(node):
+    if kind in (Kind.CAST, Kind.COPY, Kind.EXPANSION, Kind.RESHAPE):
         return []
     if step.multiplies and all(values[other].shape[-1:] in ((), (1,)) for other in others):
         return []
@@ -185,9 +191,9 @@ def _extras(step: Step, values: Values) -> list[Extra]:
     if name == 'where' and len(node.args) == 3 and others[:1] == [node.args[0]]:
         how, fill = ('kept', node.args[2]) if node.args[1] is step.logits else ('dropped', node.args[1])
         return [Extra(others[0], how if _is_lowest(fill, values) else 'otherwise')]
-    if name in ('add', 'iadd', 'maybe_add_mask') and not node.kwargs:
+    if kind is Kind.SUM and not node.kwargs:
         return [Extra(other) for other in others]
-    if name == 'sub' and node.args[0] is step.logits and not node.kwargs:
+    if kind is Kind.DIFFERENCE and node.args[0] is step.logits and not node.kwargs:
         return [Extra(other, 'subtracted') for other in others]
     return [Extra(other, 'otherwise') for other in others]
 
@@ -201,7 +207,8 @@ def _is_lowest(fill: Any, values: Values) -> bool:
 def _leads_to_product(node: fx.Node, module: nn.Module, values: Values) -> bool:
     if is_product(node):
         return True
-    if not (is_elementwise(node) or reshapes(node) or permutes(node) or only_adds(node, module, values)):
+    leads = keeps_places(node) or kind_of(node) in (Kind.RESHAPE, Kind.PERMUTATION)
+    if not (leads or only_adds(node, module, values)):
         return False
     sources = [source for source in node.all_input_nodes if isinstance(values[source], Tensor)]
     return any(_leads_to_product(source, module, values) for source in sources)

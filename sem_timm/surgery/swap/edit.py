@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
 
-from sem_timm.surgery.graphs import Values, ancestors, called_module, operation_name
-from sem_timm.surgery.layout import LayoutMode
+from sem_timm.surgery.graphs import Values, ancestors, called_module
+from sem_timm.surgery.layout_mode import LayoutMode
 from sem_timm.surgery.plan import Swap
 from sem_timm.surgery.reading import Reading
 from sem_timm.surgery.swap.cores import Core, Extra
 from sem_timm.surgery.swap.folding import fold_projections
 from sem_timm.surgery.swap.nodes import is_matrix_transpose
-from sem_timm.surgery.swap.packed import Rows, slice_packed
+from sem_timm.surgery.swap.packed import slice_packed
 from sem_timm.surgery.swap.prune import prune
+from sem_timm.surgery.swap.rows import Rows
 from sem_timm.surgery.swap.scale import Arithmetic
-from sem_timm.surgery.swap.widths import write_widths
 from sem_timm.surgery.trace import Guard
+from sem_timm.surgery.vocabulary import MOVES, Kind, kind_of, word_of
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,14 @@ class Swapping:
     Attributes:
         cores: The cores that were replaced, by the names of the new children, for either mode.
         graphs: The edited graphs.
-        sliced: Names of packed weights with the first row read, the one behind the last, and the number of rows.
+        sliced: The rows that are read of packed weights, by name.
+        computed: Names of children that compute more rows than are read.
     """
 
     cores: dict[bool, dict[str, Core]]
     graphs: dict[bool, fx.Graph]
-    sliced: dict[str, Rows]
+    sliced: dict[str, Rows] = field(default_factory=dict)
+    computed: tuple[str, ...] = ()
 
 
 def swapped(
@@ -45,7 +48,7 @@ def swapped(
     operation: Swap,
     module: nn.Module,
     values: Values,
-) -> tuple[fx.Graph, dict[str, Rows]]:
+) -> tuple[fx.Graph, dict[str, Rows], list[str]]:
     """A copy of a graph with new children in place of its cores, without what only fed the old ones.
 
     Args:
@@ -60,7 +63,6 @@ def swapped(
     edited = fx.Graph()
     edited.output(edited.graph_copy(graph, copies))
     known = {copies[node]: value for node, value in values.items() if node in copies}
-    originals = {copy: node for node, copy in copies.items()}
     nodes = _Nodes(edited, known)
     for (attribute, core), mask in zip(cores.items(), masks, strict=True):
         output = copies[core.output]
@@ -75,29 +77,24 @@ def swapped(
         edited.erase_node(output)
         copies = {old: new if copy is output else copy for old, copy in copies.items()}
     _loosen_types(edited, module)
-    prune(edited, module)
-    if write_widths(edited, originals, module, values):
-        prune(edited, module)
-    sliced = slice_packed(edited, module, known)
+    prune(edited, module, known)
+    sliced, computed = slice_packed(edited, module, known)
     if operation.folds_projection:
         fold_projections(edited, cores, module, known)
-        prune(edited, module)
-    return edited, sliced
-
-
-# What passes a tensor on in another shape, so that its type can be asked of the tensor itself.
-_MOVES = {'view', 'reshape', 'permute', 'transpose', 'contiguous', 'unbind', 'getitem', 'chunk', 'split', 'unflatten'}
+        prune(edited, module, known)
+    return edited, sliced, computed
 
 
 def _loosen_types(graph: fx.Graph, module: nn.Module) -> None:
     """Lets a tensor that only lends its type be the one it was taken from, so that it need not be computed itself."""
     for node in graph.nodes:
-        if node.op != 'call_method' or node.target != 'type_as':
+        word = word_of(node)
+        if word is None or not word.lends or word.kind is not Kind.CAST:
             continue
         given: tuple[Any, ...] = (*node.args, *node.kwargs.values())
         tensor, like = given
         while isinstance(like, fx.Node) and like.args and isinstance(like.args[0], fx.Node):
-            if like.op not in ('call_method', 'call_function') or operation_name(like) not in _MOVES:
+            if kind_of(like) not in MOVES | {Kind.COPY}:  # what moves has the type of what is moved
                 break
             like = like.args[0]
         node.args, node.kwargs = (tensor, _twin_behind(tensor, like, module)), {}

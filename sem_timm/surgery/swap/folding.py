@@ -1,4 +1,4 @@
-"""Queries that come straight from a projection: a core may take the projection together with a memory of its own.
+"""Queries that come straight from a projection: a core may multiply the weights of the two before it sees any input.
 
 Instead of ``self.core(queries)``, such a forward says ``attend_projected(self.core, x, self.qkv, ...)``. Whether the
 core then multiplies the two weights first is decided call by call; hooks, adapters and gradients see the plain way.
@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from sem_timm.surgery.graphs import Values, called_module, operation_name
+from sem_timm.surgery.graphs import Values, called_module
 from sem_timm.surgery.layout import layout_of
 from sem_timm.surgery.swap.projection import projected_rows, rows_of_weights
-
-_MOVES = {'view', 'reshape', 'unflatten', 'permute', 'transpose', 'unbind', 'getitem'}
+from sem_timm.surgery.vocabulary import MOVES, kind_of
 
 
 def attend_projected(
@@ -94,8 +93,7 @@ def _chain_to_projection(core: fx.Node, module: nn.Module) -> list[fx.Node] | No
         if current.target is projected_rows:
             return chain if current.kwargs.keys() <= {'first', 'last', 'period'} else None
         is_identity = current.op == 'call_module' and type(called_module(current, module)) is nn.Identity
-        moves = current.op in ('call_method', 'call_function') and operation_name(current) in _MOVES
-        if not (is_identity or moves) or not current.args:
+        if not (is_identity or kind_of(current) in MOVES) or not current.args:
             return None
         current = current.args[0]
     return None
@@ -117,16 +115,11 @@ def _heads(chain: list[fx.Node], values: Values) -> int | None:
     try:
         for node in moves:
             args, kwargs = map_arg((node.args, node.kwargs), lambda n: env[n] if n in env else values[n])
-            env[node] = args[0] if node.op == 'call_module' else _call(node, args, kwargs)
+            target: Any = node.target
+            call = getattr(args[0], target) if node.op == 'call_method' else target
+            env[node] = args[0] if node.op == 'call_module' else call(*args[node.op == 'call_method' :], **kwargs)
         queries = env[moves[-1]]
         heads = int(queries.shape[1])
         return heads if torch.equal(queries, numbers.unflatten(-1, (heads, -1)).transpose(1, 2)) else None
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):
         return None
-
-
-def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
-    if node.op == 'call_method':
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    target: Any = node.target
-    return target(*args, **kwargs)

@@ -2,59 +2,33 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
-from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
-from sem_timm.surgery.graphs import Values, called_module, operation_name
+from sem_timm.surgery.graphs import Values, called_module
 from sem_timm.surgery.skeleton import filled
-
-_PRODUCTS: tuple[Callable[..., Any], ...] = (torch.matmul, operator.matmul, torch.bmm, torch.einsum)
-_SOFTMAXES: tuple[Callable[..., Any], ...] = (torch.softmax, F.softmax)
-_ELEMENTWISE: tuple[Callable[..., Any], ...] = (
-    operator.add,
-    operator.iadd,
-    operator.sub,
-    operator.mul,
-    operator.imul,
-    operator.truediv,
-    operator.itruediv,
-    torch.add,
-    torch.sub,
-    torch.mul,
-    torch.div,
-    torch.where,
-    torch.clamp,
-)
-_ELEMENTWISE_METHODS = {'add', 'add_', 'sub', 'sub_', 'mul', 'mul_', 'div', 'div_', 'masked_fill', 'masked_fill_'}
-_ELEMENTWISE_METHODS |= {'clamp', 'clamp_', 'to', 'type', 'type_as', 'float', 'contiguous', 'expand'}
-_CASTS = {'to', 'type', 'type_as', 'float', 'half', 'contiguous'}
-_RESHAPES = {'view', 'reshape', 'flatten', 'unflatten', 'unsqueeze', 'squeeze'}
-_PERMUTATIONS = {'permute', 'transpose', 'movedim', 'mT'}
+from sem_timm.surgery.vocabulary import KEEPS_PLACES, PASSING_LAYERS, Kind, kind_of, order_of
 
 
 def is_product(node: fx.Node) -> bool:
-    if node.op == 'call_method':
-        return node.target in ('matmul', 'bmm', '__matmul__')
-    return node.op == 'call_function' and node.target in _PRODUCTS
+    """Whether a node multiplies matrices."""
+    return kind_of(node) is Kind.MATRIX_PRODUCT
 
 
 def is_softmax(node: fx.Node, module: nn.Module) -> bool:
+    """Whether a node is a softmax, as a function, a method or a child."""
     if node.op == 'call_module':
         return isinstance(called_module(node, module), nn.Softmax)
-    if node.op == 'call_method':
-        return node.target == 'softmax'
-    return node.op == 'call_function' and node.target in _SOFTMAXES
+    return kind_of(node) is Kind.SOFTMAX
 
 
 def is_over_last_axis(softmax: fx.Node, module: nn.Module, values: Values) -> bool:
+    """Whether a softmax is over the last axis, such as that of the keys."""
     called = called_module(softmax, module) if softmax.op == 'call_module' else None
     if isinstance(called, nn.Softmax):
         axis: Any = called.dim
@@ -64,40 +38,24 @@ def is_over_last_axis(softmax: fx.Node, module: nn.Module, values: Values) -> bo
     return isinstance(axis, int) and axis % values[softmax].ndim == values[softmax].ndim - 1
 
 
-def is_elementwise(node: fx.Node) -> bool:
-    if node.op == 'call_method':
-        return node.target in _ELEMENTWISE_METHODS
-    named = operation_name(node) == 'maybe_add_mask'
-    return node.op == 'call_function' and (node.target in _ELEMENTWISE or named)
-
-
-def reshapes(node: fx.Node) -> bool:
-    return node.op in ('call_method', 'call_function') and operation_name(node) in _RESHAPES
-
-
-def permutes(node: fx.Node) -> bool:
-    return node.op in ('call_method', 'call_function') and operation_name(node) in _PERMUTATIONS
+def keeps_places(node: fx.Node) -> bool:
+    """Whether a node leaves each logit in its place, as scales, biases and masks do."""
+    return kind_of(node) in KEEPS_PLACES
 
 
 def passes(node: fx.Node, module: nn.Module) -> bool:
     """Whether a node hands attention weights on as they are, but for dropout and type."""
     if node.op == 'call_module':
-        return isinstance(called_module(node, module), (nn.Dropout, nn.Identity))
-    if node.op == 'call_function':
-        return node.target in (F.dropout, torch.dropout)
-    return node.op == 'call_method' and node.target in _CASTS
+        return isinstance(called_module(node, module), PASSING_LAYERS)
+    return kind_of(node) in (Kind.DROPOUT, Kind.CAST, Kind.COPY)
 
 
 def is_matrix_transpose(node: fx.Node, values: Values) -> bool:
-    if node.op == 'call_function' and node.target is getattr:
-        return bool(node.args[1] == 'mT')
-    if node.op not in ('call_method', 'call_function') or not isinstance(values[node], Tensor):
+    """Whether a node swaps the last two axes."""
+    if kind_of(node) is not Kind.PERMUTATION or not isinstance(values[node], Tensor):
         return False
     ndim = values[node].ndim
-    if operation_name(node) != 'transpose' or not all(isinstance(axis, int) for axis in node.args[1:3]):
-        return False
-    axes: Any = node.args[1:3]
-    return bool({axis % ndim for axis in axes} == {ndim - 1, ndim - 2})
+    return order_of(node, ndim) == [*range(ndim - 2), ndim - 1, ndim - 2]
 
 
 def only_adds(node: fx.Node, module: nn.Module, values: Values) -> bool:

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from sem_timm.surgery.evaluate import values_of
+from sem_timm.surgery.effects import needed_for
+from sem_timm.surgery.evaluate import Partial, run_part
+from sem_timm.surgery.reading import Reading
 from sem_timm.surgery.swap.cores import Core
 
 
@@ -38,10 +40,21 @@ class Original:
     Attributes:
         graph: The graph of its forward; None where the whole module is replaced.
         cores: Its cores, by the names of the new children.
+        part: The nodes of the graph that its cores need.
     """
 
     graph: fx.Graph | None
     cores: dict[str, Core]
+    part: frozenset[fx.Node] = frozenset()
+
+    @classmethod
+    def of(cls, module: nn.Module, reading: Reading | None, cores: dict[str, Core]) -> Original:
+        """The original of a module of a weightless copy, whose forward was read."""
+        if reading is None:
+            return cls(None, {})
+        outputs = [core.output for core in cores.values()]
+        part = needed_for(outputs, module, reading.values[False])
+        return cls(reading.trace.graphs[False], cores, frozenset(part))
 
     def compute(
         self, module: nn.Module, arguments: dict[str, Any], with_extra: Iterable[str] = ()
@@ -60,7 +73,8 @@ class Original:
         extras = {name: self.cores[name].extras[0].node for name in with_extra if self.cores[name].extras}
         wanted = [node for c in self.cores.values() for node in (c.query, c.key, c.value, c.output)]
         outputs = [core.output for core in self.cores.values()]
-        values = values_of(self.graph, module, arguments, [*wanted, *extras.values()], outputs)
+        runner = Partial(module, self.graph, arguments)
+        values = run_part(runner, [*wanted, *extras.values()], self.part, outputs)
         found = {}
         for name, core in self.cores.items():
             key = values[core.key].mT if core.key_transposed else values[core.key]

@@ -1,7 +1,12 @@
 """Packed projections, such as one linear layer for queries, keys and values: only the rows that are read are computed.
 
 The layer keeps its weight, name and shape; the forward takes a part of it. Which rows are read is seen by counting the
-channels; they may be one range, or the same range of every head.
+channels; they may be one range, or the same range of every head. For example, where only queries are read,
+
+    q, k, v = self.qkv(x).chunk(3, dim=-1)
+    q = projected_rows(x, self.qkv, last=384, period=1152).chunk(1, dim=-1)[0]
+
+of 1,152 rows 384 are computed.
 """
 
 from __future__ import annotations
@@ -15,20 +20,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from sem_timm.surgery.effects import looks_up
-from sem_timm.surgery.graphs import Values, called_module, operation_name
+from sem_timm.surgery.graphs import Values, called_module
 from sem_timm.surgery.layout import layout_of
-from sem_timm.surgery.swap.axes import run_on_indices
-from sem_timm.surgery.swap.projection import is_normed_projection, is_plain, layers_of, name_of, projected_rows
+from sem_timm.surgery.swap.axes import run_on_indices, without_repeats
+from sem_timm.surgery.swap.projection import is_plain, projected_rows
 from sem_timm.surgery.swap.prune import prune
 from sem_timm.surgery.swap.rows import Rows, take_rows
-
-__all__ = ['Rows', 'slice_packed']
-
-_ADDITIONS = {'add', 'iadd', 'add_'}
-_RESHAPES = {'view', 'reshape', 'unflatten'}
-_MOVES = {*_RESHAPES, 'permute', 'transpose', 'contiguous'}
-_DIVIDERS = {'chunk', 'split', 'split_with_sizes'}
+from sem_timm.surgery.vocabulary import Kind, kind_of, looks_up, operation_name, order_of, word_of
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,10 @@ class _Packed:
     pieces: tuple[fx.Node, ...]
 
 
-def slice_packed(graph: fx.Graph, module: nn.Module, values: Values) -> dict[str, Rows]:
+def slice_packed(graph: fx.Graph, module: nn.Module, values: Values) -> tuple[dict[str, Rows], list[str]]:
     """Lets every packed projection of a pruned graph compute the rows that are read and no others.
+
+    A child that is more than a projection, such as one with a batch norm behind it, computes all its rows as before.
 
     Args:
         graph: The graph, edited in place.
@@ -52,9 +52,10 @@ def slice_packed(graph: fx.Graph, module: nn.Module, values: Values) -> dict[str
         values: The value of every node.
 
     Returns:
-        The rows that are read, by name of the weight.
+        The rows that are read, by name of the weight, and names of the children of which more is computed than read.
     """
     sliced: dict[str, Rows] = {}
+    computed: list[str] = []
     for node in list(graph.nodes):
         packed = _packed(node, module, values)
         rows = None if packed is None else _rows(packed, module, values)
@@ -64,20 +65,16 @@ def slice_packed(graph: fx.Graph, module: nn.Module, values: Values) -> dict[str
         with graph.inserting_before(node):
             made = _sliced_projection(graph, node, rows, module, values)
         if made is None:
+            computed.append(str(node.target))
             continue
         new, names = made
         node.replace_all_uses_with(new)
         graph.erase_node(node)
         for edited, args in edits:
             edited.args = tuple(new if arg is node else arg for arg in args)
-        for addition in packed.moves:
-            if operation_name(addition) in _ADDITIONS:
-                addend: Any = addition.args[1]
-                with graph.inserting_before(addition):
-                    addition.args = (addition.args[0], take_rows(graph, addend, rows, values)[0])
         sliced |= names
-    prune(graph, module)  # what only the other rows were computed from
-    return sliced
+    prune(graph, module, values)  # what only the other rows were computed from
+    return sliced, computed
 
 
 def _packed(node: fx.Node, module: nn.Module, values: Values) -> _Packed | None:
@@ -91,30 +88,18 @@ def _packed(node: fx.Node, module: nn.Module, values: Values) -> _Packed | None:
             return _Packed(node, tuple(moves), current, 0, int(values[current].shape[0]), tuple(users))
         if len(users) != 1:
             return None
-        name, user = operation_name(users[0]), users[0]
-        if name in _DIVIDERS or name == 'unbind':
-            axis = _argument(user, 2 if name in _DIVIDERS else 1, 'dim', 0)
+        user, kind = users[0], kind_of(users[0])
+        if kind is Kind.DIVISION:
+            axis = _argument(user, 1 if _unbinds(user) else 2, 'dim', 0)
             pieces = tuple(user.users)
             if not isinstance(axis, int) or any(_piece_index(piece) is None for piece in pieces):
                 return None
             return _Packed(node, tuple(moves), user, axis % values[current].ndim, len(values[user]), pieces)
-        only_added = all(operation_name(move) in _ADDITIONS for move in moves)
-        if name not in _MOVES and not (only_added and _adds_bias(user, current, node, values)):
+        if kind not in (Kind.RESHAPE, Kind.PERMUTATION, Kind.COPY):
             return None
         moves.append(user)
         current = user
     return None
-
-
-def _adds_bias(user: fx.Node, current: fx.Node, projection: fx.Node, values: Values) -> bool:
-    """Whether a node adds a bias for each row to the output of a projection, of which the rows lie on the last axis."""
-    addend = user.args[1] if len(user.args) == 2 and operation_name(user) in _ADDITIONS and not user.kwargs else None
-    if user.args[0] is not current or not isinstance(addend, fx.Node):
-        return False
-    output, bias = values[projection], values.get(addend)
-    layout = layout_of(output)
-    on_last = layout is not None and layout.channel == output.ndim - 1
-    return on_last and isinstance(bias, Tensor) and layout_of(bias) is None and bias.shape == output.shape[-1:]
 
 
 def _piece_index(node: fx.Node) -> int | None:
@@ -124,9 +109,9 @@ def _piece_index(node: fx.Node) -> int | None:
 
 def _only_looks_at(user: fx.Node, node: fx.Node) -> bool:
     """Whether a node asks another for its shape or type and not for its values."""
-    if user.op == 'call_method' and user.target == 'type_as':
-        return user.args[1] is node and user.args[0] is not node
-    return looks_up(user)
+    word = word_of(user)
+    lent = word is not None and word.lends and user.all_input_nodes[0] is not node
+    return lent or looks_up(user)
 
 
 def _argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
@@ -134,11 +119,11 @@ def _argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
 
 
 def _is_projection(node: fx.Node, module: nn.Module) -> bool:
-    """Whether a node is a plain linear layer or convolution, or one that may be followed by its batch norm."""
+    """Whether a node calls a linear layer as a function, or a child with weights."""
     if node.op != 'call_module':
         return node.target is F.linear and isinstance(_argument(node, 1, 'weight'), fx.Node)
     called = called_module(node, module)
-    return len(node.args) == 1 and not node.kwargs and (is_plain(called) or layers_of(called) is not None)
+    return called is not None and len(node.args) == 1 and not node.kwargs and any(True for _ in called.parameters())
 
 
 def _rows(packed: _Packed, module: nn.Module, values: Values) -> Rows | None:
@@ -147,7 +132,7 @@ def _rows(packed: _Packed, module: nn.Module, values: Values) -> Rows | None:
         found = _numbered_pieces(packed, module, values)
     except Exception:  # how the channels are moved is not known
         return None
-    read = torch.unique(torch.cat([piece.reshape(-1) for piece in found])).long() - 1
+    read = torch.cat([without_repeats(piece).reshape(-1) for piece in found]).unique().long() - 1
     layout = layout_of(values[packed.projection])
     if layout is None or layout.channel is None or not len(read):
         return None
@@ -178,8 +163,7 @@ def _numbered_pieces(packed: _Packed, module: nn.Module, values: Values) -> Iter
     given(packed.projection)
     divided = [packed.divider] if _divides(packed.divider) else []
     for node in (*packed.moves, *divided, *packed.pieces):
-        is_addition = operation_name(node) in _ADDITIONS
-        copies[node] = given(node.all_input_nodes[0]) if is_addition else part.node_copy(node, given)
+        copies[node] = part.node_copy(node, given)
     return run_on_indices([copies[piece] for piece in packed.pieces], module, known, 'channel').values()
 
 
@@ -199,48 +183,46 @@ def _divided(packed: _Packed, rows: Rows, values: Values) -> list[_Edit] | None:
     size = int(values[source].shape[packed.axis])
     if operation_name(divider) == 'chunk':
         edits.append((divider, (divider.args[0], kept, *divider.args[2:])))
-    elif operation_name(divider) in _DIVIDERS and isinstance(divider.args[1], (tuple, list)):
+    elif _divides(divider) and not _unbinds(divider) and isinstance(divider.args[1], (tuple, list)):
         sizes = list(divider.args[1])[first : first + kept]
         edits.append((divider, (divider.args[0], sizes, *divider.args[2:])))
-    new_size = (
-        kept
-        if not _divides(divider) or operation_name(divider) == 'unbind'
-        else size * (rows.last - rows.first) // (rows.period)
-    )
+    by_one = not _divides(divider) or _unbinds(divider)
+    new_size = kept if by_one else size * (rows.last - rows.first) // rows.period
     moved = _resized(packed, packed.axis, new_size, values)
     return None if moved is None else edits + moved
 
 
 def _divides(node: fx.Node) -> bool:
-    return operation_name(node) in _DIVIDERS or operation_name(node) == 'unbind'
+    return kind_of(node) is Kind.DIVISION
+
+
+def _unbinds(node: fx.Node) -> bool:
+    return operation_name(node) == 'unbind'
 
 
 def _resized(packed: _Packed, axis: int, size: int, values: Values) -> list[_Edit] | None:
     """New arguments for the moves, in which one axis of their result gets another size."""
     edits: list[_Edit] = []
     for node in reversed(packed.moves):
-        name, ndim = operation_name(node), values[node].ndim
-        arguments: Any = node.args
-        if name == 'permute':
-            order = node.kwargs.get('dims', arguments[1:])
-            order = order[0] if len(order) == 1 and isinstance(order[0], (tuple, list)) else order
-            if not all(isinstance(entry, int) for entry in order):
+        if kind_of(node) is Kind.PERMUTATION:
+            order = order_of(node, values[node].ndim)
+            if order is None:
                 return None
-            axis = order[axis] % ndim
-        elif name == 'transpose':
-            one, other = (entry % ndim for entry in arguments[1:3])
-            axis = {one: other, other: one}.get(axis, axis)
-        elif name in _RESHAPES:
+            axis = order[axis]
+        elif kind_of(node) is Kind.RESHAPE:
             resized = _with_size(node, axis, size, values)
             if resized is None:
                 return None
-            if resized != arguments:
+            if resized != node.args:
                 edits.append((node, resized))
     return edits
 
 
 def _with_size(node: fx.Node, axis: int, size: int, values: Values) -> tuple[Any, ...] | None:
+    """The arguments of a reshape with another size on one axis of its result; None where they are not read."""
     arguments: Any = node.args
+    if operation_name(node) not in ('view', 'reshape', 'unflatten') or len(arguments) < 2:
+        return None
     if operation_name(node) == 'unflatten':
         sizes, offset = arguments[2], arguments[1] % values[arguments[0]].ndim
         if not isinstance(sizes, (tuple, list)) or not 0 <= axis - offset < len(sizes):
@@ -267,15 +249,10 @@ def _sliced_projection(
         return graph.call_function(F.linear, (_argument(node, 0, 'input'), of_weight, of_bias)), sliced
     child, (given,), layout = called_module(node, module), node.args, layout_of(values[node])
     axis = -1 if layout is None or layout.channel == values[node].ndim - 1 else 1
-    if child is None or not isinstance(given, fx.Node):
+    if not is_plain(child) or not isinstance(given, fx.Node):
         return None
     options: dict[str, Any] = {} if axis == -1 else {'axis': axis}
     options |= {'first': rows.first} if rows.first else {}
     options |= {'last': rows.last, 'period': rows.period}
-    name = f'{node.target}.weight'
-    if not is_plain(child):
-        if not is_normed_projection(child, values[given], axis, rows):
-            return None
-        options['form'] = name_of(child)
-        name = f'{node.target}.{next(iter(child._modules))}.weight'
-    return graph.call_function(projected_rows, (given, graph.get_attr(str(node.target))), options), {name: rows}
+    new = graph.call_function(projected_rows, (given, graph.get_attr(str(node.target))), options)
+    return new, {f'{node.target}.weight': rows}

@@ -27,18 +27,19 @@ from sem_timm.surgery.placement import (
     free_names,
 )
 from sem_timm.surgery.plan import AttentionSite, Swap
+from sem_timm.surgery.proof import prove_swap
 from sem_timm.surgery.reading import Reader, Reading, bound_arguments
 from sem_timm.surgery.rewrite import Edit, edit_of
 from sem_timm.surgery.source import graph_source
 from sem_timm.surgery.swap.cores import Core, Extra, find_cores
 from sem_timm.surgery.swap.edit import Swapping, guards_for_unread, swapped, unread_arguments
 from sem_timm.surgery.swap.grids import Grids
-from sem_timm.surgery.swap.packed import Rows
+from sem_timm.surgery.swap.rows import Rows
 from sem_timm.surgery.swap.queries import check_sources, heads_of, mask_of
 from sem_timm.surgery.swap.rehearsal import rehearse_swap
 from sem_timm.surgery.swap.trial import num_parameters_of
-from sem_timm.surgery.swap.verify import verify_swap
 from sem_timm.surgery.swap.whole import CAUSAL, place_whole
+from sem_timm.surgery.vocabulary import Kind, names_of
 
 
 class NoCore(Refused):
@@ -60,16 +61,13 @@ def _inserted(module: nn.Module) -> tuple[str, ...]:
     return () if edit is None else edit.inserted
 
 
-_ATTENTION_NAMES = {'softmax', 'scaled_dot_product_attention'}
-
-
 def may_attend(module: nn.Module) -> bool:
     """Whether a module's own forward may compute attention, or did before it was patched."""
     if type(module).__module__.startswith('torch.nn.'):
         return isinstance(module, nn.MultiheadAttention)
     if edit_of(module, inherited=True) is not None or any(isinstance(child, nn.Softmax) for child in module.children()):
         return True
-    return bool(names_called(type(module)) & _ATTENTION_NAMES)
+    return bool(names_called(type(module)) & names_of(Kind.SOFTMAX, Kind.ATTENTION))
 
 
 class Swapper:
@@ -104,10 +102,10 @@ class Swapper:
             raise NoCore(self._no_core(name))
         return place_whole(self.reader, self.operation, name)
 
-    def verify(self, name: str, placement: Placement) -> None:
+    def prove(self, name: str, placement: Placement) -> None:
         """Compares the edited forward with the original in numbers; raises TraceError if they differ."""
-        if placement.reading is not None:
-            verify_swap(placement, self.reader.modules[name], self.operation.reads_keys)
+        if placement.reading is not None and placement.swapping is not None:
+            prove_swap(placement.reading, self.reader.modules[name], placement.edit, placement.swapping.cores)
 
     def unreadable(self) -> dict[str, str]:
         """None: what may attend and cannot be read is refused by name."""
@@ -213,6 +211,7 @@ class Swapper:
         graphs: dict[bool, fx.Graph] = {}
         found: dict[bool, dict[str, Core]] = {}
         sliced: dict[str, Rows] = {}
+        computed: list[str] = []
         for mode in (False, True):
             if mode and trace.graphs[True] is trace.graphs[False]:
                 graphs[True], found[True] = graphs[False], found[False]
@@ -223,7 +222,7 @@ class Swapper:
             found[mode] = dict(zip(attributes, cores))
             values = reading.values[mode]
             masks = [self._mask(core, module, values) for core in cores]
-            graphs[mode], sliced = swapped(trace.graphs[mode], found[mode], masks, self.operation, module, values)
+            graphs[mode], sliced, computed = swapped(trace.graphs[mode], found[mode], masks, self.operation, module, values)
         guards = [*trace.guards, *guards_for_unread(reading, graphs)]
         unread = unread_arguments(trace.values, graphs) & self._tables(type(module))
         guards = [guard for guard in guards if guard.condition.split(' is ')[0] not in unread]
@@ -232,7 +231,7 @@ class Swapper:
         except SyntaxError as error:
             raise Refused(f'its forward cannot be written as code: {error}') from error
         edit = Edit(type(module), source, bindings, attributes, 'core', self.operation)
-        return compiled(edit), Swapping(found, graphs, sliced)
+        return compiled(edit), Swapping(found, graphs, sliced, tuple(computed))
 
     def _tables(self, cls: type) -> frozenset[str]:
         """Arguments in which some module of a class gets a table, such as the mask of shifted windows.

@@ -6,21 +6,25 @@ from collections.abc import Iterator
 
 from torch import fx, nn
 
+from sem_timm.surgery.aliasing import tensors_in
 from sem_timm.surgery.effects import needed_for
-from sem_timm.surgery.graphs import operation_name
+from sem_timm.surgery.graphs import Values
 from sem_timm.surgery.tracers import check
 
-_LOOKUPS = {'getattr', 'getitem', 'size', 'dim', 'numel', 'floordiv', 'mul', 'add', 'sub', 'mod', 'eq', 'ne'}
-_LOOKUPS |= {'gt', 'ge', 'lt', 'le', 'not_', 'neg', 'int', 'and_', 'or_', 'truediv'}
 
+def prune(graph: fx.Graph, module: nn.Module, values: Values) -> None:
+    """Removes all nodes that neither reach the output nor change or check what does.
 
-def prune(graph: fx.Graph, module: nn.Module) -> None:
-    """Removes all nodes that neither reach the output nor change or check what does."""
+    Args:
+        graph: The graph, changed in place.
+        module: The module that it belongs to.
+        values: The values of its nodes, as far as they were there before it was edited.
+    """
     wanted = [node for node in graph.nodes if node.op == 'output']
     while True:
-        alive = needed_for(wanted, module)
+        alive = needed_for(wanted, module, values)
         checks = [node for node in graph.nodes if node not in alive and node.target is check]
-        decided = [node for node in checks if all(source in alive for source in _computed(node))]
+        decided = [node for node in checks if all(source in alive for source in _computed(node, values))]
         if not decided:
             break
         wanted += decided
@@ -29,15 +33,19 @@ def prune(graph: fx.Graph, module: nn.Module) -> None:
             graph.erase_node(node)
 
 
-def _computed(node: fx.Node) -> Iterator[fx.Node]:
-    """What a check depends on beyond shapes of the arguments: layers, parameters and operations on tensors."""
+def _computed(node: fx.Node, values: Values) -> Iterator[fx.Node]:
+    """What a check depends on beyond shapes of the arguments: layers, parameters and operations on tensors.
+
+    A check of ``x.shape[1] // 7 == 2`` depends on nothing but the argument, one of ``self.pos(x).shape[1]`` on a layer,
+    which is not run for the check alone.
+    """
     waiting, seen = list(node.all_input_nodes), set()
     while waiting:
         source = waiting.pop()
         if source in seen or source.op == 'placeholder':
             continue
         seen.add(source)
-        if source.op in ('call_method', 'call_function') and operation_name(source) in _LOOKUPS:
+        if source in values and source.op in ('call_method', 'call_function') and not tensors_in(values[source]):
             waiting += source.all_input_nodes
         else:
             yield source

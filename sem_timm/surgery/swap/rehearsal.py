@@ -6,18 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from sem_timm.errors import TraceError
-from sem_timm.surgery.layout import LayoutMode
+from sem_timm.surgery.aliasing import tensors_in
+from sem_timm.surgery.layout_mode import LayoutMode
 from sem_timm.surgery.placement import Aftermath, Placement
 from sem_timm.surgery.plan import Swap
 from sem_timm.surgery.reading import Reader
-from sem_timm.surgery.rewrite import Edit, patched_class
+from sem_timm.surgery.rewrite import patched_class
 from sem_timm.surgery.skeleton import Call
 from sem_timm.surgery.swap.original import Original
-from sem_timm.surgery.swap.tables import unread_tables
-from sem_timm.surgery.swap.unread import may_lose_others, reached_parameters, unread_parameters
+from sem_timm.surgery.swap.unread import computed_in_vain, may_lose_others, reached_parameters, unread_parameters
 
 
 def rehearse_swap(reader: Reader, placements: dict[str, Placement], operation: Swap) -> Aftermath:
@@ -31,29 +30,40 @@ def rehearse_swap(reader: Reader, placements: dict[str, Placement], operation: S
     unread = unread_parameters(reader, placements)
     more = may_lose_others(reader, placements)
     before = reached_parameters(skeleton, images) if more else set()
-    sliced, originals = {}, {}
+    after = Aftermath()
+    for name, placement in placements.items():
+        module, swapping = reader.modules[name], placement.swapping
+        assert swapping is not None
+        cores = swapping.cores.get(False, {})
+        after.originals[name] = Original.of(module, placement.reading, cores)
+        after.sliced.update({f'{name}.{weight}': rows for weight, rows in swapping.sliced.items()})
+        vain = computed_in_vain(module, swapping.graphs.values()) | set(swapping.computed)
+        after.computed.extend(f'{name}.{child}' for child in sorted(vain))
     for name, placement in placements.items():
         module = reader.modules[name]
-        sites: Any = placement.sites
-        for site in sites:
+        for site in placement.attention_sites:
             module.add_module(site.attribute, operation.build(site, torch.device('meta'), site.dtype).eval())
         module.__class__ = patched_class(placement.edit)
-        sliced.update({f'{name}.{weight}': rows for weight, rows in placement.swapping.sliced.items()})
-        graph = None if placement.reading is None else placement.reading.trace.graphs[False]
-        originals[name] = Original(graph, placement.swapping.cores.get(False, {}))
     _check_run(skeleton, call, operation)
-    tables: dict[str, Edit] = {}
     if more:
         lost = before - reached_parameters(skeleton, images)
+        after.computed.extend(_still_called(skeleton, lost - set(unread)))
         unread = tuple(name for name, _ in skeleton.named_parameters() if name in lost or name in unread)
-        inside = tuple(f'{name}.' for name in placements)  # whose own forwards say what they still call
-        others = {name for name in lost if not name.startswith(inside)}
-        tables = unread_tables(skeleton, images, others, operation)
-        for name, edit in tables.items():
-            skeleton.get_submodule(name).__class__ = patched_class(edit)
-        if tables:
-            _check_run(skeleton, call, operation)
-    return Aftermath(unread, sliced, originals, tables)
+    after.unread.extend(unread)
+    return after
+
+
+def _still_called(skeleton: nn.Module, lost: set[str]) -> list[str]:
+    """Names of the outermost modules of which no parameter reaches the output any more and which still are called.
+
+    Such as the table of position biases that vit_srelpos computes once for all of its blocks.
+    """
+    found: list[str] = []
+    for name, module in skeleton.named_modules():
+        parameters = {f'{name}.{parameter}' for parameter, _ in module.named_parameters()}
+        if parameters and parameters <= lost and not name.startswith(tuple(f'{outer}.' for outer in found)):
+            found.append(name)
+    return found
 
 
 def _check_run(skeleton: nn.Module, call: Call, operation: Swap) -> None:
@@ -67,4 +77,4 @@ def _check_run(skeleton: nn.Module, call: Call, operation: Swap) -> None:
 
 
 def _shapes(value: Any) -> list[tuple[int, ...]]:
-    return [tuple(leaf.shape) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [tuple(leaf.shape) for leaf in tensors_in(value)]

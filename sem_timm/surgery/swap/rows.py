@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from sem_timm.surgery.graphs import Values
+from sem_timm.surgery.vocabulary import Kind, kind_of
 
 
 @dataclass(frozen=True)
@@ -64,12 +63,9 @@ def _sliced(graph: fx.Graph, tensor: fx.Node, rows: Rows) -> fx.Node:
     return graph.call_method('flatten', (of_each, 0, 1))
 
 
-_JOINS: tuple[Callable[..., Any], ...] = (torch.cat, torch.concat, torch.concatenate)
-
-
 def _pieces(tensor: fx.Node, values: Values) -> list[fx.Node] | None:
     """The tensors that one is joined of along its first axis, if their sizes are known."""
-    if tensor.target not in _JOINS:
+    if kind_of(tensor) is not Kind.JOIN or tensor.target is torch.stack:
         return None
     given = dict(zip(('tensors', 'dim'), tensor.args)) | tensor.kwargs
     pieces, axis, joined = given['tensors'], given.get('dim', given.get('axis', 0)), values[tensor]

@@ -1,12 +1,18 @@
 """By what the products of queries and keys are multiplied before their softmax.
 
 An attention core divides by the root of its width by itself. What the old core multiplied its logits by instead has to
-come with the queries, so that a core that reads keys sees the logits that the model was made for.
+come with the queries, so that a core that reads keys sees the logits that the model was made for. For example
+
+    attention = (q * self.scale) @ k.mT * self.temperature
+    x = self.core(q * (self.temperature * self.scale * math.sqrt(d)), k, v)
+
+are the same logits, where the new core divides by the root of d.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,13 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sem_timm.surgery.graphs import Values, operation_name
+from sem_timm.surgery.graphs import Values
 from sem_timm.surgery.swap.nodes import is_matrix_transpose
-from sem_timm.surgery.swap.widths import size_asked
-
-_TIMES, _OVER = {'mul', 'mul_', 'imul', 'multiply'}, {'truediv', 'itruediv', 'div', 'div_', 'divide'}
-_MINUS = {'sub', 'sub_', 'subtract'}
-_FOLDED = {'mul', 'multiply', 'truediv', 'div', 'divide'}  # not in place: what they change may be read elsewhere
+from sem_timm.surgery.vocabulary import Kind, kind_of, looks_up, operation_name, writes_into
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Step:
     @property
     def multiplies(self) -> bool:
         """Whether it multiplies or divides the logits."""
-        return operation_name(self.node) in _TIMES | _OVER
+        return kind_of(self.node) in (Kind.PRODUCT, Kind.QUOTIENT)
 
 
 class Arithmetic:
@@ -124,15 +126,15 @@ def scale_of_steps(query: fx.Node, key: fx.Node, product: fx.Node, steps: list[S
     factors: list[tuple[fx.Node, bool]] = []
     for step in reversed(steps):
         operands: tuple[Any, ...] = step.node.args
-        name = operation_name(step.node)
+        kind = kind_of(step.node)
         if not step.multiplies:
-            if name in _MINUS and operands[0] is not step.logits:
+            if kind is Kind.DIFFERENCE and operands[0] is not step.logits:
                 number = -number
             continue
         others = [*[operand for operand in operands if operand is not step.logits], *step.node.kwargs.values()]
-        divides = name in _OVER
+        divides = kind is Kind.QUOTIENT
         if len(others) != 1 or (divides and operands[0] is not step.logits):
-            return replace(plain, refusal=f'how its logits are scaled is not read ({name})')
+            return replace(plain, refusal=f'how its logits are scaled is not read ({operation_name(step.node)})')
         (other,) = others
         constant = _constant(other, sources, values)
         if constant is not None:
@@ -160,10 +162,11 @@ def _folded(query: fx.Node, sources: set[fx.Node], values: Values) -> Scale:
     scaled, transposed = query, False
     while is_matrix_transpose(scaled, values):
         scaled, transposed = scaled.all_input_nodes[0], not transposed
-    name, operands = operation_name(scaled), list(scaled.args)
-    if name not in _FOLDED or len(operands) != 2 or scaled.kwargs:
+    kind, operands = kind_of(scaled), list(scaled.args)
+    # Not in place: what is changed may be read elsewhere.
+    if kind not in (Kind.PRODUCT, Kind.QUOTIENT) or writes_into(scaled) or len(operands) != 2 or scaled.kwargs:
         return Scale(query)
-    if name in _TIMES and not (isinstance(operands[0], fx.Node) and isinstance(values[operands[0]], Tensor)):
+    if kind is Kind.PRODUCT and not (isinstance(operands[0], fx.Node) and isinstance(values[operands[0]], Tensor)):
         operands.reverse()
     first, second = operands
     if not isinstance(first, fx.Node) or not isinstance(values[first], Tensor):
@@ -171,7 +174,7 @@ def _folded(query: fx.Node, sources: set[fx.Node], values: Values) -> Scale:
     constant = _constant(second, sources if transposed else sources | {first}, values)
     if not constant or values[first].dtype != values[query].dtype:
         return Scale(query)
-    number = 1 / constant if name in _OVER else constant
+    number = 1 / constant if kind is Kind.QUOTIENT else constant
     return Scale(first, transposed, number, folded=number)
 
 
@@ -186,10 +189,25 @@ def _constant(operand: Any, sources: set[fx.Node], values: Values) -> float | No
 
 def _by_width(node: fx.Node, sources: set[fx.Node], values: Values) -> bool:
     """Whether a number depends on nothing but the width of queries, the last size of sources."""
-    asked = size_asked(node, values)
+    asked = _size_asked(node, values)
     if asked is not None:
         return asked[0] in sources and asked[1] == values[asked[0]].ndim - 1
     inputs = node.all_input_nodes
     if node.op != 'call_function' or not inputs or any(isinstance(values[source], Tensor) for source in inputs):
         return False
     return all(_by_width(source, sources, values) for source in inputs)
+
+
+def _size_asked(node: fx.Node, values: Values) -> tuple[fx.Node, int] | None:
+    """The tensor and its axis, counted from the front, whose size a node looks up; None if it does something else."""
+    given = (*node.args, *node.kwargs.values())
+    if len(given) != 2 or not isinstance(values.get(node), int):
+        return None
+    source, axis = given
+    if node.target is operator.getitem and isinstance(source, fx.Node) and looks_up(source):  # x.shape[-1]
+        source = source.args[0]
+    elif node.op != 'call_method' or node.target != 'size':
+        return None
+    if not isinstance(source, fx.Node) or not isinstance(values.get(source), Tensor) or not isinstance(axis, int):
+        return None
+    return source, axis % values[source].ndim

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
+from sem_timm.surgery.aliasing import tensors_in
 from sem_timm.surgery.bytecode import names_called_by
 from sem_timm.surgery.layout import layout_of
 from sem_timm.surgery.placement import Placement
 from sem_timm.surgery.reading import Reader, bound_arguments
 from sem_timm.surgery.swap.edit import unread_arguments
+from sem_timm.surgery.vocabulary import looks_up, word_of
 
 
 def unread_parameters(reader: Reader, placements: dict[str, Placement]) -> tuple[str, ...]:
@@ -46,13 +47,13 @@ def may_lose_others(reader: Reader, placements: dict[str, Placement]) -> bool:
     So it may be if a module no longer reads an argument that is computed from parameters alone, or returns several
     tensors, such as the values beside its result, of which its parent perhaps uses one.
     """
-    if any(len(_tensors(reader.probe.calls[name].output)) > 1 for name in placements):
+    if any(len(tensors_in(reader.probe.calls[name].output)) > 1 for name in placements):
         return True
     tables = {id(buffer) for buffer in reader.probe.skeleton.buffers()}  # handed on as they are, as masks of windows
     for name, placement in placements.items():
         values = bound_arguments(reader.modules[name], reader.probe.calls[name])
         for argument in unread_arguments(values, placement.swapping.graphs):
-            tensors = [leaf for leaf in _tensors(values[argument]) if id(leaf) not in tables]
+            tensors = [leaf for leaf in tensors_in(values[argument]) if id(leaf) not in tables]
             if any(t.is_floating_point() and layout_of(t) is None for t in tensors):
                 return True
     return False
@@ -64,7 +65,7 @@ def reached_parameters(model: nn.Module, inputs: Tensor) -> set[str]:
         parameter.requires_grad_(parameter.is_floating_point())
     with torch.enable_grad():
         output = model(inputs)
-    waiting = [leaf.grad_fn for leaf in _tensors(output) if leaf.grad_fn is not None]
+    waiting = [leaf.grad_fn for leaf in tensors_in(output) if leaf.grad_fn is not None]
     seen: set[Any] = set()
     variables: set[int] = set()
     while waiting:
@@ -80,13 +81,38 @@ def reached_parameters(model: nn.Module, inputs: Tensor) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in variables}
 
 
+def computed_in_vain(module: nn.Module, graphs: Iterable[fx.Graph]) -> set[str]:
+    """Names of the children that graphs call and of whose result they read nothing but a shape or a type."""
+    graphs = list(graphs)
+    called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == 'call_module'}
+    return {target for target in called - _reached(graphs) if '.' in target or target in module._modules}
+
+
 def _graphs_before(placement: Placement) -> dict[bool, fx.Graph] | None:
     return None if placement.reading is None else placement.reading.trace.graphs
 
 
-def _read(module: nn.Module, names: list[str], graphs: Any) -> set[str]:
+def _reached(graphs: Iterable[fx.Graph]) -> set[str]:
+    """Names of the children, methods and tensors whose numbers graphs read, not only their shapes or types.
+
+    Of ``q = self.q(x) * self.k(x).shape[-1] ** -0.5`` these are 'q' alone.
+    """
+    found: set[fx.Node] = set()
+    waiting = [node for graph in graphs for node in graph.nodes if not node.users]
+    while waiting:
+        node = waiting.pop()
+        if node in found:
+            continue
+        found.add(node)
+        word = word_of(node)
+        lends = word is not None and word.lends
+        waiting += () if looks_up(node) else node.all_input_nodes[:1] if lends else node.all_input_nodes
+    return {str(node.target) for node in found if node.op in ('call_module', 'get_attr')}
+
+
+def _read(module: nn.Module, names: list[str], graphs: Iterable[fx.Graph]) -> set[str]:
     """Which of a module's parameters its graphs read, those of the children and methods they call included."""
-    called = {str(node.target) for graph in graphs for node in graph.nodes if node.op in ('call_module', 'get_attr')}
+    called = _reached(graphs)
     in_methods = {name for target in called for name in _mentioned(module, target)}
     return {
         name
@@ -99,7 +125,3 @@ def _mentioned(module: nn.Module, target: str) -> Iterator[str]:
     """Names that one of the module's own methods mentions, if the target is one."""
     if '.' not in target and target not in module._modules and callable(getattr(type(module), target, None)):
         yield from names_called_by(type(module), target)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -68,7 +68,7 @@ def place_whole(reader: Reader, operation: Swap, name: str) -> Placement:
     guards = tuple(guards_for_unread(Reading(trace, {}, {}), trace.graphs))
     source, bindings = graph_source(type(module), replace(trace, guards=guards), trace.graphs)
     edit = compiled(Edit(type(module), source, bindings, (attribute,), 'core', operation))
-    return Placement((site,), edit, None, Swapping({}, trace.graphs, {}))
+    return Placement((site,), edit, None, Swapping({}, trace.graphs))
 
 
 def _check_contract(values: dict[str, Any], call: Call) -> None:
