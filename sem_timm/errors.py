@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -69,3 +70,20 @@ def closest(name: str, known: Iterable[str]) -> str:
         return f'Close: {", ".join(close)}.'
     listed = ', '.join(known[:12]) + (', …' if len(known) > 12 else '')
     return f'There are: {listed}.' if known else 'There are none.'
+
+
+def place_of(error: Exception) -> str:
+    """The text of an error with the line of other people's code that caused it."""
+    where = line_of(traceback.extract_tb(error.__traceback__))
+    text = str(error).split('\n', 1)[0]
+    return f'{text} ({where})' if where else text
+
+
+def line_of(frames: traceback.StackSummary) -> str:
+    """The innermost of some frames that is neither torch's nor one that reads a model, as 'file:line: code'."""
+    for frame in reversed(frames):
+        own = any(f'/sem_timm/{room}/' in frame.filename for room in ('surgery', 'meta'))
+        if '/torch/' not in frame.filename and not own and frame.line:
+            # From the package on: the code is shown to people, and the place of site-packages is nobody's business.
+            return f'{frame.filename.rsplit("site-packages/", 1)[-1]}:{frame.lineno}: {frame.line}'
+    return ''

@@ -21,7 +21,7 @@ from sem_timm.attention_transfer.options import TransferOptions
 from sem_timm.attention_transfer.pair import Pair, SwappedLayer
 from sem_timm.batches import Loader
 from sem_timm.errors import OptionError, closest
-from sem_timm.surgery.evaluate import first_tensor
+from sem_timm.surgery import first_tensor
 
 SCHEDULES = ('cosine', 'constant', 'multistep', 'poly', 'rsqrt', 'step', 'tanh', 'wsd')
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sem_timm.attention_transfer.pair import Pair, SwappedLayer
-from sem_timm.surgery.evaluate import first_tensor
+from sem_timm.surgery import first_tensor
 
 Visit = Callable[[SwappedLayer, tuple[Any, ...], dict[str, Any], Tensor], None]
 

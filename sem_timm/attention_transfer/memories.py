@@ -21,9 +21,8 @@ from sem_timm.attention_transfer.pair import Pair, SwappedLayer
 from sem_timm.errors import OptionError, RefusedError
 from sem_timm.layers import ExternalAttention
 from sem_timm.layers.k_means import cluster_means, k_means, nearest
-from sem_timm.surgery.reading import bound_arguments
-from sem_timm.surgery.skeleton import Call
-from sem_timm.surgery.swap.original import Computed
+from sem_timm.meta import Call
+from sem_timm.surgery import Computed, bound_arguments
 
 # Tokens that k-means looks at, per core.
 ROWS = 16384

@@ -15,11 +15,18 @@ from torch import Tensor, fx, nn
 
 from sem_timm.errors import ModelError, OptionError, RefusedError
 from sem_timm.layers import ExternalAttention
-from sem_timm.surgery.freeze import check_not_compact, trainable_parameters, unread_parameters
-from sem_timm.surgery.planning import check_model, plan_swap
-from sem_timm.surgery.rewrite import Edit, edit_of, put_back
-from sem_timm.surgery.skeleton import shadow, weightless
-from sem_timm.surgery.swap.original import Original
+from sem_timm.meta import shadow, weightless
+from sem_timm.surgery import (
+    Edit,
+    Original,
+    check_model,
+    check_not_compact,
+    edit_of,
+    plan_swap,
+    put_back,
+    trainable_parameters,
+    unread_parameters,
+)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from sem_timm.surgery.random_state import preserved_random_state
+from sem_timm.random_state import preserved_random_state
 
 
 @contextmanager

@@ -19,8 +19,7 @@ from sem_timm.layers import (
     attention_kinds,
 )
 from sem_timm.operations.configs import plain
-from sem_timm.surgery import AttentionSite
-from sem_timm.surgery.swap.whole import WholeSite
+from sem_timm.surgery import AttentionSite, WholeSite
 
 # What a site says and no option can.
 _FROM_SITE = {'self', 'head_dim', 'value_dim', 'head_axis', 'dim', 'device', 'dtype'}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import MISSING, fields
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,7 @@ from sem_timm.operations.configs import (
     SEMConfig,
     TimmAttentionConfig,
 )
+from sem_timm.operations.scales import match_scales
 from sem_timm.surgery import Plan, Target, apply_plan, plan_insertion, plan_swap
 
 Operation = str | InsertionConfig | AttentionConfig | Callable[..., nn.Module]
@@ -158,6 +160,7 @@ def patch_model(
             raise OptionError(
                 f'{", ".join(given)} given beside a plan, which has them already; give them to plan_model.'
             )
-        return apply_plan(model, operation)
-    plan = plan_model(model, operation, target=target, exclude=exclude, input_size=input_size, **options)
-    return apply_plan(model, plan)
+        plan = operation
+    else:
+        plan = plan_model(model, operation, target=target, exclude=exclude, input_size=input_size, **options)
+    return apply_plan(model, plan, partial(match_scales, model, plan))

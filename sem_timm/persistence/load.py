@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sem_timm.errors import ModelError, PatchFileError, SemTimmError, SwapWarning, closest
 from sem_timm.layers.operators import registered_name
+from sem_timm.meta import probe
 from sem_timm.operations import AttentionConfig, ExcitationConfig, SEMConfig, plan_model
 from sem_timm.persistence.base_check import check_base_weights
 from sem_timm.persistence.configurations import Config
@@ -22,9 +23,8 @@ from sem_timm.persistence.parts import Parts, check_tensors, parts_of
 from sem_timm.persistence.record import PARTS, RECORD_NAME, PatchRecord, SiteRecord, Step, read_record, site_record
 from sem_timm.persistence.save import base_of, steps_of
 from sem_timm.persistence.weights_file import read_tensors
+from sem_timm.random_state import preserved_random_state
 from sem_timm.surgery import Plan, apply_plan, check_choice, check_model, patched, unpatch_model
-from sem_timm.surgery.random_state import preserved_random_state
-from sem_timm.surgery.skeleton import probe
 
 CHECKS = ('warn', 'error', 'ignore')
 

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from sem_timm.errors import ModelError, NoMatchError, OptionError, RefusedError, closest
 from sem_timm.layers import ChannelsFirst, ExternalAttention, ExternalAttention2d, MultiHeadExternalAttention
 from sem_timm.layers.excitation import check_at_least_one
+from sem_timm.meta import Layout, LayoutMode, dtype_of, probe, set_layout
+from sem_timm.random_state import preserved_random_state
+from sem_timm.reports.image_shape import explained_shape
 from sem_timm.reports.isolation import device_of, isolated
 from sem_timm.reports.pictures import check_path, overlays
 from sem_timm.reports.token_grid import check_fits, check_not_windowed, check_order, token_grid, tokens_given
-from sem_timm.surgery.image_shape import explained_shape
-from sem_timm.surgery.layout import Layout, LayoutMode, set_layout
-from sem_timm.surgery.random_state import preserved_random_state
-from sem_timm.surgery.skeleton import dtype_of, probe
 
 _MEMORIES = (ExternalAttention, MultiHeadExternalAttention, ExternalAttention2d)
 

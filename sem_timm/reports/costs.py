@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sem_timm.errors import ModelError
-from sem_timm.surgery.skeleton import dtype_of
+from sem_timm.meta import dtype_of
 
 # Batch norm wants more than one value per channel, which a batch of one does not have behind a global pool.
 TRAINING_BATCH = 2

@@ -15,13 +15,13 @@ from sem_timm.batches import Loader
 from sem_timm.errors import ModelError, OptionError
 from sem_timm.layers import SEM, Excitation
 from sem_timm.layers.excitation import check_at_least_one
+from sem_timm.meta import dtype_of
+from sem_timm.random_state import preserved_random_state
+from sem_timm.reports.image_shape import explained_shape
 from sem_timm.reports.isolation import device_of, isolated
 from sem_timm.reports.labels import labelled_batches
 from sem_timm.reports.moments import Moments
 from sem_timm.reports.pictures import Panel, check_path, heatmaps
-from sem_timm.surgery.image_shape import explained_shape
-from sem_timm.surgery.random_state import preserved_random_state
-from sem_timm.surgery.skeleton import dtype_of
 from sem_timm.tables import table
 
 

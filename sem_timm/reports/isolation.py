@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from sem_timm.errors import ModelError, OptionError
-from sem_timm.surgery.planning import check_model
-from sem_timm.surgery.skeleton import shadow
+from sem_timm.meta import shadow
+from sem_timm.surgery import check_model
 
 
 def isolated(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:

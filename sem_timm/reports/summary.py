@@ -10,12 +10,10 @@ import torch
 from torch import nn
 
 from sem_timm.errors import ModelError
+from sem_timm.meta import probe, weightless
+from sem_timm.random_state import preserved_random_state
 from sem_timm.reports.costs import Cost, measured
-from sem_timm.surgery import patched, unpatch_model
-from sem_timm.surgery.freeze import unread_parameters
-from sem_timm.surgery.planning import check_model
-from sem_timm.surgery.random_state import preserved_random_state
-from sem_timm.surgery.skeleton import probe, weightless
+from sem_timm.surgery import check_model, patched, unpatch_model, unread_parameters
 from sem_timm.tables import table
 
 # What no child of the model computes or holds.

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sem_timm.errors import RefusedError
-from sem_timm.surgery.layout import layout_of
+from sem_timm.meta import layout_of
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from sem_timm.surgery.bytecode import names_called
+from sem_timm.meta.layout import Layout, layout_of, set_layout
+from sem_timm.meta.layout_mode import LayoutMode
+from sem_timm.meta.skeleton import Call
+from sem_timm.meta.state import State
+from sem_timm.meta.vocabulary import EITHER, PASSING_LAYERS, word_of
+from sem_timm.surgery.bytecode import names_called, names_called_by
 from sem_timm.surgery.graphs import Values
-from sem_timm.surgery.layout import Layout, layout_of, set_layout
-from sem_timm.surgery.layout_mode import LayoutMode
-from sem_timm.surgery.skeleton import Call
-from sem_timm.surgery.state import State
-from sem_timm.surgery.vocabulary import EITHER, PASSING_LAYERS, word_of
 
 # For each tensor that a call returned the place of the one whose numbers it shows, or None: among all that was given,
 # followed by the tensors returned before it.
@@ -64,29 +64,32 @@ def passed_on(call: Call) -> Passing:
     return passing
 
 
-def passed_on_in_either_mode(child: nn.Module, call: Call) -> Passing:
-    """As `passed_on`, with what the child, called in eval mode, would pass on in training."""
+def passed_on_in_either_mode(called: Any, call: Call) -> Passing:
+    """As `passed_on`, with what a child, or a method, would pass on in training; the call was one in eval mode."""
     passing = passed_on(call)
-    if not _asks_for_mode(child):
+    if not _asks_for_mode(called):
         return passing
-    in_training = passed_on(_in_training(child, call))
+    in_training = passed_on(_in_training(called, call))
     same = len(in_training) == len(passing)
     return [new if old is None else old for old, new in zip(passing, in_training)] if same else passing
 
 
-def _asks_for_mode(child: nn.Module) -> bool:
-    """Whether code of a child looks at its mode, that of torch's layers excepted, which in training return new ones."""
-    classes = {type(module) for module in child.modules()}
+def _asks_for_mode(called: Any) -> bool:
+    """Whether code of a child or method looks at its mode; torch's layers do, and return new tensors in training."""
+    if not isinstance(called, nn.Module):
+        return 'training' in names_called_by(type(called.__self__), called.__name__)
+    classes = {type(module) for module in called.modules()}
     return any('training' in names_called(cls) for cls in classes if not cls.__module__.startswith('torch.nn.'))
 
 
-def _in_training(child: nn.Module, call: Call) -> Call:
-    states = [State(module) for module in child.modules()]
+def _in_training(called: Any, call: Call) -> Call:
+    module, forward = (called, called.forward) if isinstance(called, nn.Module) else (called.__self__, called)
+    states = [State(each) for each in module.modules()]
     for state in states:
         state.module.__dict__['training'] = True
     try:
         with torch.no_grad(), LayoutMode():
-            output = child.forward(*call.args, **call.kwargs)
+            output = forward(*call.args, **call.kwargs)
     except Exception:  # it does not run on the meta device in training, such as one that looks at numbers
         output = call.output
     finally:

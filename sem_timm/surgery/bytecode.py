@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Callable, Hashable, Iterator
-from functools import wraps
+from functools import lru_cache, wraps
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
+
+from sem_timm.meta.vocabulary import WALKS, WALKS_OF_TENSORS, Kind, names_of, writes_by_name
 
 _Function = TypeVar('_Function', bound=Callable[..., Any])
 
@@ -18,14 +21,11 @@ _Scoped = tuple[CodeType, dict[str, Any]]
 
 def _cached(function: _Function) -> _Function:
     """Keeps what a function says of a class until the class gets another forward, as an edited notebook gives it."""
-    known: dict[Any, Any] = {}
+    known = lru_cache(maxsize=4096)(lambda cls, code, *others: function(cls, *others))
 
     @wraps(function)
     def of(cls: type, *others: Any) -> Any:
-        key = cls, code_of(cls), *others
-        if key not in known:
-            known[key] = function(cls, *others)
-        return known[key]
+        return known(cls, code_of(cls), *others)
 
     return cast(_Function, of)
 
@@ -35,16 +35,32 @@ def code_of(cls: Any) -> Hashable:
     return cast(Hashable, getattr(cls.forward, '__code__', cls.forward))
 
 
-_ADD_NAMES = {'add', 'add_', '__add__', '__iadd__'}
 _LIBRARIES = ('torch', 'math', 'functools', 'itertools', 'typing', 'builtins')
 
 
 @_cached
 def may_add(cls: type) -> bool:
-    """Whether the methods of a module class, or the functions they call by name, contain an addition."""
-    return any(
-        _ADD_NAMES & set(code.co_names) or any(map(_is_addition, dis.get_instructions(code))) for code in _codes(cls)
+    """Whether the forward of a module class, or what it calls by name, contains an addition; others need no trace."""
+    codes, names = _run_by(cls, 'forward')
+    return bool(names & names_of(Kind.SUM)) or any(
+        _is_addition(step) for code, _ in codes for step in dis.get_instructions(code)
     )
+
+
+@_cached
+def may_write(cls: type) -> bool:
+    """Whether the forward of a module class, or what it calls by name, writes into a tensor in place."""
+    codes, names = _run_by(cls, 'forward')
+    return any(writes_by_name(name) and hasattr(torch.Tensor, name) for name in names) or any(
+        step.opname.startswith(('INPLACE_', 'STORE_SUBSCR')) or (step.opname == 'BINARY_OP' and '=' in step.argrepr)
+        for code, _ in codes
+        for step in dis.get_instructions(code)
+    )
+
+
+def _is_addition(step: dis.Instruction) -> bool:
+    # BINARY_OP since Python 3.11, BINARY_ADD and INPLACE_ADD before.
+    return step.opname in ('BINARY_ADD', 'INPLACE_ADD') or (step.opname == 'BINARY_OP' and step.argrepr in ('+', '+='))
 
 
 @_cached
@@ -68,7 +84,7 @@ def _run_by(cls: type, method: str) -> tuple[tuple[_Scoped, ...], frozenset[str]
     waiting, seen = [method], {method}
     while waiting:
         for function in _definitions(cls, waiting.pop()):
-            for code, scope in _reachable(function, {}):
+            for code, scope in _reachable(function):
                 found.append((code, scope))
                 names = {*code.co_names, *(constant for constant in code.co_consts if type(constant) is str)}
                 # Whatever name a function was imported under, its own counts too.
@@ -82,7 +98,7 @@ def _run_by(cls: type, method: str) -> tuple[tuple[_Scoped, ...], frozenset[str]
 def surroundings(cls: type) -> Iterator[Any]:
     """What the names in the code of a forward stand for now: globals, attributes of the class, and what closures hold.
 
-    All of it may change while the code stays, as in a notebook of which one cell is run again.
+    A forward that counts in one of them would change it when it is run for a comparison.
     """
     codes, names = _run_by(cls, 'forward')
     for code, scope in codes:
@@ -117,41 +133,24 @@ def _definitions(cls: type, name: str) -> Iterator[FunctionType]:
             return
 
 
-_WALKS = {'children', 'named_children', 'modules', 'named_modules', '_modules'}
-_WALKS_OF_TENSORS = {'parameters', 'named_parameters', 'buffers', 'named_buffers', 'state_dict'}
-
-
 @_cached
 def iterates_children(cls: type) -> bool:
     """Whether the forward of a module class may go through its children, whatever they are."""
-    return issubclass(cls, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or bool(names_called(cls) & _WALKS)
+    return issubclass(cls, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or bool(names_called(cls) & WALKS)
 
 
 def method_iterates_children(cls: type, method: str) -> bool:
     """Whether a method of a module class may go through its children, or through the tensors that they hold."""
     names = names_called_by(cls, method)
     # Who asks for the next one wants to know a type or a device; the first is no new child's.
-    return bool(names & _WALKS) or bool(names & _WALKS_OF_TENSORS and 'next' not in names)
+    return bool(names & WALKS) or bool(names & WALKS_OF_TENSORS and 'next' not in names)
 
 
-@_cached
-def _codes(cls: type) -> tuple[CodeType, ...]:
-    found: dict[CodeType, None] = {}
-    for base in cls.__mro__:
-        if base in (nn.Module, object):
-            break
-        for name, value in vars(base).items():
-            function = value.fget if isinstance(value, property) else getattr(value, '__func__', value)
-            if isinstance(function, FunctionType) and name != '__init__':
-                found.update(dict.fromkeys(code for code, _ in _reachable(function, found)))
-    return tuple(found)
-
-
-def _reachable(function: FunctionType, seen: dict[CodeType, None]) -> Iterator[_Scoped]:
+def _reachable(function: FunctionType) -> Iterator[_Scoped]:
     """The code of a function, of those nested in it, and of those that it calls by name outside of libraries."""
     function = getattr(function, '__wrapped__', function)
     waiting: list[_Scoped] = [(function.__code__, function.__globals__)]
-    visited: set[CodeType] = set(seen)
+    visited: set[CodeType] = set()
     while waiting:
         code, scope = waiting.pop()
         if code in visited:
@@ -171,8 +170,3 @@ def _called(code: CodeType, scope: dict[str, Any]) -> Iterator[Any]:
     for module in known:
         if isinstance(module, ModuleType) and module.__name__.split('.')[0] not in _LIBRARIES:
             yield from (vars(module)[name] for name in code.co_names if name in vars(module))
-
-
-def _is_addition(step: dis.Instruction) -> bool:
-    # BINARY_OP since Python 3.11, BINARY_ADD and INPLACE_ADD before.
-    return step.opname in ('BINARY_ADD', 'INPLACE_ADD') or (step.opname == 'BINARY_OP' and step.argrepr in ('+', '+='))

@@ -15,9 +15,9 @@ from collections.abc import Iterable
 
 from torch import fx, nn
 
+from sem_timm.meta.vocabulary import looks_up, writes_into
 from sem_timm.surgery.aliasing import Memory
 from sem_timm.surgery.graphs import Values, ancestors, called_module
-from sem_timm.surgery.vocabulary import looks_up, writes_into
 
 
 def needed_for(nodes: Iterable[fx.Node], module: nn.Module, values: Values) -> set[fx.Node]:
@@ -38,8 +38,12 @@ def needed_for(nodes: Iterable[fx.Node], module: nn.Module, values: Values) -> s
     # What a graph writes into an argument, a parameter or a buffer is seen by others than the graph.
     outside = [node for node in order if node.op in ('placeholder', 'get_attr')]
     while True:
-        reads = [(order[node], source) for node in found if _reads(node, writes, memory, module) for source in
-                 node.all_input_nodes]
+        reads = [
+            (order[node], source)
+            for node in found
+            if _reads(node, writes, memory, module)
+            for source in node.all_input_nodes
+        ]
         reads += [(len(order), node) for node in wanted]
         missing = [
             node

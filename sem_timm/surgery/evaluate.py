@@ -10,11 +10,12 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from sem_timm.meta.layout_mode import LayoutMode
+from sem_timm.meta.skeleton import Call
 from sem_timm.surgery.aliasing import linked, passed_on, passed_on_in_either_mode
+from sem_timm.surgery.bytecode import may_write
 from sem_timm.surgery.effects import needed_for, writes_in
 from sem_timm.surgery.graphs import Values
-from sem_timm.surgery.layout_mode import LayoutMode
-from sem_timm.surgery.skeleton import Call
 from sem_timm.surgery.trace import Trace
 
 
@@ -24,8 +25,8 @@ class _Recorder(fx.Interpreter):
     def __init__(self, module: nn.Module, graph: fx.Graph, known: Mapping[str, Call]) -> None:
         super().__init__(module, garbage_collect_values=False, graph=graph)
         self.known = known
-        # Where nothing is written in place it does not matter whose memory a tensor is.
-        self.writes = bool(writes_in(graph.nodes, module))
+        # Where nothing is written in place it does not matter whose memory a tensor is. A trace shows x += y as a sum.
+        self.writes = may_write(type(module)) or bool(writes_in(graph.nodes, module))
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         called = operator.attrgetter(str(target))(self.module)
@@ -34,7 +35,7 @@ class _Recorder(fx.Interpreter):
             output = linked(call.output, passed_on(call), args, kwargs)
         else:
             output = called(*args, **kwargs)
-        if not self.writes or not isinstance(called, nn.Module):  # one of the module's own methods
+        if not self.writes:
             return output
         passing = passed_on_in_either_mode(called, Call(args, kwargs, output))
         return linked(output, passing, args, kwargs)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from sem_timm.surgery.layout import layout_of
+from sem_timm.meta.layout import layout_of
 
 Values = dict[fx.Node, Any]
 

@@ -12,10 +12,10 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from sem_timm.errors import TraceError
+from sem_timm.meta.layout import Layout, layout_of, set_layout
+from sem_timm.meta.layout_mode import LayoutMode
 from sem_timm.surgery.blocks import find_blocks
 from sem_timm.surgery.bytecode import iterates_children
-from sem_timm.surgery.layout import Layout, layout_of, set_layout
-from sem_timm.surgery.layout_mode import LayoutMode
 from sem_timm.surgery.placement import (
     Aftermath,
     Placement,

@@ -7,6 +7,7 @@ and the operation. So a copy, an unpickled model and a wrapper around patched bl
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -15,14 +16,12 @@ import torch
 from torch import nn
 
 from sem_timm.errors import ModelError, PlanError, SwapWarning
+from sem_timm.meta.skeleton import dtype_of
+from sem_timm.random_state import preserved_random_state
 from sem_timm.surgery.freeze import check_not_compact, freeze, unfreeze
-from sem_timm.surgery.plan import Plan, Site
+from sem_timm.surgery.plan import AttentionSite, Plan, Site
 from sem_timm.surgery.planning import check_model, structure_of
-from sem_timm.surgery.random_state import preserved_random_state
 from sem_timm.surgery.rewrite import edit_of, note_of, put_back, put_in
-from sem_timm.surgery.skeleton import dtype_of
-from sem_timm.surgery.swap import match_scales
-from sem_timm.surgery.walk import modules_by_name
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,29 @@ class PatchedModule:
     number: int = field(default=0, repr=False)
 
 
-def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+@dataclass(frozen=True)
+class Built:
+    """A new child that is about to be put into a module.
+
+    Attributes:
+        site: Where it goes.
+        module: The module of the model that gets it.
+        new: The new child.
+    """
+
+    site: Site | AttentionSite
+    module: nn.Module
+    new: nn.Module
+
+
+def apply_plan(model: nn.Module, plan: Plan, prepare: Callable[[list[Built]], None] | None = None) -> nn.Module:
     """Applies ``plan`` to ``model`` in place, all of it or nothing.
+
+    Args:
+        model: The model.
+        plan: The plan.
+        prepare: Called with all new children when they are built and the model is not touched yet, such as to give
+            them initial values by what the model computes. If it fails, nothing was done.
 
     Returns:
         The model.
@@ -64,15 +84,14 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     modules = {name: model.get_submodule(name) for name in plan.edits}
     try:
         with preserved_random_state(after_success=False):
-            built = [
-                (modules[site.name], site.attribute, _built(plan, site, modules[site.name], model)) for site in plan
-            ]
-            match_scales(model, plan, built)
+            built = [Built(s, modules[s.name], _built(plan, s, modules[s.name], model)) for s in plan]
+            if prepare is not None:
+                prepare(built)
             if plan.swaps_attention:  # here, where a warning that is made an error changes nothing
                 warnings.warn(_needs_training(plan), SwapWarning, stacklevel=3)
-            for block, attribute, new in built:
-                block.add_module(attribute, new)
-            number = 1 + max((part.number for part in patched(model)), default=-1)
+            for part in built:
+                part.module.add_module(part.site.attribute, part.new)
+            number = 1 + max((earlier.number for earlier in patched(model)), default=-1)
             for name, edit in plan.edits.items():
                 sites = tuple(site for site in plan if site.name == name)
                 put_in(modules[name], edit, (number, plan.input_size, sites))
@@ -91,7 +110,7 @@ def _needs_training(plan: Plan) -> str:
     )
 
 
-def _built(plan: Plan, site: Site, block: nn.Module, model: nn.Module) -> nn.Module:
+def _built(plan: Plan, site: Any, block: nn.Module, model: nn.Module) -> nn.Module:
     """The new module with the device and mode of its block and the type of the tensor it is for."""
     tensors = chain(block.parameters(), block.buffers(), model.parameters(), model.buffers())
     device = next((tensor.device for tensor in tensors if tensor.is_floating_point()), torch.device('cpu'))
@@ -126,7 +145,7 @@ def patched(model: nn.Module) -> tuple[PatchedModule, ...]:
         The modules that were operated on, in the order of ``named_modules``; empty if none was.
     """
     found = []
-    for name, module in modules_by_name(model).items():
+    for name, module in model.named_modules():
         edit = edit_of(module)
         if edit is not None:
             number, input_size, sites = note_of(module) or (0, (), ())

@@ -37,10 +37,15 @@ class Placement:
         swapping: How attention was edited; None for an insertion.
     """
 
-    sites: tuple[Site, ...] | tuple[AttentionSite, ...]
+    sites: tuple[Site | AttentionSite, ...]
     edit: Edit
     reading: Reading | None
     swapping: Swapping | None = None
+
+    @property
+    def graphs_after(self) -> dict[bool, fx.Graph]:
+        """The edited graphs, of a swap."""
+        return {} if self.swapping is None else self.swapping.graphs
 
     @property
     def attention_sites(self) -> tuple[AttentionSite, ...]:

@@ -79,13 +79,6 @@ class Swap(Protocol):
     def build(self, site: AttentionSite, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """Builds the new child for a site."""
 
-    @property
-    def scales_output(self) -> bool:
-        """Whether `scale_output` works; if so, new children start with the output scale of what they replace."""
-
-    def scale_output(self, new: nn.Module, factor: float) -> None:
-        """Multiplies all outputs of a new child by a number, for good."""
-
 
 @dataclass(frozen=True)
 class Site:
@@ -227,7 +220,7 @@ class Plan:
     model_name: str
     input_size: tuple[int, ...]
     dtype: torch.dtype
-    sites: tuple[Site, ...] | tuple[AttentionSite, ...]
+    sites: tuple[Site | AttentionSite, ...]
     refusals: tuple[Refusal, ...]
     edits: dict[str, Edit] = field(repr=False)
     model: weakref.ref[nn.Module] = field(repr=False)

@@ -15,16 +15,15 @@ import torch
 from torch import nn
 
 from sem_timm.errors import ModelError, RefusedError, TraceError
+from sem_timm.meta.skeleton import dtype_of, probe
+from sem_timm.random_state import preserved_random_state
 from sem_timm.surgery.insert import Inserter
 from sem_timm.surgery.placement import Placement, Placer, Refused
 from sem_timm.surgery.plan import Insertion, Plan, Refusal, Swap
-from sem_timm.surgery.random_state import preserved_random_state
 from sem_timm.surgery.reading import Reader
 from sem_timm.surgery.rewrite import DISABLED
 from sem_timm.surgery.select import Target, select
-from sem_timm.surgery.skeleton import dtype_of, probe
 from sem_timm.surgery.swap import NoCore, Swapper, may_attend
-from sem_timm.surgery.walk import modules_by_name
 
 # While torch.fx traces, it catches the calls of all modules of the process; and the random generators, which a forward
 # must not draw from while it is traced, are the process's. So one plan is made at a time.
@@ -136,7 +135,7 @@ def structure_of(model: nn.Module) -> dict[str, Hashable]:
             'forward' in module.__dict__,
             *((key, None if p is None else p.shape) for key, p in module._parameters.items()),
         )
-        for name, module in modules_by_name(model).items()
+        for name, module in model.named_modules()
     }
 
 
@@ -144,7 +143,7 @@ def _excluded(model: nn.Module, exclude: Target | None) -> set[str]:
     """The modules that an exclude selects, and all inside them."""
     chosen = [] if exclude is None else [name for _, names in select(model, exclude, 'exclude') for name in names]
     inside = tuple(name + '.' for name in chosen)
-    return {name for name in modules_by_name(model) if name in chosen or (inside and name.startswith(inside))}
+    return {name for name, _ in model.named_modules() if name in chosen or (inside and name.startswith(inside))}
 
 
 _DIGITS = re.compile(r'\b\d+\b')
@@ -234,7 +233,7 @@ def check_model(model: Any) -> None:
     """Raises ModelError, with the call that unwraps it, for a model that is wrapped, or a part of which is."""
     if not isinstance(model, nn.Module):
         raise ModelError(f'a torch.nn.Module is needed, not {type(model).__name__}.')
-    modules = modules_by_name(model)
+    modules = dict(model.named_modules())
     first_of = {type(module): name for name, module in reversed(modules.items())}
     for cls, name in first_of.items():
         wrapper = next((base.__name__ for base in cls.__mro__ if base.__name__ in _ADVICE), None)

@@ -26,19 +26,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from sem_timm.errors import TraceError
+from sem_timm.meta.layout_mode import LayoutMode
+from sem_timm.meta.skeleton import Call
+from sem_timm.meta.state import outline, plain
+from sem_timm.meta.vocabulary import PASSING_LAYERS
+from sem_timm.random_state import preserved_random_state, random_states
 from sem_timm.surgery.aliasing import tensors_in
 from sem_timm.surgery.bytecode import names_called, surroundings
 from sem_timm.surgery.effects import needed_for
 from sem_timm.surgery.evaluate import Partial, run_part
 from sem_timm.surgery.graphs import Values
-from sem_timm.surgery.layout_mode import LayoutMode
-from sem_timm.surgery.random_state import preserved_random_state, random_states
 from sem_timm.surgery.reading import Reading
 from sem_timm.surgery.rewrite import Edit, patched_class
-from sem_timm.surgery.skeleton import Call
 from sem_timm.surgery.stand_in import StandIns, cloned, shell_of
-from sem_timm.surgery.state import outline, plain
-from sem_timm.surgery.vocabulary import PASSING_LAYERS
 
 if TYPE_CHECKING:
     from sem_timm.surgery.swap.cores import Core

@@ -10,15 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from sem_timm.errors import TraceError
+from sem_timm.meta.skeleton import Call, Probe
 from sem_timm.surgery.bytecode import may_add
 from sem_timm.surgery.evaluate import evaluate
 from sem_timm.surgery.graphs import Values
 from sem_timm.surgery.residual import ResidualAdd, residual_adds
 from sem_timm.surgery.rewrite import edit_of
-from sem_timm.surgery.skeleton import Call, Probe
 from sem_timm.surgery.structure import Structures, call_key
 from sem_timm.surgery.trace import Trace, bind, forward_signature, is_guided, trace
-from sem_timm.surgery.walk import modules_by_name
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Reader:
     def __init__(self, probe: Probe) -> None:
         self.probe = probe
         self.structures = Structures()
-        self.modules: dict[str, nn.Module] = modules_by_name(probe.skeleton)
+        self.modules: dict[str, nn.Module] = dict(probe.skeleton.named_modules())
         self._traces: dict[Hashable, Trace | TraceError] = {}
         self._readings: dict[Hashable, Reading | TraceError] = {}
         self.failures: dict[str, TraceError] = {}
@@ -69,7 +68,7 @@ class Reader:
             self._check_state(name)
         except TraceError as error:
             return error
-        structure, _ = self.structures.describe(self.modules[name])
+        structure = self.structures.describe(self.modules[name])
         key = (structure, call_key(values, shapes=True), _shapes(self.probe.calls[name].output), inline_methods)
         if key not in self._readings:
             try:
@@ -138,30 +137,21 @@ class Reader:
         return _evaluated(found, self.modules[name], self.probe.calls[name], known)
 
     def _trace(self, module: nn.Module, call: Call, values: dict[str, Any], inline_methods: bool) -> Trace:
-        structure, is_local = self.structures.describe(module)
+        structure = self.structures.describe(module)
         shapeless = (structure, call_key(values, shapes=False), inline_methods)
         exact = (structure, call_key(values, shapes=True), inline_methods)
-        found = self._traces.get(shapeless) or self._traces.get(exact) or _TRACES.get(shapeless)
+        found = self._traces.get(shapeless) or self._traces.get(exact)
         if found is None:
             try:
                 found = trace(module, call, inline_methods=inline_methods)
             except TraceError as error:
                 found = error
-            if isinstance(found, TraceError) or is_guided(found):
-                # A value-guided trace holds for the shapes it was made with, and so does a failure of one.
-                self._traces[exact] = found
-            elif is_local or any(not isinstance(value, _FREE) for value in values.values()):
-                self._traces[shapeless] = found
-            else:
-                _TRACES[shapeless] = replace(found, values={})
+            # A value-guided trace holds for the shapes it was made with, and so does a failure of one.
+            holds_anywhere = not isinstance(found, TraceError) and not is_guided(found)
+            self._traces[shapeless if holds_anywhere else exact] = found
         if isinstance(found, TraceError):
             raise found
         return found
-
-
-# Traces that hold for every model of the process: most models share their blocks with others, or are made again.
-_TRACES: dict[Hashable, Trace] = {}
-_FREE = (Tensor, bool, int, float, str, type(None))
 
 
 def _or_raise(reading: Reading | TraceError) -> Reading:

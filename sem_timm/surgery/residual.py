@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sem_timm.meta.layout import Layout, layout_of
+from sem_timm.meta.vocabulary import NORM_LAYERS, Kind, kind_of, operation_name, word_of, writes_into
 from sem_timm.surgery.effects import is_written_after
 from sem_timm.surgery.graphs import Values, ancestors, is_data
-from sem_timm.surgery.layout import Layout, layout_of
-from sem_timm.surgery.vocabulary import NORM_LAYERS, Kind, kind_of, operation_name, word_of, writes_into
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import __future__
 
 import linecache
+import weakref
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import nn
 
@@ -80,9 +81,19 @@ def note_of(module: nn.Module) -> Any:
 DISABLED = '_surgery_disabled'
 
 
-@cache
+# The patched classes that are in use, one for equal edits: modules of one class compile together.
+_CLASSES: WeakValueDictionary[Edit, type] = WeakValueDictionary()
+
+
 def patched_class(edit: Edit) -> Any:
-    """The subclass of ``edit.base`` with the new forward; the same one for equal edits."""
+    """The subclass of ``edit.base`` with the new forward; the same one for equal edits, as long as it is in use."""
+    known = _CLASSES.get(edit)
+    if known is None:
+        known = _CLASSES[edit] = _made(edit)
+    return known
+
+
+def _made(edit: Edit) -> type:
     namespace = {
         **_compiled(edit),
         '_surgery_edit': edit,
@@ -92,7 +103,9 @@ def patched_class(edit: Edit) -> Any:
         **{name: _folding(name) for name in _FOLDS if callable(getattr(edit.base, name, None))},
     }
     metaclass: Any = type(edit.base)
-    return metaclass(f'Patched{edit.base.__name__}', (edit.base,), namespace)
+    made: type = metaclass(f'Patched{edit.base.__name__}', (edit.base,), namespace)
+    weakref.finalize(made, linecache.cache.pop, _filename(edit), None)
+    return made
 
 
 # Under these names timm's modules fold their layers into fewer, and with them the sum that a patch works on.
@@ -111,7 +124,7 @@ def _folding(name: str) -> Callable[..., Any]:
 
 def _compiled(edit: Edit) -> dict[str, Callable[..., Any]]:
     """Executes the source; its functions carry the defaults and annotations of the methods they replace."""
-    filename = f'<sem_timm {edit.base.__qualname__} {zlib.crc32(edit.source.encode()):08x}>'
+    filename = _filename(edit)
     linecache.cache[filename] = (len(edit.source), None, edit.source.splitlines(keepends=True), filename)
     # Nameless: torch.compile (2.9) looks for the bindings in the module that a scope names.
     scope: dict[str, Any] = dict(edit.bindings)
@@ -127,6 +140,11 @@ def _compiled(edit: Edit) -> dict[str, Callable[..., Any]]:
         method.__module__ = edit.base.__module__
         method.__qualname__ = f'Patched{edit.base.__qualname__}.{name}'
     return methods
+
+
+def _filename(edit: Edit) -> str:
+    what = repr((edit.source, edit.inserted, edit.operation))
+    return f'<sem_timm {edit.base.__qualname__} {zlib.crc32(what.encode()):08x}>'
 
 
 def _reduce_ex(self: nn.Module, protocol: int) -> Any:

@@ -16,15 +16,15 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from sem_timm.meta.skeleton import Call
+from sem_timm.meta.state import INFRASTRUCTURE
 from sem_timm.surgery.aliasing import Passing, linked, passed_on, tensors_in
 from sem_timm.surgery.graphs import called_module
 from sem_timm.surgery.reading import Reading
-from sem_timm.surgery.skeleton import Call
-from sem_timm.surgery.state import INFRASTRUCTURE
 
 _GOLDEN = 0.6180339887498949
 

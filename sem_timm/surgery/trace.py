@@ -24,11 +24,11 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from sem_timm.errors import TraceError
+from sem_timm.errors import TraceError, place_of
+from sem_timm.meta.skeleton import Call
+from sem_timm.meta.vocabulary import SWITCHES
 from sem_timm.surgery.bytecode import names_called
-from sem_timm.surgery.skeleton import Call
-from sem_timm.surgery.tracers import LEVELS, LevelTracer, check, is_unpacked, own_methods, place_of
-from sem_timm.surgery.vocabulary import SWITCHES
+from sem_timm.surgery.tracers import LEVELS, LevelTracer, check, is_unpacked, own_methods
 
 _CONSTANTS = (type(None), bool, int, float, str)
 

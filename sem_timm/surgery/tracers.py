@@ -14,11 +14,11 @@ from timm.layers import get_notrace_functions
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from sem_timm.errors import GuardError, TraceError
+from sem_timm.errors import GuardError, TraceError, line_of
+from sem_timm.meta.state import State
+from sem_timm.meta.vocabulary import DEVICE_QUESTIONS
+from sem_timm.random_state import random_states
 from sem_timm.surgery.graphs import ancestors
-from sem_timm.surgery.random_state import random_states
-from sem_timm.surgery.state import State
-from sem_timm.surgery.vocabulary import DEVICE_QUESTIONS
 
 
 def own_methods(cls: type) -> Iterator[str]:
@@ -175,7 +175,7 @@ class _GuidedTracer(LevelTracer):
         if _asks_for_device(proxy.node):
             raise TraceError('the forward depends on the device of a tensor')
         answer = question(value)
-        where = _line_of(traceback.extract_stack())
+        where = line_of(traceback.extract_stack())
         self.create_node('call_function', check, (proxy.node, answer, where), {})
         return answer
 
@@ -238,18 +238,3 @@ def _drop_dead_reads(graph: fx.Graph) -> None:
         reads = node.op == 'get_attr' or (node.op == 'call_function' and node.target in (getattr, operator.getitem))
         if reads and not node.users:
             graph.erase_node(node)
-
-
-def place_of(error: Exception) -> str:
-    """An error of a trace with the line of the module's own code that caused it."""
-    where = _line_of(traceback.extract_tb(error.__traceback__))
-    text = str(error).split('\n', 1)[0]
-    return f'{text} ({where})' if where else text
-
-
-def _line_of(frames: traceback.StackSummary) -> str:
-    for frame in reversed(frames):
-        if '/torch/' not in frame.filename and '/sem_timm/surgery/' not in frame.filename and frame.line:
-            # From the package on: the code is shown to people, and the place of site-packages is nobody's business.
-            return f'{frame.filename.rsplit("site-packages/", 1)[-1]}:{frame.lineno}: {frame.line}'
-    return ''

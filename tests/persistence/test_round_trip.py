@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import sem_timm
 from sem_timm import ModelError, OptionError, PatchFileError
-from sem_timm.surgery.random_state import random_states
+from sem_timm.random_state import random_states
 from tests.families import FAMILIES
 from tests.persistence.patches import CASES, base, edit_json, of_case, outputs, patch, weights_file
 from tests.refusals import refused

@@ -10,8 +10,8 @@ import timm
 import torch
 
 from sem_timm.errors import ModelError
+from sem_timm.random_state import preserved_random_state
 from sem_timm.reports.isolation import isolated
-from sem_timm.surgery.random_state import preserved_random_state
 
 
 def test_random_state_is_put_back_after_an_error() -> None:

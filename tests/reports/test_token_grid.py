@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from sem_timm.meta.layout import Layout, set_layout
 from sem_timm.reports.token_grid import TokenGrid, fits_image, token_grid
-from sem_timm.surgery.layout import Layout, set_layout
 
 
 def tokens(count: int, prefix: int) -> Any:

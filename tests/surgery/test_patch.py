@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import sem_timm
-from sem_timm.surgery.random_state import preserved_random_state, random_states
+from sem_timm.random_state import preserved_random_state, random_states
 from sem_timm.surgery.rewrite import Edit, edit_of, note_of, put_back, put_in
 from tests.families import FAMILIES
 from tests.refusals import refused

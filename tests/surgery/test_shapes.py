@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sem_timm.surgery.layout import Layout, LayoutMode, set_layout
+from sem_timm.meta.layout import Layout, LayoutMode, set_layout
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from sem_timm.meta.layout import layout_of
+from sem_timm.meta.vocabulary import Kind, kind_of
 from sem_timm.surgery.evaluate import run_needed
 from sem_timm.surgery.graphs import Values, called_module
-from sem_timm.surgery.layout import layout_of
-from sem_timm.surgery.vocabulary import Kind, kind_of
 
 Counted = Literal['channel', 'batch']
 

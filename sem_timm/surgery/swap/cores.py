@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from sem_timm.meta.vocabulary import Kind, kind_of, looks_up, operation_name
 from sem_timm.surgery.graphs import Values
 from sem_timm.surgery.swap.nodes import (
     is_matrix_transpose,
@@ -30,7 +31,6 @@ from sem_timm.surgery.swap.nodes import (
     passes,
 )
 from sem_timm.surgery.swap.scale import Scale, Step, scale_of_call, scale_of_steps
-from sem_timm.surgery.vocabulary import Kind, kind_of, looks_up, operation_name
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import fx, nn
 
+from sem_timm.meta.layout_mode import LayoutMode
+from sem_timm.meta.vocabulary import MOVES, Kind, kind_of, word_of
 from sem_timm.surgery.graphs import Values, ancestors, called_module
-from sem_timm.surgery.layout_mode import LayoutMode
 from sem_timm.surgery.plan import Swap
 from sem_timm.surgery.reading import Reading
 from sem_timm.surgery.swap.cores import Core, Extra
@@ -21,7 +22,6 @@ from sem_timm.surgery.swap.prune import prune
 from sem_timm.surgery.swap.rows import Rows
 from sem_timm.surgery.swap.scale import Arithmetic
 from sem_timm.surgery.trace import Guard
-from sem_timm.surgery.vocabulary import MOVES, Kind, kind_of, word_of
 
 
 @dataclass(frozen=True)

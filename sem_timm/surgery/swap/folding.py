@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from sem_timm.meta.layout import layout_of
+from sem_timm.meta.vocabulary import MOVES, kind_of
 from sem_timm.surgery.graphs import Values, called_module
-from sem_timm.surgery.layout import layout_of
 from sem_timm.surgery.swap.projection import projected_rows, rows_of_weights
-from sem_timm.surgery.vocabulary import MOVES, kind_of
 
 
 def attend_projected(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from sem_timm.surgery.layout import layout_of
+from sem_timm.meta.layout import layout_of
 from sem_timm.surgery.reading import Reader
 
 _Size = tuple[int, int]

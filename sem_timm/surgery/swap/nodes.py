@@ -10,9 +10,9 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map_only
 
+from sem_timm.meta.skeleton import filled
+from sem_timm.meta.vocabulary import KEEPS_PLACES, PASSING_LAYERS, Kind, kind_of, order_of
 from sem_timm.surgery.graphs import Values, called_module
-from sem_timm.surgery.skeleton import filled
-from sem_timm.surgery.vocabulary import KEEPS_PLACES, PASSING_LAYERS, Kind, kind_of, order_of
 
 
 def is_product(node: fx.Node) -> bool:

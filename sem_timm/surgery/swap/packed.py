@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from sem_timm.meta.layout import layout_of
+from sem_timm.meta.vocabulary import Kind, kind_of, looks_up, operation_name, order_of, word_of
 from sem_timm.surgery.graphs import Values, called_module
-from sem_timm.surgery.layout import layout_of
 from sem_timm.surgery.swap.axes import run_on_indices, without_repeats
 from sem_timm.surgery.swap.projection import is_plain, projected_rows
 from sem_timm.surgery.swap.prune import prune
 from sem_timm.surgery.swap.rows import Rows, take_rows
-from sem_timm.surgery.vocabulary import Kind, kind_of, looks_up, operation_name, order_of, word_of
 
 
 @dataclass(frozen=True)

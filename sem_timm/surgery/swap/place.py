@@ -13,9 +13,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from sem_timm.errors import TraceError
+from sem_timm.meta.layout import layout_of
+from sem_timm.meta.vocabulary import Kind, names_of
 from sem_timm.surgery.bytecode import names_called
 from sem_timm.surgery.graphs import Values, ancestors
-from sem_timm.surgery.layout import layout_of
 from sem_timm.surgery.placement import (
     Aftermath,
     Placement,
@@ -34,12 +35,11 @@ from sem_timm.surgery.source import graph_source
 from sem_timm.surgery.swap.cores import Core, Extra, find_cores
 from sem_timm.surgery.swap.edit import Swapping, guards_for_unread, swapped, unread_arguments
 from sem_timm.surgery.swap.grids import Grids
-from sem_timm.surgery.swap.rows import Rows
 from sem_timm.surgery.swap.queries import check_sources, heads_of, mask_of
 from sem_timm.surgery.swap.rehearsal import rehearse_swap
+from sem_timm.surgery.swap.rows import Rows
 from sem_timm.surgery.swap.trial import num_parameters_of
 from sem_timm.surgery.swap.whole import CAUSAL, place_whole
-from sem_timm.surgery.vocabulary import Kind, names_of
 
 
 class NoCore(Refused):
@@ -222,7 +222,9 @@ class Swapper:
             found[mode] = dict(zip(attributes, cores))
             values = reading.values[mode]
             masks = [self._mask(core, module, values) for core in cores]
-            graphs[mode], sliced, computed = swapped(trace.graphs[mode], found[mode], masks, self.operation, module, values)
+            graphs[mode], sliced, computed = swapped(
+                trace.graphs[mode], found[mode], masks, self.operation, module, values
+            )
         guards = [*trace.guards, *guards_for_unread(reading, graphs)]
         unread = unread_arguments(trace.values, graphs) & self._tables(type(module))
         guards = [guard for guard in guards if guard.condition.split(' is ')[0] not in unread]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from sem_timm.meta.vocabulary import Kind, kind_of
 from sem_timm.surgery.graphs import Values
-from sem_timm.surgery.vocabulary import Kind, kind_of
 
 
 @dataclass(frozen=True)

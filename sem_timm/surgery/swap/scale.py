@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sem_timm.meta.vocabulary import Kind, kind_of, looks_up, operation_name, writes_into
 from sem_timm.surgery.graphs import Values
 from sem_timm.surgery.swap.nodes import is_matrix_transpose
-from sem_timm.surgery.vocabulary import Kind, kind_of, looks_up, operation_name, writes_into
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sem_timm.surgery.layout import Layout, set_layout
-from sem_timm.surgery.layout_mode import LayoutMode
+from sem_timm.meta.layout import Layout, set_layout
+from sem_timm.meta.layout_mode import LayoutMode
 from sem_timm.surgery.placement import Refused
 from sem_timm.surgery.plan import AttentionSite
 

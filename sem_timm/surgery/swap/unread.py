@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sem_timm.meta.layout import layout_of
+from sem_timm.meta.vocabulary import looks_up, word_of
 from sem_timm.surgery.aliasing import tensors_in
 from sem_timm.surgery.bytecode import names_called_by
-from sem_timm.surgery.layout import layout_of
 from sem_timm.surgery.placement import Placement
 from sem_timm.surgery.reading import Reader, bound_arguments
 from sem_timm.surgery.swap.edit import unread_arguments
-from sem_timm.surgery.vocabulary import looks_up, word_of
 
 
 def unread_parameters(reader: Reader, placements: dict[str, Placement]) -> tuple[str, ...]:
@@ -27,7 +27,7 @@ def unread_parameters(reader: Reader, placements: dict[str, Placement]) -> tuple
     found: dict[str, None] = {}
     for name, placement in placements.items():
         module = reader.modules[name]
-        before, after = _graphs_before(placement), placement.swapping.graphs
+        before, after = _graphs_before(placement), placement.graphs_after
         names = [parameter for parameter, _ in module.named_parameters(remove_duplicate=False)]
         read = _read(module, names, after.values())
         dead = [parameter for parameter in names if parameter not in read]
@@ -52,7 +52,7 @@ def may_lose_others(reader: Reader, placements: dict[str, Placement]) -> bool:
     tables = {id(buffer) for buffer in reader.probe.skeleton.buffers()}  # handed on as they are, as masks of windows
     for name, placement in placements.items():
         values = bound_arguments(reader.modules[name], reader.probe.calls[name])
-        for argument in unread_arguments(values, placement.swapping.graphs):
+        for argument in unread_arguments(values, placement.graphs_after):
             tensors = [leaf for leaf in tensors_in(values[argument]) if id(leaf) not in tables]
             if any(t.is_floating_point() and layout_of(t) is None for t in tensors):
                 return True

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sem_timm.surgery.layout import layout_of
+from sem_timm.meta.layout import layout_of
+from sem_timm.meta.skeleton import Call
 from sem_timm.surgery.placement import Placement, Refused, compiled, free_names
 from sem_timm.surgery.plan import AttentionSite, Swap
 from sem_timm.surgery.reading import Reader, Reading, bound_arguments
 from sem_timm.surgery.rewrite import Edit
-from sem_timm.surgery.skeleton import Call
 from sem_timm.surgery.source import graph_source
 from sem_timm.surgery.swap.edit import Swapping, calling, guards_for_unread
 from sem_timm.surgery.swap.trial import num_parameters_of

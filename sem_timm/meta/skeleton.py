@@ -10,18 +10,16 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from types import BuiltinFunctionType, FunctionType, MappingProxyType, MethodType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
-from sem_timm.errors import ModelError, OptionError
-from sem_timm.surgery.layout import Layout, set_layout
-from sem_timm.surgery.layout_mode import LayoutMode
-from sem_timm.surgery.state import State
-from sem_timm.surgery.tracers import place_of
-from sem_timm.surgery.walk import modules_by_name
+from sem_timm.errors import ModelError, OptionError, place_of
+from sem_timm.meta.layout import Layout, set_layout
+from sem_timm.meta.layout_mode import LayoutMode
+from sem_timm.meta.state import State
 
 _SHARED: tuple[type, ...] = (
     bool,
@@ -64,7 +62,7 @@ class Probe:
 
 def weightless(model: nn.Module) -> nn.Module:
     """Copies the structure of ``model`` to the meta device, in eval mode and without hooks; reads no weights."""
-    return _Copier(_on_meta, _WITHOUT_HOOKS).copy(model)
+    return _Copier(_on_meta).copy(model)
 
 
 def shadow(model: nn.Module) -> nn.Module:
@@ -100,35 +98,19 @@ def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
 _FRESH = dict(nn.Module().__dict__)
 
 
-# For weightless copies: a dozen empty dictionaries in each module would keep Python's garbage collector busy for longer
-# than all the rest of a copy takes. Nobody asks such a copy for hooks; one that is registered all the same fails.
-_WITHOUT_HOOKS: dict[str, Any] = {
-    name: MappingProxyType({}) for name, value in _FRESH.items() if '_hooks' in name and value == {}
-}
-
-
-def _fresh_but(shared: dict[str, Any]) -> dict[str, Any]:
-    """The attributes of a new module, with some of them from elsewhere."""
-    own = {
-        name: type(value)() for name, value in _FRESH.items() if isinstance(value, (dict, set)) and name not in shared
-    }
-    return {**_FRESH, **shared, **own}
-
-
 class _Copier:
     """Copies modules with other tensors; what the original shares, the copy shares."""
 
-    def __init__(self, convert: Callable[[torch.Tensor], torch.Tensor], hooks: dict[str, Any] | None = None) -> None:
+    def __init__(self, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.convert = convert
-        self.hooks = hooks  # what all copies share of them; by default each has its own
         self.twins: dict[int, Any] = {}
 
     def copy(self, model: nn.Module) -> nn.Module:
-        modules = list(modules_by_name(model).values())
+        modules = list(model.modules())
         for module in modules:
             twin = object.__new__(type(module))
             # A fresh module's own attributes: empty hook dictionaries, and nothing shared with the live module.
-            twin.__dict__.update(nn.Module().__dict__ if self.hooks is None else _fresh_but(self.hooks))
+            twin.__dict__.update(nn.Module().__dict__)
             self.twins[id(module)] = twin
         for module in modules:
             self._fill(self.twins[id(module)], module)
@@ -163,7 +145,7 @@ class _Copier:
         if isinstance(value, torch.Tensor):
             return self._tensor(value)
         if isinstance(value, nn.Module):  # one that is hidden in a list
-            return self.twins[id(value)] if id(value) in self.twins else _Copier(self.convert, self.hooks).copy(value)
+            return self.twins[id(value)] if id(value) in self.twins else _Copier(self.convert).copy(value)
         if type(value) in (list, tuple, set):
             return type(value)(self._value(entry) for entry in value)
         if type(value) is dict:
@@ -215,7 +197,7 @@ def probe(model: nn.Module, input_size: tuple[int, ...] | None = None, batch_siz
 def _run(skeleton: nn.Module, size: tuple[int, ...], batch_size: int) -> Probe:
     found = Probe(skeleton, size)
     image = set_layout(torch.empty(batch_size, *size, dtype=dtype_of(skeleton), device='meta'), Layout(channel=1))
-    modules = modules_by_name(skeleton)
+    modules = dict(skeleton.named_modules())
     states = {name: State(module) for name, module in modules.items()}
     for name, module in modules.items():
         # Where torch looks for a compiled call before it looks for hooks, which would cost more than the forwards.

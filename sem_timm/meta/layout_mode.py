@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sem_timm.surgery.layout import layout_of, set_layout
-from sem_timm.surgery.layout_rules import Step, inherited
-from sem_timm.surgery.shapes import in_place
-from sem_timm.surgery.vocabulary import Kind, word_named, writes_by_name
+from sem_timm.meta.layout import layout_of, set_layout
+from sem_timm.meta.layout_rules import Step, inherited
+from sem_timm.meta.shapes import in_place
+from sem_timm.meta.vocabulary import Kind, word_named, writes_by_name
 
 
 class LayoutMode(TorchFunctionMode):
@@ -27,7 +27,7 @@ class LayoutMode(TorchFunctionMode):
                 return func(*args, **kwargs)
         word = word_named(name)
         tensors = list(_tensors((*args, *kwargs.values())))
-        out = NotImplemented
+        out: Any = NotImplemented
         if word is not None and word.shape is not None and tensors and tensors[0].is_meta:
             out = in_place(*args, **kwargs) if writes_by_name(name) else word.shape(*args, **kwargs)
         if out is NotImplemented:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sem_timm.surgery.layout import Layout, layout_of
+from sem_timm.meta.layout import Layout, layout_of
 
 
 @dataclass(frozen=True)

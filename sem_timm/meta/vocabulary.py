@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from sem_timm.surgery import layout_rules as rules
-from sem_timm.surgery import shapes
+from sem_timm.meta import layout_rules as rules
+from sem_timm.meta import shapes
 
 
 class Kind(Enum):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from sem_timm.errors import ModelError, OptionError
-from sem_timm.surgery.skeleton import probe
+from sem_timm.meta import probe
 
 
 @contextmanager

@@ -4,44 +4,43 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sem_timm.errors import SwapWarning
-from sem_timm.surgery.evaluate import first_tensor
-from sem_timm.surgery.plan import Plan, Swap
-from sem_timm.surgery.reading import bound_arguments
-from sem_timm.surgery.rewrite import Edit, patched_class
-from sem_timm.surgery.skeleton import Call, dtype_of, shadow
-from sem_timm.surgery.swap.original import Original
+from sem_timm.meta import Call, dtype_of, shadow
+from sem_timm.operations.attention import AttentionConfig
+from sem_timm.surgery import Built, Edit, Original, Plan, bound_arguments, first_tensor, patched_class
 
 # Biases and nonlinear layers behind a core make its scale and that of the module's output differ, so the latter is
 # corrected step by step, until the standard deviations agree to this part.
 CORRECTIONS, TOLERANCE = 8, 0.1
 
 
-def match_scales(model: nn.Module, plan: Plan, built: Iterable[tuple[nn.Module, str, nn.Module]]) -> None:
+def match_scales(model: nn.Module, plan: Plan, built: list[Built]) -> None:
     """Gives each new core the output scale of the old core it replaces, where there are weights to tell.
 
     The model, not patched yet, runs once on two random images. Tokens inside a network have much in common, which an
     attention keeps when it averages over them; independent random tokens would tell another scale. The run is one of a
     copy around the same weights, so that it leaves the model alone, and the state of the random generators too.
+
+    Args:
+        model: The model.
+        plan: The plan that is about to be applied to it.
+        built: The new children.
     """
-    weights = next(iter(model.parameters()), None)
-    if not plan.originals or not plan.operation.scales_output or weights is None:
+    operation, weights = plan.operation, next(iter(model.parameters()), None)
+    if not isinstance(operation, AttentionConfig) or not operation.scales_output or weights is None:
         return
     if any(parameter.is_meta for parameter in model.parameters()):
         return
-    new_of = {(id(module), attribute): new for module, attribute, new in built}
-    modes = [(child, child.training) for child in new_of.values()]
+    modes = [(part.new, part.new.training) for part in built]
     twin = shadow(model)
     for name, original in plan.originals.items():
-        edit = plan.edits[name]
-        new = {attribute: new_of[id(model.get_submodule(name)), attribute] for attribute in edit.inserted}
-        hook = _Matching(original, edit, new, plan.operation)
+        new = {part.site.attribute: part.new for part in built if part.site.name == name}
+        hook = _Matching(original, plan.edits[name], new, operation)
         twin.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, *plan.input_size, generator=generator, device='cpu').to(weights.device, dtype_of(model))
@@ -53,7 +52,7 @@ def match_scales(model: nn.Module, plan: Plan, built: Iterable[tuple[nn.Module, 
     except RuntimeError as error:  # such as a kernel that is missing for the type on this device
         message = f'{plan.model_name} does not run on random images of {plan.input_size}, so that its new attention '
         message += f'could not be given the scale of the old one. {error}'
-        warnings.warn(message, SwapWarning, stacklevel=4)
+        warnings.warn(message, SwapWarning, stacklevel=5)
     finally:
         for child, training in modes:
             child.train(training)
@@ -62,7 +61,7 @@ def match_scales(model: nn.Module, plan: Plan, built: Iterable[tuple[nn.Module, 
 class _Matching:
     """A hook before an old attention module that scales the new cores, by the arguments of its first call."""
 
-    def __init__(self, original: Original, edit: Edit, new: dict[str, nn.Module], operation: Swap) -> None:
+    def __init__(self, original: Original, edit: Edit, new: dict[str, nn.Module], operation: AttentionConfig) -> None:
         self.original, self.edit, self.new, self.operation = original, edit, new, operation
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sem_timm.surgery.layout import layout_of
+from sem_timm.meta.layout import layout_of
 
 # Attributes that every module has, of torch's own.
 INFRASTRUCTURE = frozenset(nn.Module().__dict__)
