@@ -140,7 +140,7 @@ WORDS: dict[str, Word] = dict(
         *_words(Kind.PERMUTATION, 'mT mH T H t', memory=SHARED, order=_last_two),
         *_words(Kind.DIVISION, 'chunk split split_with_sizes tensor_split', memory=SHARED, layout=rules.split),
         *_words(Kind.DIVISION, 'unbind', memory=SHARED, layout=rules.unbound),
-        *_words(Kind.INDEX, 'getitem', memory=EITHER, layout=rules.indexed),
+        *_words(Kind.INDEX, 'getitem', memory=SHARED, layout=rules.indexed),  # by tensors it makes a new one
         *_words(Kind.INDEX, 'select', memory=SHARED, layout=rules.unbound),
         *_words(Kind.INDEX, 'narrow', memory=SHARED),
         *_words(Kind.INDEX, 'diagonal', memory=SHARED),

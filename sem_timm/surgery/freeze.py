@@ -14,11 +14,23 @@ from sem_timm.surgery.rewrite import edit_of
 # they required gradients before.
 _UNREAD = '_surgery_unread'
 _COMPACT = '_surgery_compact'
+# Those of them that are computed with all the same, though nobody reads the result.
+_COMPUTED = '_surgery_computed'
 
 
-def freeze(model: nn.Module, names: Iterable[str]) -> None:
-    """Stops parameters from requiring gradients, and remembers which of them did."""
+def freeze(model: nn.Module, names: Iterable[str], computed: Iterable[str] = ()) -> None:
+    """Stops parameters from requiring gradients, and remembers which of them did.
+
+    Args:
+        model: The model.
+        names: Names of the parameters.
+        computed: Names of modules and parameters that forwards still compute with.
+    """
+    inside = tuple(f'{name}.' for name in computed)
     for name in names:
+        if f'{name}.'.startswith(inside):
+            owner, key = _owner(model, name)
+            owner.__dict__[_COMPUTED] = owner.__dict__.get(_COMPUTED, frozenset()) | {key}
         owner, key = _owner(model, name)
         parameter, unread = owner._parameters[key], owner.__dict__.get(_UNREAD, {})
         if parameter is not None and key not in unread:
@@ -30,6 +42,7 @@ def freeze(model: nn.Module, names: Iterable[str]) -> None:
 def unfreeze(model: nn.Module) -> None:
     """Lets all parameters that were frozen require gradients again, if they did before."""
     for module in model.modules():
+        module.__dict__.pop(_COMPUTED, None)
         for key, required in module.__dict__.pop(_UNREAD, {}).items():
             parameter = module._parameters[key]
             if parameter is not None and required:
@@ -61,8 +74,9 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 def compact_model(model: nn.Module) -> nn.Module:
     """Drops the parameters that a swap of attention has made useless, for deployment; there is no undo after it.
 
-    Works in place. Keys of the dropped parameters leave the state_dict. Packed projections keep all their rows. In
-    models with windows, methods that make tables of positions anew, such as ``set_input_size``, need what was dropped.
+    Works in place. Keys of the dropped parameters leave the state_dict. What is still computed, as the plan tells,
+    keeps its parameters, and packed projections keep all their rows. In models with windows, methods that make tables
+    of positions anew, such as ``set_input_size``, need what was dropped.
 
     Args:
         model: A model whose attention was swapped.
@@ -78,9 +92,12 @@ def compact_model(model: nn.Module) -> nn.Module:
     if not swapped:
         raise ModelError(f'no attention of this {type(model).__name__} was swapped; there is nothing to drop.')
     for module in (inner for outer in swapped for inner in outer.modules()):
-        for key in module.__dict__.pop(_UNREAD, ()):
+        unread, computed = module.__dict__.pop(_UNREAD, {}), module.__dict__.get(_COMPUTED, frozenset())
+        for key in unread.keys() - computed:
             module._parameters[key] = None
             module.__dict__[_COMPACT] = True
+        if computed:
+            module.__dict__[_UNREAD] = {key: required for key, required in unread.items() if key in computed}
     return model
 
 

@@ -99,7 +99,7 @@ def apply_plan(model: nn.Module, plan: Plan, prepare: Callable[[list[Built]], No
         for name, edit in plan.edits.items():
             put_back(modules[name], edit)
         raise
-    freeze(model, plan.unread)
+    freeze(model, plan.unread, plan.computed)
     return model
 
 

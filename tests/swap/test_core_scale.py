@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 import sem_timm
 from sem_timm import AttentionCore, RefusedError
+from sem_timm.surgery import proof
+from sem_timm.surgery.stand_in import StandIns
 from tests.families import Family
 from tests.refusals import refused
 from tests.swap.classes import CLASSES
@@ -237,10 +239,12 @@ def test_what_training_adds_is_kept_and_checked(monkeypatch: pytest.MonkeyPatch)
     plan = sem_timm.plan_model(model, PlainAttention, input_size=SIZE)
     assert 'if self.training' in plan.code('attention')
     checked: list[bool] = []
-    from sem_timm.surgery.swap import verify
 
-    verify_mode = verify._verify_mode
-    monkeypatch.setattr(verify, '_verify_mode', lambda *args: (checked.append(args[-1]), verify_mode(*args))[1])
+    def noted(reading: Any, module: Any, training: bool, **options: Any) -> StandIns:
+        checked.append(training)
+        return StandIns(reading, module, training, **options)
+
+    monkeypatch.setattr(proof, 'StandIns', noted)
     sem_timm.plan_model(Model(_OtherClass()), PlainAttention, input_size=SIZE)
     assert checked == [False, True]
 

@@ -109,14 +109,18 @@ def test_keys_values_and_positions_are_not_computed(name: str) -> None:
 
 
 @pytest.mark.parametrize('name', SHARED_TABLES)
-def test_a_table_for_all_blocks_is_not_computed_when_no_block_reads_it(name: str) -> None:
+def test_a_table_for_all_blocks_that_no_block_reads_is_frozen_and_told(name: str) -> None:
     family = SHARED_TABLES[name]
     model, images = family.create(), family.images()
     before = outputs(model, images)
     plan = sem_timm.plan_model(model, 'external', input_size=family.input_size)
     swap(model, plan)
     for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert plan.unread and not names_read(each, family) & set(plan.unread)
+        still = names_read(each, family) & set(plan.unread)
+        assert bool(still) == bool(plan.computed)
+        assert not any(each.get_parameter(name).requires_grad for name in plan.unread)
+        assert all(key.startswith(tuple(f'{module}.' for module in plan.computed)) for key in still)
+    assert ('Still computed, in whole or in part for nobody' in repr(plan)) == bool(plan.computed)
     assert_equal(outputs(sem_timm.unpatch_model(model), images), before)
 
 

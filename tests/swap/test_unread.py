@@ -230,15 +230,17 @@ class AsksKeys(Plain):
         lambda k: (k.size()[-1] * k.shape[1]) ** -0.5,
     ],
 )
-def test_keys_that_only_lend_their_width_are_not_computed(ask: Callable[[Tensor], float]) -> None:
-    model = swap(Model(AsksKeys(ask)), 'external', input_size=(3, 32, 32))
-    called: list[nn.Module] = []
-    model.attention.k.register_forward_hook(lambda module, *_: called.append(module))
+def test_keys_that_only_lend_their_width_are_told_and_not_trained(ask: Callable[[Tensor], float]) -> None:
+    model = Model(AsksKeys(ask))
+    plan = sem_timm.plan_model(model, 'external', input_size=(3, 32, 32))
+    assert plan.computed == ('attention.k',) and 'Still computed' in repr(plan)
+    assert {'attention.k.weight', 'attention.k.bias'} <= set(plan.unread)
+    swap(model, plan)
     queries: list[Tensor] = []
     model.attention.core.register_forward_pre_hook(lambda _, given: queries.append(given[0]))
     images = torch.randn(2, 3, 48, 48)
     backward(model, images)
-    assert not called and without_gradient(model) == set()
+    assert without_gradient(model) == set()
     attention = model.attention
     q, k = (attention.heads(layer(model.patches(images).flatten(2).mT)) for layer in (attention.q, attention.k))
     torch.testing.assert_close(queries[0], q * ask(k))
@@ -261,9 +263,13 @@ class AsksMoreKeys(AsksKeys):
 
 def test_learned_keys_that_only_lend_their_width_are_unread() -> None:
     model = swap(Model(AsksMoreKeys()), 'external', input_size=(3, 32, 32))
+    images = torch.randn(2, 3, 32, 32)
     assert not model.attention.extra.requires_grad
-    backward(model, torch.randn(2, 3, 32, 32))
+    backward(model, images)
     assert without_gradient(model) == set()
+    expected = outputs(model, images)
+    sem_timm.compact_model(model)  # keeps what is still computed
+    torch.testing.assert_close(outputs(model, images), expected)
 
 
 def test_how_many_keys_there_are_is_asked_each_time() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from sem_timm.surgery.bytecode import names_called_by
 from sem_timm.surgery.placement import Placement
 from sem_timm.surgery.reading import Reader, bound_arguments
 from sem_timm.surgery.swap.edit import unread_arguments
+from sem_timm.surgery.tracers import check
 
 
 def unread_parameters(reader: Reader, placements: dict[str, Placement]) -> tuple[str, ...]:
@@ -82,10 +84,11 @@ def reached_parameters(model: nn.Module, inputs: Tensor) -> set[str]:
 
 
 def computed_in_vain(module: nn.Module, graphs: Iterable[fx.Graph]) -> set[str]:
-    """Names of the children that graphs call and of whose result they read nothing but a shape or a type."""
+    """Names of the children and parameters that graphs compute with to read nothing of it but a shape or a type."""
     graphs = list(graphs)
-    called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == 'call_module'}
-    return {target for target in called - _reached(graphs) if '.' in target or target in module._modules}
+    used = {str(node.target) for graph in graphs for node in graph.nodes if node.op in ('call_module', 'get_attr')}
+    names = {name for name, _ in chain(module.named_modules(), module.named_parameters())}
+    return (used - _reached(graphs)) & names
 
 
 def _graphs_before(placement: Placement) -> dict[bool, fx.Graph] | None:
@@ -98,7 +101,8 @@ def _reached(graphs: Iterable[fx.Graph]) -> set[str]:
     Of ``q = self.q(x) * self.k(x).shape[-1] ** -0.5`` these are 'q' alone.
     """
     found: set[fx.Node] = set()
-    waiting = [node for graph in graphs for node in graph.nodes if not node.users]
+    # A check asks for a length or a number, never for what is in a tensor.
+    waiting = [node for graph in graphs for node in graph.nodes if not node.users and node.target is not check]
     while waiting:
         node = waiting.pop()
         if node in found:
