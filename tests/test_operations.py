@@ -66,7 +66,7 @@ def test_every_operation_on_a_whole_network_learns(name: Any) -> None:
     model = FAMILIES['resnet'].create()
     sem_timm.patch_model(model, name, input_size=(3, 256, 256))
     model(FAMILIES['resnet'].images(2, 256)).square().mean().backward()
-    for record in sem_timm.patched(model):
+    for record in sem_timm.patched_modules(model):
         new = list(model.get_submodule(f'{record.name}.{record.inserted[0]}').parameters())
         assert not new or any(p.grad is not None and p.grad.any() for p in new)
 
@@ -101,11 +101,11 @@ def test_a_module_of_ones_own() -> None:
         family = FAMILIES[name]
         model = sem_timm.patch_model(family.create(), Own, input_size=family.input_size)
         own = [module for module in model.modules() if isinstance(module, Own)]
-        assert len(own) == len(sem_timm.patched(model))
+        assert len(own) == len(sem_timm.patched_modules(model))
         with torch.no_grad():
             model(family.images())
         assert own[0].shapes == shapes
-        assert all('inserted' in record.inserted for record in sem_timm.patched(model))
+        assert all('inserted' in record.inserted for record in sem_timm.patched_modules(model))
 
 
 def test_a_function_that_makes_modules_and_a_name() -> None:
@@ -124,7 +124,7 @@ def test_new_modules_have_device_dtype_and_mode_of_their_block() -> None:
         plan = sem_timm.plan_model(model, operation)
         model.layer1.train()
         sem_timm.patch_model(model, plan)
-        for record in sem_timm.patched(model):
+        for record in sem_timm.patched_modules(model):
             block = model.get_submodule(record.name)
             new = block.get_submodule(record.inserted[0])
             assert {p.dtype for p in new.parameters()} == {torch.bfloat16}
@@ -151,7 +151,7 @@ def test_a_name_that_is_taken_is_not_reused() -> None:
 def test_names_that_python_keeps_for_itself() -> None:
     model = FAMILIES['resnet'].create()
     sem_timm.patch_model(model, 'lambda', target='layer1.0')
-    assert len(sem_timm.patched(model)) == 1
+    assert len(sem_timm.patched_modules(model)) == 1
     with pytest.raises(OptionError, match=r"name='class' is no identifier"):
         InsertConfig(Own, name='class')
 
@@ -190,7 +190,7 @@ def test_an_operator_of_ones_own() -> None:
         sem_timm.patch_model(model, operators=('se', Halving))
         assert torch.equal(expected, model(images))
     assert 'layer1.0.sem.operators.Halving.weight' in model.state_dict()
-    assert json.dumps(sem_timm.patched(model)[0].operation.to_dict()).count('Halving') == 1
+    assert json.dumps(sem_timm.patched_modules(model)[0].operation.to_dict()).count('Halving') == 1
 
 
 class OwnCore(sem_timm.AttentionCore):
@@ -221,7 +221,7 @@ def test_positions() -> None:
         expected = model(images)
         for position in ('auto', 'residual', 'output'):
             sem_timm.patch_model(model, position=position)
-            assert {record.position for record in sem_timm.patched(model)} == {
+            assert {record.position for record in sem_timm.patched_modules(model)} == {
                 'output' if position == 'output' else 'residual'
             }
             assert torch.equal(expected, model(images))

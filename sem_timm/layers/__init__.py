@@ -7,7 +7,7 @@ from sem_timm.layers.attention_cores import (
     attention_core_names,
     attention_kinds,
 )
-from sem_timm.layers.causal import CausalAttention, invariance_penalty
+from sem_timm.layers.caam import CaaMAttention, invariance_penalty
 from sem_timm.layers.cross_sample import CrossSampleAttention
 from sem_timm.layers.efficient import EfficientAttention, LinearAttention
 from sem_timm.layers.excitation import (
@@ -33,7 +33,7 @@ __all__ = [
     'SEM',
     'WHOLE_ATTENTION',
     'AttentionCore',
-    'CausalAttention',
+    'CaaMAttention',
     'ChannelGate',
     'ChannelsFirst',
     'CircularEfficientChannel',

@@ -22,7 +22,7 @@ from sem_timm.registry.features import build_features
 from sem_timm.registry.kinds import Kind
 from sem_timm.registry.options import Options, has_tensors, pop_options
 from sem_timm.registry.weights import load_inserted, own_weights, restore_source, split, without_variant
-from sem_timm.surgery import patched
+from sem_timm.surgery import patched_modules
 
 _SOURCES = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'custom_load')
 
@@ -99,7 +99,7 @@ def _patch(model: nn.Module, kind: Kind, options: Options) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', SwapWarning)  # said once the model is there, if it has weights to lose
         patch_model(model, kind.operation, **options)
-    for part in patched(model):
+    for part in patched_modules(model):
         # These modules look at their arguments before they go on, which feature_cls='fx' cannot follow.
         register_notrace_module(type(model.get_submodule(part.name)))
 

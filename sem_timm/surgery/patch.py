@@ -72,7 +72,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
                 warnings.warn(_needs_training(plan), SwapWarning, stacklevel=3)
             for block, attribute, new in built:
                 block.add_module(attribute, new)
-            number = 1 + max((part.number for part in patched(model)), default=-1)
+            number = 1 + max((part.number for part in patched_modules(model)), default=-1)
             for name, edit in plan.edits.items():
                 sites = tuple(site for site in plan if site.name == name)
                 put_in(modules[name], edit, (number, plan.input_size, sites))
@@ -116,7 +116,7 @@ def _check_fit(model: nn.Module, plan: Plan) -> None:
         raise PlanError(f'the model has changed since the plan was made, at {", ".join(changed[:3])}. {again}')
 
 
-def patched(model: nn.Module) -> tuple[PatchedModule, ...]:
+def patched_modules(model: nn.Module) -> tuple[PatchedModule, ...]:
     """Tells what was done to a model, and where.
 
     Args:
@@ -147,7 +147,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        ModelError: If nothing in the model is patched, something wraps it, or it was made compact.
+        ModelError: If nothing in the model is patched, something wraps it, or its unread parameters were dropped.
     """
     check_model(model)
     if not any(edit_of(module, inherited=True) for module in model.modules()):

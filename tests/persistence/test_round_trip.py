@@ -36,7 +36,7 @@ def test_patch_comes_back(tmp_path: Path, case: str) -> None:
     assert torch.equal(rng, torch.get_rng_state())
     assert torch.equal(outputs(other, name), outputs(model, name))
     assert list(other.state_dict()) == list(model.state_dict())
-    here, there = sem_timm.patched(other), sem_timm.patched(model)
+    here, there = sem_timm.patched_modules(other), sem_timm.patched_modules(model)
     assert [(p.name, p.inserted, p.position) for p in here] == [(p.name, p.inserted, p.position) for p in there]
     frozen = [[n for n, p in m.named_parameters() if not p.requires_grad] for m in (other, model)]
     assert frozen[0] == frozen[1]
@@ -266,9 +266,13 @@ def test_wrong_input_size_is_the_callers_error(tmp_path: Path, size: Any) -> Non
 
 
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
-    plain, meta, compact = base(), of_case('sem').to('meta'), of_case('external_in_windows')
-    sem_timm.compact_model(compact)
-    for model, parts in ((plain, ('ResNet is not patched',)), (meta, ('meta device',)), (compact, ('compact_model',))):
+    plain, meta, dropped = base(), of_case('sem').to('meta'), of_case('external_in_windows')
+    sem_timm.drop_unread_parameters(dropped)
+    for model, parts in (
+        (plain, ('ResNet is not patched',)),
+        (meta, ('meta device',)),
+        (dropped, ('drop_unread_parameters',)),
+    ):
         with refused(model, ModelError, *parts):
             sem_timm.save_patch(model, tmp_path)
     model = of_case('sem')

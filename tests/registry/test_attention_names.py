@@ -79,7 +79,7 @@ def test_newer_architectures_have_variants_if_a_plan_finds_attention(newer_archi
     for base in newer_architectures:
         assert is_model(f'{base}_sem') and is_model(f'{base}_ea') and is_model(f'{base}_eamlp')
     for suffix in ('ea', 'eamlp'):
-        assert sem_timm.patched(timm.create_model(f'newer_vit_{suffix}', device='meta'))
+        assert sem_timm.patched_modules(timm.create_model(f'newer_vit_{suffix}', device='meta'))
         with pytest.raises(RefusedError, match='nothing in ResNet can take'):
             timm.create_model(f'newer_resnet_{suffix}', device='meta')
 
@@ -94,7 +94,7 @@ def test_other_attentions_are_registered_on_request(kind: str, registrations: No
     model = timm.create_model(f'test_vit_{kind}', device='meta', **option)
     cores = {name: core for name, core in model.named_modules() if isinstance(core, AttentionCore)}
     assert {name.rpartition('.')[0] for name in cores} == {'blocks.0.attn', 'blocks.1.attn'}
-    assert {part.operation for part in sem_timm.patched(model)} == {sem_timm.AttentionConfig(kind)}
+    assert {part.operation for part in sem_timm.patched_modules(model)} == {sem_timm.AttentionConfig(kind)}
 
 
 def test_several_kinds_are_registered_at_once_and_registered_ones_are_left(registrations: None) -> None:

@@ -60,7 +60,7 @@ def test_variant_is_its_base_patched(suffix: str) -> None:
         sem_timm.patch_model(base, kind)
     assert type(model) is type(base) and list(model.state_dict()) == list(base.state_dict())
     assert len(cores(model)) == 6 and {type(core) for core in cores(model).values()} == {layer}
-    assert {part.operation for part in sem_timm.patched(model)} == {sem_timm.AttentionConfig(kind)}
+    assert {part.operation for part in sem_timm.patched_modules(model)} == {sem_timm.AttentionConfig(kind)}
     assert_equal(outputs(model, image(160)), outputs(base, image(160)))
     assert_equal(outputs(sem_timm.unpatch_model(model), image(160)), unpatched)
 
@@ -145,9 +145,9 @@ def test_options_reach_the_attention() -> None:
     )
     assert cores(model).keys() == {'blocks.0.attn.core', 'blocks.1.attn.core'}
     config = sem_timm.AttentionConfig('external', memory=8, norm='softmax', num_heads=1)
-    assert {part.operation for part in sem_timm.patched(model)} == {config}
+    assert {part.operation for part in sem_timm.patched_modules(model)} == {config}
     layer = timm.create_model('test_vit_eamlp', eamlp_num_heads=4, eamlp_memory=16, eamlp_target='blocks.0.attn')
-    assert {part.operation for part in sem_timm.patched(layer)} == {
+    assert {part.operation for part in sem_timm.patched_modules(layer)} == {
         sem_timm.AttentionConfig('eamlp', num_heads=4, memory=16)
     }
 

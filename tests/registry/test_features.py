@@ -14,7 +14,7 @@ from torch import nn
 
 from sem_timm import (
     AttentionCore,
-    CausalAttention,
+    CaaMAttention,
     ExternalAttention,
     ExternalAttention2d,
     HaloAttention,
@@ -114,7 +114,7 @@ class OwnCore(ExternalAttention):
     """A core that was not there when leaves were named."""
 
 
-@pytest.mark.parametrize('kind', [ExternalAttention, HaloAttention, CausalAttention, OwnCore])
+@pytest.mark.parametrize('kind', [ExternalAttention, HaloAttention, CaaMAttention, OwnCore])
 def test_models_around_attention_cores_are_traced_for_features(kind: type[AttentionCore]) -> None:
     class Around(nn.Module):
         def __init__(self) -> None:

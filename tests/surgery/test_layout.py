@@ -240,7 +240,7 @@ def test_gates_do_not_mix_samples_where_tokens_are_folded_into_the_batch() -> No
     """MobileViT runs its transformer once for each pixel of a patch, with those pixels folded into the batch."""
     torch.manual_seed(0)
     model = sem_timm.patch_model(timm.create_model('mobilevit_xxs', num_classes=10), input_size=(3, 64, 64)).eval()
-    assert {record.class_name for record in sem_timm.patched(model)} == {'Block', 'BottleneckBlock'}
+    assert {record.class_name for record in sem_timm.patched_modules(model)} == {'Block', 'BottleneckBlock'}
     for name, parameter in model.named_parameters():
         if '.sem.' in name:
             torch.nn.init.normal_(parameter, std=0.2)

@@ -149,7 +149,7 @@ def test_swaps_beside_insertions() -> None:
     changed = outputs(model, images)[0]
     sem_timm.patch_model(model, 'sem')
     assert torch.equal(changed, outputs(model, images)[0])
-    names = {m.name: (str(m.operation), m.position) for m in sem_timm.patched(model)}
+    names = {m.name: (str(m.operation), m.position) for m in sem_timm.patched_modules(model)}
     assert [names[f'blocks.{n}.attn'][0] for n in range(3)] == ['external', 'efficient', 'eamlp']
     assert names['blocks.0'] == ('sem', 'residual') and names['blocks.0.attn'][1] == 'core'
     sem_timm.unpatch_model(model)

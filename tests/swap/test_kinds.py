@@ -240,7 +240,7 @@ class Uniform(AttentionCore):
 def test_a_core_of_ones_own(name: str) -> None:
     family = MODELS[name]
     model = swapped(family, Uniform, scale=0.5)
-    site = sem_timm.patched(model)[0]
+    site = sem_timm.patched_modules(model)[0]
     core = model.get_submodule(f'{site.name}.core')
     assert type(core) is Uniform and site.operation == AttentionConfig(Uniform, scale=0.5)
     backward(model, family.images())

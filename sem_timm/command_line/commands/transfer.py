@@ -22,7 +22,7 @@ from sem_timm.layers import attention_kinds
 from sem_timm.operations import AttentionConfig, patch_model
 from sem_timm.persistence import save_patch
 from sem_timm.registry import base_architecture
-from sem_timm.surgery import patched
+from sem_timm.surgery import patched_modules
 
 
 def command(
@@ -75,7 +75,7 @@ def command(
 
 
 def _check_not_swapped(run: Path, opened: Run) -> None:
-    here = next((part for part in patched(opened.model) if isinstance(part.operation, AttentionConfig)), None)
+    here = next((part for part in patched_modules(opened.model) if isinstance(part.operation, AttentionConfig)), None)
     if here is not None:
         own = opened.options
         name = base_architecture(timm.models.split_model_name_tag(own.model)[0])
@@ -86,7 +86,7 @@ def _check_not_swapped(run: Path, opened: Run) -> None:
 
 
 def _check_not_patched(run: Path, opened: Run) -> None:
-    here = next(iter(patched(opened.model)), None)
+    here = next(iter(patched_modules(opened.model)), None)
     if here is not None:
         raise OptionError(
             f'{run} has {here.operation} already, and the options of a run, which --output would write, name one '
