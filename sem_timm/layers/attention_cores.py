@@ -22,7 +22,7 @@ _CORES: dict[str, type[AttentionCore]] = {
 WHOLE_ATTENTION = 'eamlp'  # takes the place of whole modules, with their projections
 
 
-def attention_kinds() -> tuple[str, ...]:
+def attention_names() -> tuple[str, ...]:
     """The names of the attentions that can take the place of self-attention: all cores, and the whole one."""
     return (*_CORES, WHOLE_ATTENTION)
 

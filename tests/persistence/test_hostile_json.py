@@ -56,7 +56,7 @@ VALUES: list[tuple[tuple[Any, ...], Any, tuple[str, ...]]] = [
     (at('operations'), {}, ('operations: a list',)),
     (at('operations', 0, 'operation'), 'os.system', ("operations[0].operation: 'os.system' is unknown",)),
     (at('operations', 0, 'operation'), 'InsertConfig', ('is unknown', 'sem')),
-    (at('operations', 0, 'operation'), 'attention', ('operations[0].options', "'kind'")),
+    (at('operations', 0, 'operation'), 'attention', ('operations[0].options', "'attention'")),
     (OPTIONS, [], ('operations[0].options: an object',)),
     ((*OPTIONS, 'factory'), CODE, ("operations[0].options: field 'factory' is unknown",)),
     ((*OPTIONS, '__class__'), 'builtins.object', ("field '__class__' is unknown",)),

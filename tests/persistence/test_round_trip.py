@@ -60,7 +60,7 @@ def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
 
 
 def test_two_patches_are_swapped_on_one_base(tmp_path: Path) -> None:
-    patches = [patch(base(), ('sem', {})), patch(base(), ('cbam', {'exclude': 'layer1'}))]
+    patches = [patch(base(), ('sem', {})), patch(base(), ('timm_cbam', {'exclude': 'layer1'}))]
     model = base()
     for number, patched in enumerate(patches):
         sem_timm.save_patch(patched, tmp_path / str(number))
@@ -220,8 +220,8 @@ def test_code_of_ones_own_needs_a_name(tmp_path: Path) -> None:
     cases: list[tuple[str, Any, dict[str, Any], str]] = [
         ('resnet', 'sem', {'operators': ('se', Halving)}, '(operators=Halving)'),
         ('resnet', group_norm, {}, '(InsertConfig)'),
-        ('resnet', sem_timm.ExcitationConfig(Halving), {}, '(operator=Halving)'),
-        ('vit_registers', OwnCore, {}, '(kind=OwnCore)'),
+        ('resnet', sem_timm.ExcitationConfig(Halving), {}, '(excitation=Halving)'),
+        ('vit_registers', OwnCore, {}, '(attention=OwnCore)'),
         ('vit_registers', 'eamlp', {'norm_layer': nn.LayerNorm, 'qk_norm': True}, '(norm_layer=LayerNorm)'),
     ]
     for name, operation, options, shown in cases:

@@ -41,7 +41,7 @@ def kept_bytes(model: nn.Module, images: Tensor) -> int:
     [
         ('resnet', 'sem'),
         ('convnext', 'sem'),
-        ('efficientnet', 'cbam'),
+        ('efficientnet', 'timm_cbam'),
         ('vit_registers', 'external'),
         ('swin', 'eamlp'),
     ],

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from sem_timm.errors import NoMatchError, closest
 from sem_timm.operations import operation_names
-from sem_timm.registry.kinds import Kind
 from sem_timm.registry.table import read_table
+from sem_timm.registry.variant_operation import VariantOperation
 
 
 def command(
@@ -47,7 +47,7 @@ def command(
 
 
 def _rows(pattern: str, pretrained: bool) -> list[dict[str, Any]]:
-    table, kind = read_table(), Kind('external')
+    table, kind = read_table(), VariantOperation('external')
     bases = [name for name in timm.list_models() if not name.endswith(('_sem', '_ea', '_eamlp'))]
     wanted = pattern if '*' in pattern or '?' in pattern else f'*{pattern}*'
     everything = set(timm.list_models())

@@ -18,7 +18,7 @@ from sem_timm.command_line.values import complete_operation, parse_pairs, parse_
 from sem_timm.errors import OptionError, SwapWarning, closest
 from sem_timm.finetuning.files import OPTIONS, PATCH, WEIGHTS, explained, write_text, write_whole
 from sem_timm.finetuning.runs import Run, open_run
-from sem_timm.layers import attention_kinds
+from sem_timm.layers import attention_names
 from sem_timm.operations import AttentionConfig, patch_model
 from sem_timm.persistence import save_patch
 from sem_timm.registry import base_architecture
@@ -48,8 +48,8 @@ def command(
     `sem-timm transfer run --set memory=32 --transfer epochs=5 --transfer train=module --output swapped`.
     """
     how = _transfer_options(transfer_options)
-    if operation not in attention_kinds():
-        raise OptionError(f'operation {operation!r} is no attention. {closest(operation, attention_kinds())}')
+    if operation not in attention_names():
+        raise OptionError(f'operation {operation!r} is no attention. {closest(operation, attention_names())}')
     if output is not None and output.exists():
         raise OptionError(f'--output {output} exists; name a new folder.')
     opened = open_run(run)
