@@ -66,7 +66,7 @@ VALUES: list[tuple[tuple[Any, ...], Any, tuple[str, ...]]] = [
     ((*OPTIONS, 'operators'), 'se', ('options.operators: a list',)),
     ((*OPTIONS, 'operators'), [], ('options: operators is empty',)),
     ((*OPTIONS, 'operators'), ['se'] * 100_000, ('options.operators: a list of 100000 entries',)),
-    ((*OPTIONS, 'operators'), ['os.system'], ("options: operator 'os.system' is unknown",)),
+    ((*OPTIONS, 'operators'), ['os.system'], ("options: excitation operator 'os.system' is unknown",)),
     ((*OPTIONS, 'operators'), [CODE], ('is unknown',)),
     ((*OPTIONS, 'operators'), [None], ('options.operators[0]: a text is needed',)),
     ((*OPTIONS, 'init'), 'x' * 100_000, ('options.init: a text of 100000 characters',)),

@@ -28,7 +28,10 @@ from sem_timm.surgery import patched_modules
 def command(
     run: Annotated[Path, typer.Argument(help='Folder of a run of sem-timm finetune with self-attention.')],
     operation: Annotated[
-        str, typer.Option('--operation', '-o', help='The new attention.', autocompletion=complete_operation)
+        str,
+        typer.Option(
+            '--operation', '-o', help='The operation: which attention is new.', autocompletion=complete_operation
+        ),
     ] = 'external',
     target: Targets = None,
     options: OperationOptions = None,
