@@ -47,7 +47,7 @@ def command(
 
 
 def _rows(pattern: str, pretrained: bool) -> list[dict[str, Any]]:
-    table, kind = read_table(), VariantOperation('external')
+    table, external = read_table(), VariantOperation('external')
     bases = [name for name in timm.list_models() if not name.endswith(('_sem', '_ea', '_eamlp'))]
     wanted = pattern if '*' in pattern or '?' in pattern else f'*{pattern}*'
     everything = set(timm.list_models())
@@ -64,7 +64,7 @@ def _rows(pattern: str, pretrained: bool) -> list[dict[str, Any]]:
             'model': name,
             'pretrained': tags.get(name, []),
             'variants': [name + end for end in ('_sem', '_ea', '_eamlp') if name + end in everything],
-            'attention_sites': table.count(name, kind) or 0,
+            'attention_sites': table.count(name, external) or 0,
         }
         for name in names
     ]
