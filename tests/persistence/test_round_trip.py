@@ -266,14 +266,11 @@ def test_wrong_input_size_is_the_callers_error(tmp_path: Path, size: Any) -> Non
 
 
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
-    plain, meta, dropped = base(), of_case('sem').to('meta'), of_case('external_in_windows')
-    sem_timm.drop_unread_parameters(dropped)
-    for model, parts in (
-        (plain, ('ResNet is not patched',)),
-        (meta, ('meta device',)),
-        (dropped, ('drop_unread_parameters',)),
-    ):
-        with refused(model, ModelError, *parts):
+    plain, meta, lost = base(), of_case('sem').to('meta'), of_case('external_in_windows')
+    sem_timm.drop_unread_parameters(lost)
+    wrong = {'ResNet is not patched': plain, 'meta device': meta, 'drop_unread_parameters': lost}
+    for part, model in wrong.items():
+        with refused(model, ModelError, part):
             sem_timm.save_patch(model, tmp_path)
     model = of_case('sem')
     with sem_timm.disabled(model), refused(model, ModelError, 'switched off'):
