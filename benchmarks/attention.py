@@ -3,7 +3,7 @@
     python benchmarks/attention.py                 # one thread of a CPU, eager, float32
     python benchmarks/attention.py --device cuda   # compiled, bfloat16, against flash attention, up to 65,536 tokens
 
-A `timm.layers.Attention` of 384 channels and 6 heads at batch 1, in inference; the kinds take turns in one process.
+A `timm.layers.Attention` of 384 channels and 6 heads at batch 1, in inference; the attentions take turns.
 Ratios are medians over rounds, memory is counted by the allocator. `attention_plot.py` draws what is written here.
 """
 
@@ -20,7 +20,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 import sem_timm
-from sem_timm.layers import attention_kinds
+from sem_timm.layers import attention_names
 
 CHANNELS, HEADS = 384, 6
 ORIGINAL = 'original'
@@ -57,13 +57,13 @@ class EquationsOfEAMLP(nn.Module):
         return self.projection(out.transpose(1, 2).reshape(batch, tokens, -1))
 
 
-def attention_layer(kind: str) -> nn.Module:
+def attention_layer(name: str) -> nn.Module:
     """The attention module of a vision transformer of one block, swapped unless it is to be the original."""
     model = VisionTransformer(
         img_size=14, patch_size=1, embed_dim=CHANNELS, depth=1, num_heads=HEADS, class_token=False, global_pool='avg'
     ).eval()
-    if kind != ORIGINAL:
-        sem_timm.patch_model(model, kind)
+    if name != ORIGINAL:
+        sem_timm.patch_model(model, name)
     return model.get_submodule('blocks.0.attn')
 
 
@@ -71,18 +71,18 @@ class Bench:
     """The layers under test on one device.
 
     Args:
-        kinds: Which attentions.
+        attentions: Which attentions.
         device: 'cpu' or 'cuda'.
         compiled: Whether the layers go through `torch.compile`.
         runs: Rounds per figure.
     """
 
-    def __init__(self, kinds: list[str], device: str, compiled: bool, runs: int) -> None:
+    def __init__(self, attentions: list[str], device: str, compiled: bool, runs: int) -> None:
         self.device = device
         self.dtype = torch.bfloat16 if device == 'cuda' else torch.float32
         self.compiled = compiled
         self.runs = runs
-        self.layers = {kind: attention_layer(kind).to(device, self.dtype) for kind in kinds}
+        self.layers = {name: attention_layer(name).to(device, self.dtype) for name in attentions}
 
     def call(self, layer: nn.Module, tokens: int, batch_size: int = 1) -> Callable[[], object]:
         """One forward of a layer, ready to be timed."""
@@ -103,15 +103,15 @@ class Bench:
         """A forward of each layer that so many tokens fit."""
         self.start()
         is_square = round(tokens**0.5) ** 2 == tokens
-        return {kind: self.call(layer, tokens) for kind, layer in self.layers.items() if kind != 'halo' or is_square}
+        return {name: self.call(layer, tokens) for name, layer in self.layers.items() if name != 'halo' or is_square}
 
     def times(self, tokens: int) -> Times:
-        """Seconds of all kinds at one number of tokens."""
+        """Seconds of all attentions at one number of tokens."""
         return take_turns(self.calls(tokens), self.runs, self.device)
 
     def memory(self, tokens: int) -> dict[str, float]:
-        """Peak MiB of all kinds at one number of tokens."""
-        return {kind: peak_mib(call, self.device) for kind, call in self.calls(tokens).items()}
+        """Peak MiB of all attentions at one number of tokens."""
+        return {name: peak_mib(call, self.device) for name, call in self.calls(tokens).items()}
 
     def doubling(self, low: int = 4096) -> list[Line]:
         """What twice the tokens do to the peak memory of external attention."""
@@ -121,13 +121,13 @@ class Bench:
         small, large = sides.values()
         return [Line(f'external, memory, {2 * low:,} / {low:,} tokens', large / small, DOUBLING_GOAL, sides, 'MiB')]
 
-    def flatness(self, kind: str, sizes: tuple[int, ...] = (1024, 2304, 4096, 9216)) -> Line:
+    def flatness(self, name: str, sizes: tuple[int, ...] = (1024, 2304, 4096, 9216)) -> Line:
         """The dearest token of any size over the cheapest."""
         self.start()
-        times = take_turns({n: self.call(self.layers[kind], n) for n in sizes}, self.runs, self.device)
+        times = take_turns({n: self.call(self.layers[name], n) for n in sizes}, self.runs, self.device)
         costs = {n: times.ratio(n, sizes[0]) * sizes[0] / n for n in sizes}
         sides = {f'{n:,}': times.median(n) / n * 1e6 for n in sizes}
-        title = f'{kind}, cost per token, {sizes[0]:,} to {sizes[-1]:,}'
+        title = f'{name}, cost per token, {sizes[0]:,} to {sizes[-1]:,}'
         return Line(title, max(costs.values()) / min(costs.values()), self.goal(FLAT_GOAL), sides, 'µs')
 
     def eamlp(self, tokens: int, batch_size: int) -> Line:
@@ -145,19 +145,19 @@ class Bench:
 
 
 def curves(bench: Bench, tokens: tuple[int, ...]) -> tuple[dict[str, dict[str, list[float]]], list[Line]]:
-    """Milliseconds and MiB of all kinds against the number of tokens, and the ratios of external attention."""
-    milliseconds: dict[str, list[float]] = {kind: [] for kind in bench.layers}
-    mib: dict[str, list[float]] = {kind: [] for kind in bench.layers}
+    """Milliseconds and MiB of all attentions against the number of tokens, and the ratios of external attention."""
+    milliseconds: dict[str, list[float]] = {name: [] for name in bench.layers}
+    mib: dict[str, list[float]] = {name: [] for name in bench.layers}
     lines = []
     for count in track(tokens, description='tokens'):
         times, memory = bench.times(count), bench.memory(count)
-        for kind in bench.layers:
-            milliseconds[kind].append(round(times.median(kind) * 1e3, 4))
-            mib[kind].append(round(memory[kind], 3))
-        for kind in bench.layers:
-            if kind != ORIGINAL:
-                goal = bench.goal(GOALS.get(count)) if kind == 'external' else None
-                lines.append(times.line(f'{kind} / {ORIGINAL}, {count:,} tokens', kind, ORIGINAL, goal))
+        for name in bench.layers:
+            milliseconds[name].append(round(times.median(name) * 1e3, 4))
+            mib[name].append(round(memory[name], 3))
+        for name in bench.layers:
+            if name != ORIGINAL:
+                goal = bench.goal(GOALS.get(count)) if name == 'external' else None
+                lines.append(times.line(f'{name} / {ORIGINAL}, {count:,} tokens', name, ORIGINAL, goal))
     return {'milliseconds': milliseconds, 'peak_mib': mib}, lines
 
 
@@ -171,13 +171,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     compiled = args.device == 'cuda' if args.compile is None else args.compile
     tokens = tuple(args.tokens or ((16,) if args.quick else TOKENS[args.device]))
-    bench = Bench([ORIGINAL, *attention_kinds()], args.device, compiled, args.runs)
+    bench = Bench([ORIGINAL, *attention_names()], args.device, compiled, args.runs)
     with torch.inference_mode():
         figures, lines = curves(bench, tokens)
         if not args.quick:
             lines += bench.doubling()
             lines += [bench.eamlp(196, 1), bench.eamlp(196, 8), bench.eamlp(1024, 1)]
-            lines += [bench.flatness(kind) for kind in ('efficient', 'linear')]
+            lines += [bench.flatness(name) for name in ('efficient', 'linear')]
     kept = [line for line in lines if line.goal or line.name.startswith('external')]
     setting = {'channels': CHANNELS, 'heads': HEADS, 'batch': 1, 'dtype': str(bench.dtype), 'compiled': compiled}
     record(args.out, args.device, 'layer', kept, setting=setting, tokens=tokens, **figures)

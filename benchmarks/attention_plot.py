@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-# Colour and width of the kinds that matter most first; the original is drawn on top.
+# Colour and width of the attentions that matter most first; the original is drawn on top.
 STYLES: dict[str, dict[str, Any]] = {
     'original': {'color': '#1b1b1b', 'linewidth': 2.6, 'linestyle': (0, (4, 1.4)), 'zorder': 5},
     'external': {'color': '#d1203f', 'linewidth': 2.8, 'zorder': 6},
@@ -64,8 +64,8 @@ def plain(value: float) -> str:
 
 def draw(axes: Axes, tokens: list[int], curves: dict[str, list[float]], title: str) -> None:
     """One panel, with the name of each curve at its end."""
-    for kind, values in curves.items():
-        style = {'color': '#444444', 'linewidth': 1.7, **STYLES.get(kind, {})}
+    for name, values in curves.items():
+        style = {'color': '#444444', 'linewidth': 1.7, **STYLES.get(name, {})}
         axes.plot(tokens, values, marker='o', markersize=style['linewidth'] + 1.6, markeredgewidth=0, **style)
     axes.set_xscale('log')
     axes.set_yscale('log')
@@ -86,13 +86,13 @@ def draw(axes: Axes, tokens: list[int], curves: dict[str, list[float]], title: s
     axes.tick_params(labelsize=10.5, length=0, which='both')
     axes.grid(which='major', color='#e4e4e4', linewidth=0.9)
     axes.spines[['top', 'right', 'left', 'bottom']].set_visible(False)
-    ends = {kind: math.log(values[-1] * 1.5 / low) / math.log(high * 1.5**2 / low) for kind, values in curves.items()}
-    for (kind, end), height in zip(ends.items(), spread(list(ends.values()), LABEL_HEIGHT)):
-        style = STYLES.get(kind, {'color': '#444444'})
-        weight = 'bold' if kind in ('original', 'external') else 'normal'
+    ends = {name: math.log(values[-1] * 1.5 / low) / math.log(high * 1.5**2 / low) for name, values in curves.items()}
+    for (name, end), height in zip(ends.items(), spread(list(ends.values()), LABEL_HEIGHT)):
+        style = STYLES.get(name, {'color': '#444444'})
+        weight = 'bold' if name in ('original', 'external') else 'normal'
         axes.annotate(
-            kind,
-            (tokens[-1], curves[kind][-1]),
+            name,
+            (tokens[-1], curves[name][-1]),
             (1.045, height),
             textcoords='axes fraction',
             color=style['color'],

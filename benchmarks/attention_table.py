@@ -25,19 +25,19 @@ from run_log import append_record, read_log
 from torch import nn
 
 import sem_timm
-from sem_timm.registry.kinds import Kind
 from sem_timm.registry.table import COLUMNS, AttentionTable, read_table, write_table
+from sem_timm.registry.variant_operation import VariantOperation
 
 ROOT = Path(__file__).parents[1]
 
 
 @dataclass
 class Row:
-    """What planning one kind of attention in one architecture gave."""
+    """What planning one attention in one architecture gave."""
 
     timm: str
     architecture: str
-    kind: str
+    operation: str
     sites: int = 0
     classes: list[str] = field(default_factory=list)
     refused: list[tuple[str, str, int]] = field(default_factory=list)  # class, reason, how often
@@ -45,12 +45,12 @@ class Row:
     seconds: float = 0.0
 
 
-def plan(model: nn.Module, architecture: str, kind: str) -> Row:
-    """Plans one kind of attention in a model on the meta device."""
-    row = Row(timm.__version__, architecture, kind)
+def plan(model: nn.Module, architecture: str, operation: str) -> Row:
+    """Plans one attention in a model on the meta device."""
+    row = Row(timm.__version__, architecture, operation)
     start = time.process_time()
     try:
-        found = sem_timm.plan_model(model, kind)
+        found = sem_timm.plan_model(model, operation)
         row.sites = len(found)
         row.classes = sorted({site.class_name for site in found})
         refusals = Counter((refusal.class_name, refusal.reason) for refusal in found.refusals)
@@ -63,20 +63,20 @@ def plan(model: nn.Module, architecture: str, kind: str) -> Row:
     return row
 
 
-def rows(names: Iterable[str], kinds: list[str], known: dict[tuple[str, str], Row]) -> Iterator[Row]:
+def rows(names: Iterable[str], operations: list[str], known: dict[tuple[str, str], Row]) -> Iterator[Row]:
     """The rows of architectures, those that are known already first."""
     for name in names:
-        wanted = [kind for kind in kinds if (name, kind) not in known]
-        yield from (known[name, kind] for kind in kinds if kind not in wanted)
+        wanted = [operation for operation in operations if (name, operation) not in known]
+        yield from (known[name, operation] for operation in operations if operation not in wanted)
         if wanted:
             model = create_on_meta(name)
-            yield from (plan(model, name, kind) for kind in wanted)
+            yield from (plan(model, name, operation) for operation in wanted)
 
 
 def known_rows(log: Path) -> dict[tuple[str, str], Row]:
     """The plans of earlier runs with this version of timm."""
     logged = [Row(**record) for record in read_log(log)]
-    return {(row.architecture, row.kind): row for row in logged if row.timm == timm.__version__}
+    return {(row.architecture, row.operation): row for row in logged if row.timm == timm.__version__}
 
 
 def progress(found: Iterable[Row], total: int) -> Iterator[Row]:
@@ -95,22 +95,23 @@ def progress(found: Iterable[Row], total: int) -> Iterator[Row]:
 
 
 def report(found: list[Row]) -> None:
-    """Prints what was planned, by kind."""
-    for kind in dict.fromkeys(row.kind for row in found):
-        of_kind = [row for row in found if row.kind == kind]
-        with_sites = [row for row in of_kind if row.sites]
+    """Prints what was planned, by operation."""
+    for operation in dict.fromkeys(row.operation for row in found):
+        of_operation = [row for row in found if row.operation == operation]
+        with_sites = [row for row in of_operation if row.sites]
         classes = {name for row in with_sites for name in row.classes}
         print(
-            f'{kind}: {sum(row.sites for row in with_sites):,} sites in {len(with_sites):,} of {len(of_kind):,} '
-            f'architectures, {len(classes)} names of classes, {sum(bool(row.error) for row in of_kind)} failed, '
-            f'{sum(row.seconds for row in of_kind):.0f} s'
+            f'{operation}: {sum(row.sites for row in with_sites):,} sites in {len(with_sites):,} of '
+            f'{len(of_operation):,} architectures, {len(classes)} names of classes, '
+            f'{sum(bool(row.error) for row in of_operation)} failed, '
+            f'{sum(row.seconds for row in of_operation):.0f} s'
         )
         reasons: Counter[tuple[str, str]] = Counter()
         for row in with_sites:
             reasons.update({(name, reason): count for name, reason, count in row.refused})
         for (name, reason), count in reasons.most_common():
             print(f'  refused {count:,} × {name}: {reason}')
-        for row in of_kind:
+        for row in of_operation:
             if row.error:
                 print(f'  failed {row.architecture}: {row.error}')
 
@@ -118,35 +119,39 @@ def report(found: list[Row]) -> None:
 def compare(found: list[Row]) -> bool:
     """Prints where plans differ from the table that is shipped."""
     table = read_table()
-    differing = [row for row in found if table.count(row.architecture, Kind(row.kind)) != row.sites or row.error]
+    differing = [
+        row for row in found if table.count(row.architecture, VariantOperation(row.operation)) != row.sites or row.error
+    ]
     for row in differing:
-        count = table.count(row.architecture, Kind(row.kind))
-        print(f'{row.architecture} {row.kind}: the table has {count}, the plan {row.sites} {row.error}')
+        count = table.count(row.architecture, VariantOperation(row.operation))
+        print(f'{row.architecture} {row.operation}: the table has {count}, the plan {row.sites} {row.error}')
     print(f'{len(found) - len(differing)} of {len(found)} plans are as in the table')
     return not differing
 
 
 def write(found: list[Row], names: list[str]) -> bool:
     """Writes the table that is shipped, if there is all that it needs."""
-    counts = {(row.architecture, row.kind): row.sites for row in found if not row.error}
-    lacking = [(name, kind) for name in names for kind in COLUMNS if (name, kind) not in counts]
+    counts = {(row.architecture, row.operation): row.sites for row in found if not row.error}
+    lacking = [(name, operation) for name in names for operation in COLUMNS if (name, operation) not in counts]
     if lacking:
         print(f'the table was not written: {len(lacking)} plans are lacking, such as {lacking[0]}')
         return False
-    write_table(AttentionTable(timm.__version__, {name: [counts[name, kind] for kind in COLUMNS] for name in names}))
+    write_table(
+        AttentionTable(timm.__version__, {name: [counts[name, operation] for operation in COLUMNS] for name in names})
+    )
     return True
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('names', nargs='*', help='architectures to compare with the table; by default all are planned')
-    parser.add_argument('--kinds', nargs='+', default=list(COLUMNS), choices=COLUMNS)
+    parser.add_argument('--operations', nargs='+', default=list(COLUMNS), choices=COLUMNS)
     parser.add_argument('--log', type=Path, default=ROOT / 'build' / 'attention_table.jsonl')
     parser.add_argument('--restart', action='store_true', help='forget the plans of earlier runs')
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.names:
-        found = list(progress(rows(args.names, args.kinds, {}), len(args.names) * len(args.kinds)))
+        found = list(progress(rows(args.names, args.operations, {}), len(args.names) * len(args.operations)))
         report(found)
         return 0 if compare(found) else 1
     if args.restart:
@@ -154,9 +159,9 @@ def main() -> int:
     names = [name for name in timm.list_models() if not timm.models.is_model_in_modules(name, 'registry')]
     known = known_rows(args.log)
     found = []
-    for row in progress(rows(names, args.kinds, known), len(names) * len(args.kinds)):
+    for row in progress(rows(names, args.operations, known), len(names) * len(args.operations)):
         found.append(row)
-        if (row.architecture, row.kind) not in known:
+        if (row.architecture, row.operation) not in known:
             append_record(args.log, asdict(row))
     report(found)
     return 0 if write([*known.values(), *found], names) else 1

@@ -30,7 +30,7 @@ from run_log import Record, append_record, read_log
 from torch import nn
 
 import sem_timm
-from sem_timm.layers import attention_kinds
+from sem_timm.layers import attention_names
 
 
 @dataclass
@@ -245,7 +245,7 @@ def sweep(names: list[str], operation: str, apply: bool, log: Path | None) -> It
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('names', nargs='*', help='architectures; all by default')
-    parser.add_argument('--operation', default='sem', choices=('sem', *attention_kinds()))
+    parser.add_argument('--operation', default='sem', choices=('sem', *attention_names()))
     parser.add_argument('--apply', action='store_true', help='also patch each model, run it once on meta, and undo')
     parser.add_argument('--out', type=Path, help='where the Markdown goes; printed otherwise')
     parser.add_argument('--json', type=Path, help='where every site goes, a line per architecture')

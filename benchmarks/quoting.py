@@ -29,7 +29,7 @@ QUOTED = (
     'external / original, 9,216 tokens',
     'external / original, 224 px, forward + backward',
     'import sem_timm / import timm',
-    'patch resnet50 / create it',
+    'patch resnet50 / create it, first',
 )
 _TABLE = re.compile(r'(^\|[-:| ]+\|\n)(?:\|.*\n)*', re.MULTILINE)
 _LINK = re.compile(r'docs/benchmarks/\d{4}-\d\d-\d\d\.')

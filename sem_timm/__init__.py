@@ -27,7 +27,7 @@ from sem_timm.errors import (
 from sem_timm.layers import (
     SEM,
     AttentionCore,
-    CausalAttention,
+    CaaMAttention,
     ChannelsFirst,
     CrossSampleAttention,
     EfficientAttention,
@@ -38,13 +38,12 @@ from sem_timm.layers import (
     LinearAttention,
     MultiHeadExternalAttention,
     excitation_names,
-    invariance_penalty,
     register_excitation,
 )
 from sem_timm.registry import register_variants
 
 if TYPE_CHECKING:
-    from sem_timm.attention_transfer import TransferOptions, TransferResult, initialize_memories, match_layers, transfer
+    from sem_timm.attention_transfer import TransferOptions, TransferResult, transfer
     from sem_timm.finetuning import FinetuneOptions, FinetuneResult, finetune, open_run
     from sem_timm.operations import (
         AttentionConfig,
@@ -65,9 +64,9 @@ if TYPE_CHECKING:
         Plan,
         Refusal,
         Site,
-        compact_model,
         disabled,
-        patched,
+        drop_unread_parameters,
+        patched_modules,
         trainable_parameters,
         unpatch_model,
     )
@@ -81,7 +80,7 @@ __all__ = [
     'AttentionMap',
     'AttentionSite',
     'BaseWeightsWarning',
-    'CausalAttention',
+    'CaaMAttention',
     'ChannelsFirst',
     'CrossSampleAttention',
     'Decisions',
@@ -119,19 +118,16 @@ __all__ = [
     'TransferOptions',
     'TransferResult',
     'attention_map',
-    'compact_model',
     'decisions',
     'disabled',
+    'drop_unread_parameters',
     'excitation_names',
     'finetune',
-    'initialize_memories',
-    'invariance_penalty',
     'load_patch',
-    'match_layers',
     'open_run',
     'operation_names',
     'patch_model',
-    'patched',
+    'patched_modules',
     'plan_model',
     'register_excitation',
     'register_variants',
@@ -147,8 +143,6 @@ _LAZY = {
     'sem_timm.attention_transfer': (
         'TransferOptions',
         'TransferResult',
-        'initialize_memories',
-        'match_layers',
         'transfer',
     ),
     'sem_timm.finetuning': ('FinetuneOptions', 'FinetuneResult', 'finetune', 'open_run'),
@@ -171,9 +165,9 @@ _LAZY = {
         'Plan',
         'Refusal',
         'Site',
-        'compact_model',
+        'drop_unread_parameters',
         'disabled',
-        'patched',
+        'patched_modules',
         'trainable_parameters',
         'unpatch_model',
     ),

@@ -55,7 +55,7 @@ class MissingNameError(SemTimmError, AttributeError):
 
 
 class SwapWarning(UserWarning):
-    """A model's attention was replaced: its outputs are others than before, and it needs training."""
+    """A model got another attention and gives other outputs than before: it needs training."""
 
 
 class BaseWeightsWarning(UserWarning):

@@ -77,7 +77,7 @@ OPTIONS: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
     'option': ('sem', {'reductoin': 8}, ("option 'reductoin'", "'sem'", 'reduction')),
     'option_of_a_configuration_class': (sem_timm.SEMConfig, {'reductoin': 8}, ('reductoin', 'reduction')),
     'configuration_class_without_its_factory': (sem_timm.InsertConfig, {}, ('InsertConfig', 'factory')),
-    'option_of_another_operation': ('cbam', {'reduction': 8}, ("option 'reduction'", "'cbam'", 'position')),
+    'option_of_another_operation': ('timm_cbam', {'reduction': 8}, ("option 'reduction'", "'timm_cbam'", 'position')),
     'operator': ('sem', {'operators': ('se', 'ecaa')}, ("operator 'ecaa'", 'eca', 'register_excitation')),
     'operator_that_is_no_class': ('sem', {'operators': ('se', 3)}, ('operator 3', 'se, eca, ie')),
     'no_operators': ('sem', {'operators': ()}, ('operators is empty', 'se, eca, ie')),
@@ -127,7 +127,7 @@ def test_configurations_check_themselves() -> None:
         (lambda: sem_timm.InsertConfig(3), ('factory=3', '(channels) -> nn.Module')),
         (lambda: sem_timm.InsertConfig(nn.ReLU, name='two words'), ("name='two words'", 'identifier')),
         (lambda: sem_timm.TimmAttentionConfig('cbm'), ("'cbm'", 'cbam')),
-        (lambda: sem_timm.ExcitationConfig(operator='sa'), ("'sa'", 'se')),
+        (lambda: sem_timm.ExcitationConfig(excitation='sa'), ("'sa'", 'se')),
         (lambda: sem_timm.SEMConfig(position='input'), ("position='input'", "'output'")),
     ):
         with pytest.raises(OptionError) as caught:
@@ -178,7 +178,7 @@ def test_a_site_that_is_patched_already() -> None:
     with refused(model, RefusedError, "'layer1.0'", 'already patched (sem)', 'unpatch_model(model)'):
         sem_timm.patch_model(model, target='layer1.0')
     with refused(model, RefusedError, "'layer1.0'", 'already patched (sem)'):
-        sem_timm.patch_model(model, 'cbam', target=['layer3.0', 'layer1.0'])
+        sem_timm.patch_model(model, 'timm_cbam', target=['layer3.0', 'layer1.0'])
     sem_timm.patch_model(model)
     with refused(model, RefusedError, 'ResNet', '4 blocks', 'layer1.0: it is already patched', 'unpatch_model(model)'):
         sem_timm.patch_model(model)

@@ -64,7 +64,7 @@ def test_fully_sharded(process_group: None) -> None:
         sharded = fully_shard(resnet(), mesh=mesh)
         with pytest.raises(ModelError, match=r'(?s)FSDP.*before fully_shard'):
             call(sharded)
-        assert not sem_timm.patched(sharded)
+        assert not sem_timm.patched_modules(sharded)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # one process makes it say that nothing is sharded
         wrapper = FullyShardedDataParallel(resnet(), device_id=torch.device('cpu'))
@@ -80,7 +80,7 @@ def test_a_block_that_is_sharded(process_group: None) -> None:
     fully_shard(model.layer1[0], mesh=init_device_mesh('cpu', (1,)))
     with pytest.raises(ModelError, match=r'(?s)layer1\.0.*FSDP.*fully_shard'):
         sem_timm.patch_model(model)
-    assert not sem_timm.patched(model)
+    assert not sem_timm.patched_modules(model)
 
 
 def test_compiled() -> None:
@@ -194,7 +194,7 @@ def test_a_plan_may_be_applied_again_after_undoing_it() -> None:
     with refused(model, PlanError, 'changed since the plan was made'):
         sem_timm.patch_model(model, plan)
     sem_timm.unpatch_model(model)
-    assert len(sem_timm.patched(sem_timm.patch_model(model, plan))) == len(plan)
+    assert len(sem_timm.patched_modules(sem_timm.patch_model(model, plan))) == len(plan)
 
 
 def test_a_plan_has_no_code_for_what_is_not_its_site() -> None:

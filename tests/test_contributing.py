@@ -109,8 +109,8 @@ def test_how_tos_pass_the_tests_they_name(copy_with_how_tos: tuple[Path, list[st
     folder, touched = copy_with_how_tos
     assert len(touched) == 11
     files = ['layers/test_excitation.py', 'layers/test_attention_core.py', 'surgery/test_stage_ends.py']
-    names = 'tanh or cosine or last_blocks or the_kinds'
-    chosen = [f'tests/{name}' for name in [*files, 'swap/test_kinds.py']]
+    names = 'tanh or cosine or last_blocks or the_attentions'
+    chosen = [f'tests/{name}' for name in [*files, 'swap/test_attentions.py']]
     printed = run_there(folder, 'pytest', '-q', '-p', 'no:cacheprovider', '-k', names, *chosen)
     assert int(re.findall(r'(\d+) passed', printed)[0]) > 20
 

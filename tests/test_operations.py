@@ -13,23 +13,24 @@ from torch import Tensor, nn
 
 import sem_timm
 from sem_timm import InsertConfig, OptionError, SEMConfig, TimmAttentionConfig
-from sem_timm.layers import attention_kinds, timm_attention_names
+from sem_timm.layers import attention_names, timm_attention_names
+from sem_timm.layers.operators import PUBLISHED_EXCITATIONS
 from tests.families import FAMILIES
 from tests.snapshot import assert_same, snapshot
 
-# What is inserted into blocks; 'halo' by itself is the attention of that name, so timm's is asked for as it is.
-INSERTIONS = [name for name in sem_timm.operation_names() if name not in attention_kinds()]
-INSERTIONS += [TimmAttentionConfig('halo')]
+OWN = ('sem', *PUBLISHED_EXCITATIONS, 'external2d')
+TIMM = tuple(f'timm_{name}' for name in timm_attention_names())
+INSERTIONS = (*OWN, *TIMM)
 
 
 def test_operation_names() -> None:
     names = sem_timm.operation_names()
-    assert names[:4] == ('sem', 'se', 'eca', 'ie')
+    assert names[:7] == ('sem', 'se', 'eca', 'ie', 'ceca', 'ese', 'lct')
     assert len(set(names)) == len(names)
-    assert set(timm_attention_names()) <= set(names) and set(sem_timm.excitation_names()) <= set(names)
+    assert set(names) - {*sem_timm.excitation_names()} == {*INSERTIONS, *attention_names()} - {*PUBLISHED_EXCITATIONS}
 
 
-@pytest.mark.parametrize('name', INSERTIONS, ids=str)
+@pytest.mark.parametrize('name', INSERTIONS)
 def test_every_operation_by_its_name(name: Any) -> None:
     """A network of maps of 8 x 8, one of tokens with prefix tokens, one with channels last."""
     places = {'resnet': r'layer2\.0', 'vit_registers': r'blocks\.1', 'swin': r'layers\.0\.blocks\.1'}
@@ -39,10 +40,10 @@ def test_every_operation_by_its_name(name: Any) -> None:
         before = snapshot(model)
         with torch.no_grad():
             expected = model(family.images())
-        if (
-            str(name) == 'halo' and family_name == 'vit_registers'
-        ):  # its blocks are of 8 x 8, and there are 4 x 4 tokens
-            with pytest.raises(sem_timm.RefusedError, match=r'blocks\.1: halo does not work on \(B, 21, 64\): \w+'):
+        if name == 'timm_halo' and family_name == 'vit_registers':  # its blocks are of 8 x 8; there are 4 x 4 tokens
+            with pytest.raises(
+                sem_timm.RefusedError, match=r'blocks\.1: timm_halo does not work on \(B, 21, 64\): \w+'
+            ):
                 sem_timm.plan_model(model, name, target=target, input_size=family.input_size)
             continue
         plan = sem_timm.plan_model(model, name, target=target, input_size=family.input_size)
@@ -54,28 +55,28 @@ def test_every_operation_by_its_name(name: Any) -> None:
             same = torch.equal(expected, model(family.images()))
         identity = plan.to_dict()['identity']
         # timm's non-local block happens to start at zero too, up to rounding.
-        assert same == identity or name == 'nl', family_name
+        assert same == identity or name == 'timm_nl', family_name
         assert ('stay bit for bit the same' in str(plan)) == identity and ('outputs change' in str(plan)) != identity
         sem_timm.unpatch_model(model)
         before['rng'] = torch.get_rng_state()
         assert_same(before, snapshot(model))
 
 
-@pytest.mark.parametrize('name', INSERTIONS, ids=str)
+@pytest.mark.parametrize('name', INSERTIONS)
 def test_every_operation_on_a_whole_network_learns(name: Any) -> None:
     model = FAMILIES['resnet'].create()
     sem_timm.patch_model(model, name, input_size=(3, 256, 256))
     model(FAMILIES['resnet'].images(2, 256)).square().mean().backward()
-    for record in sem_timm.patched(model):
+    for record in sem_timm.patched_modules(model):
         new = list(model.get_submodule(f'{record.name}.{record.inserted[0]}').parameters())
         assert not new or any(p.grad is not None and p.grad.any() for p in new)
 
 
 def test_identities_are_the_operations_of_this_package() -> None:
     model = FAMILIES['resnet'].create()
-    plans = {str(name): sem_timm.plan_model(model, name, input_size=(3, 256, 256)) for name in INSERTIONS}
+    plans = {name: sem_timm.plan_model(model, name, input_size=(3, 256, 256)) for name in INSERTIONS}
     identities = {name for name, plan in plans.items() if plan.to_dict()['identity']}
-    assert identities == {'sem', 'se', 'eca', 'ie', 'lct', 'external2d'}
+    assert identities == set(OWN)
     assert not sem_timm.plan_model(model, init='paper').operation.is_identity
 
 
@@ -101,11 +102,11 @@ def test_a_module_of_ones_own() -> None:
         family = FAMILIES[name]
         model = sem_timm.patch_model(family.create(), Own, input_size=family.input_size)
         own = [module for module in model.modules() if isinstance(module, Own)]
-        assert len(own) == len(sem_timm.patched(model))
+        assert len(own) == len(sem_timm.patched_modules(model))
         with torch.no_grad():
             model(family.images())
         assert own[0].shapes == shapes
-        assert all('inserted' in record.inserted for record in sem_timm.patched(model))
+        assert all('inserted' in record.inserted for record in sem_timm.patched_modules(model))
 
 
 def test_a_function_that_makes_modules_and_a_name() -> None:
@@ -119,12 +120,12 @@ def test_a_function_that_makes_modules_and_a_name() -> None:
 
 
 def test_new_modules_have_device_dtype_and_mode_of_their_block() -> None:
-    for operation in ('sem', 'cbam', Own):
+    for operation in ('sem', 'timm_cbam', Own):
         model = FAMILIES['resnet'].create().to(torch.bfloat16)
         plan = sem_timm.plan_model(model, operation)
         model.layer1.train()
         sem_timm.patch_model(model, plan)
-        for record in sem_timm.patched(model):
+        for record in sem_timm.patched_modules(model):
             block = model.get_submodule(record.name)
             new = block.get_submodule(record.inserted[0])
             assert {p.dtype for p in new.parameters()} == {torch.bfloat16}
@@ -150,8 +151,8 @@ def test_a_name_that_is_taken_is_not_reused() -> None:
 
 def test_names_that_python_keeps_for_itself() -> None:
     model = FAMILIES['resnet'].create()
-    sem_timm.patch_model(model, 'lambda', target='layer1.0')
-    assert len(sem_timm.patched(model)) == 1
+    sem_timm.patch_model(model, 'timm_lambda', target='layer1.0')
+    assert len(sem_timm.patched_modules(model)) == 1
     with pytest.raises(OptionError, match=r"name='class' is no identifier"):
         InsertConfig(Own, name='class')
 
@@ -190,7 +191,7 @@ def test_an_operator_of_ones_own() -> None:
         sem_timm.patch_model(model, operators=('se', Halving))
         assert torch.equal(expected, model(images))
     assert 'layer1.0.sem.operators.Halving.weight' in model.state_dict()
-    assert json.dumps(sem_timm.patched(model)[0].operation.to_dict()).count('Halving') == 1
+    assert json.dumps(sem_timm.patched_modules(model)[0].operation.to_dict()).count('Halving') == 1
 
 
 class OwnCore(sem_timm.AttentionCore):
@@ -206,8 +207,12 @@ def test_own_code_is_told_by_its_name() -> None:
 
 
 def test_options_that_nothing_has_are_an_error() -> None:
-    for operation, options in (('external', {'kind': 'linear'}), (OwnCore, {'kind': 'linear'}), ('eca', {'name': 'x'})):
-        with pytest.raises(OptionError, match=r"option '(kind|name)' of .* is unknown"):
+    for operation, options in (
+        ('external', {'attention': 'linear'}),
+        (OwnCore, {'attention': 'linear'}),
+        ('eca', {'name': 'x'}),
+    ):
+        with pytest.raises(OptionError, match=r"option '(attention|name)' of .* is unknown"):
             sem_timm.plan_model(FAMILIES['vit_registers'].create(), operation, **options)
     with pytest.raises(OptionError, match='timm attention 3 is unknown'):
         TimmAttentionConfig(name=3)  # type: ignore[arg-type]
@@ -221,7 +226,7 @@ def test_positions() -> None:
         expected = model(images)
         for position in ('auto', 'residual', 'output'):
             sem_timm.patch_model(model, position=position)
-            assert {record.position for record in sem_timm.patched(model)} == {
+            assert {record.position for record in sem_timm.patched_modules(model)} == {
                 'output' if position == 'output' else 'residual'
             }
             assert torch.equal(expected, model(images))
@@ -232,7 +237,7 @@ def test_positions() -> None:
 
 def test_timm_attentions_that_do_not_fit_are_refused_with_their_reason() -> None:
     model = timm.create_model('test_resnet', num_classes=10)
-    with pytest.raises(sem_timm.RefusedError, match=r'halo does not work on \(B, 32, 12, 12\): \w+'):
+    with pytest.raises(sem_timm.RefusedError, match=r'timm_halo does not work on \(B, 32, 12, 12\): \w+'):
         sem_timm.plan_model(model, TimmAttentionConfig('halo'), input_size=(3, 48, 48))
     with pytest.raises(OptionError, match="'bat'"):
         sem_timm.plan_model(model, 'bat')

@@ -96,20 +96,20 @@ def test_a_plan_counts_what_patching_adds(name: str, branches: str) -> None:
         new = model.get_submodule(f'{site.name}.{site.attribute}')
         assert sum(p.numel() for p in new.parameters()) == site.num_parameters
         assert new.channels == site.channels and new.channel_dim == site.channel_dim
-    assert len(plan) == sum(len(record.inserted) for record in sem_timm.patched(model))
+    assert len(plan) == sum(len(record.inserted) for record in sem_timm.patched_modules(model))
 
 
 def test_the_record_of_a_patch() -> None:
     model = FAMILIES['resnet'].create()
-    assert sem_timm.patched(model) == ()
+    assert sem_timm.patched_modules(model) == ()
     config = SEMConfig(8, branches='all')
     assert sem_timm.patch_model(model, config, target=r'layer[12]\..*') is model
-    sem_timm.patch_model(model, 'cbam', target='layer3.0', position='output')
-    records = sem_timm.patched(model)
+    sem_timm.patch_model(model, 'timm_cbam', target='layer3.0', position='output')
+    records = sem_timm.patched_modules(model)
     assert [(r.name, r.class_name, r.inserted, r.position) for r in records] == [
         ('layer1.0', 'BasicBlock', ('sem',), 'residual'),
         ('layer2.0', 'BasicBlock', ('sem',), 'residual'),
-        ('layer3.0', 'Bottleneck', ('cbam',), 'output'),
+        ('layer3.0', 'Bottleneck', ('timm_cbam',), 'output'),
     ]
     assert records[0].operation == config and records[2].operation == TimmAttentionConfig('cbam', position='output')
 
@@ -122,13 +122,13 @@ def test_patches_stack_and_undo_together() -> None:
     sem_timm.patch_model(model, 'eca', target='layer1.0')
     sem_timm.patch_model(model, Own, target='layer1.0.conv2')
     sem_timm.patch_model(model, target=r'layer[23]\..*')
-    sem_timm.patch_model(model, 'gc', target='layer4', position='output')
-    assert [record.inserted for record in sem_timm.patched(model)] == [
+    sem_timm.patch_model(model, 'timm_gc', target='layer4', position='output')
+    assert [record.inserted for record in sem_timm.patched_modules(model)] == [
         ('eca',),
         ('inserted',),
         ('sem',),
         ('sem',),
-        ('gc',),
+        ('timm_gc',),
     ]
     with torch.no_grad():
         assert not torch.equal(expected, model(images))

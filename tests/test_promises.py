@@ -26,7 +26,7 @@ def assert_bit_identical(first: list[Tensor], second: list[Tensor]) -> None:
 
 
 def new_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    inserted = {f'{m.name}.{child}.' for m in sem_timm.patched(model) for child in m.inserted}
+    inserted = {f'{m.name}.{child}.' for m in sem_timm.patched_modules(model) for child in m.inserted}
     return {n: p for n, p in model.named_parameters() if any(n.startswith(prefix) for prefix in inserted)}
 
 
@@ -60,7 +60,7 @@ def test_2_base_keys_never_change(family: Family) -> None:
     after = model.state_dict()
     assert list(before) == [name for name in after if name in before]
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-    blocks = {site.name for site in sem_timm.patched(model)}
+    blocks = {site.name for site in sem_timm.patched_modules(model)}
     assert all(name.split('.sem', 1)[0] in blocks for name in after.keys() - before.keys())
 
 
@@ -70,7 +70,7 @@ def test_3_the_class_survives(family: Family) -> None:
     sem_timm.patch_model(model, input_size=family.input_size)
     for name, module in model.named_modules():
         assert isinstance(module, classes.get(name, type(module)))
-    for site in sem_timm.patched(model):
+    for site in sem_timm.patched_modules(model):
         assert type(model.get_submodule(site.name)).__mro__[1] is classes[site.name]
     images = family.images()
     features = model.forward_features(images)
@@ -85,7 +85,7 @@ def test_4_insertions_start_as_an_exact_identity_and_learn_from_the_first_step(f
     sem_timm.patch_model(model, input_size=family.input_size)
     assert_bit_identical(before, outputs(model, images))
     model(images).square().mean().backward()
-    for module in sem_timm.patched(model):
+    for module in sem_timm.patched_modules(model):
         for child in module.inserted:
             operators = model.get_submodule(f'{module.name}.{child}').operators
             # Of SE's last layer the bias: the few hidden units of a narrow block may all be off for two images.
@@ -112,7 +112,7 @@ def test_5_undo_is_exact(family: Family) -> None:
     next(model.children()).register_forward_hook(lambda *_: None)
     before = snapshot(model)
     sem_timm.patch_model(model, input_size=family.input_size)
-    assert sem_timm.patched(model)
+    assert sem_timm.patched_modules(model)
     sem_timm.unpatch_model(model)
     before['rng'] = torch.get_rng_state()  # building new weights draws random numbers, as building any module does
     assert_same(before, snapshot(model))

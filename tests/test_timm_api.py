@@ -17,7 +17,7 @@ from tests.twins import assert_equal, both, inserted, several, trained
 @several
 def test_features_only(name: str) -> None:
     model, patched, family = both(name, features_only=True, out_indices=(0, 2))
-    assert sem_timm.patched(patched)
+    assert sem_timm.patched_modules(patched)
     assert patched.feature_info.channels() == model.feature_info.channels()
     with torch.no_grad():
         before = model(family.images())
@@ -71,7 +71,7 @@ def test_layer_decay(name: str) -> None:
     base, model, _ = both(name)
     scales = {id(p): group['lr_scale'] for group in param_groups_layer_decay(model, 0.05) for p in group['params']}
     assert len(scales) == sum(1 for _ in model.parameters())
-    for module in sem_timm.patched(model):
+    for module in sem_timm.patched_modules(model):
         block = model.get_submodule(module.name)
         new = {id(p) for child in module.inserted for p in block.get_submodule(child).parameters()}
         own = {scales[id(p)] for p in block.parameters() if id(p) not in new}
@@ -145,7 +145,9 @@ def test_set_input_size(name: str) -> None:
         assert_equal(base(images), model(images))
     later = sem_timm.patch_model(base)
     later.load_state_dict(trained(model).state_dict())
-    assert [site.name for site in sem_timm.patched(later)] == [site.name for site in sem_timm.patched(model)]
+    assert [site.name for site in sem_timm.patched_modules(later)] == [
+        site.name for site in sem_timm.patched_modules(model)
+    ]
     with torch.no_grad():
         assert_equal(later(images), model(images))
     assert sem_timm.plan_model(sem_timm.unpatch_model(model)).input_size == (3, 96, 128)
@@ -189,4 +191,4 @@ def test_other_conversions_of_timm() -> None:
         each.prune_intermediate_layers([1], prune_norm=True, prune_head=True)
     with torch.no_grad():
         assert_equal(base(family.images()), model(family.images()))
-    assert [record.name for record in sem_timm.patched(model)] == ['blocks.0', 'blocks.1']
+    assert [record.name for record in sem_timm.patched_modules(model)] == ['blocks.0', 'blocks.1']

@@ -21,7 +21,7 @@ def test_copy_and_pickle(name: str) -> None:
     with torch.no_grad():
         expected = model(family.images())
         for other in (copy.deepcopy(model), copy.copy(model), pickle.loads(pickle.dumps(model))):
-            assert sem_timm.patched(other) == sem_timm.patched(model)
+            assert sem_timm.patched_modules(other) == sem_timm.patched_modules(model)
             assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
             assert_equal(expected, other(family.images()))
         twin = copy.deepcopy(model)
@@ -84,13 +84,13 @@ def test_channels_last(name: str) -> None:
     for each in (base, model):
         each.to(memory_format=torch.channels_last)
     kept = []
-    for module in sem_timm.patched(model):
+    for module in sem_timm.patched_modules(model):
         gate = model.get_submodule(f'{module.name}.{module.inserted[0]}')
         gate.register_forward_hook(lambda gate, args, out: kept.append((args, out)))
     images = family.images().to(memory_format=torch.channels_last)
     with torch.no_grad():
         assert_equal(base(images), model(images))
-    assert len(kept) == len(sem_timm.patched(model))
+    assert len(kept) == len(sem_timm.patched_modules(model))
     assert all(t.is_contiguous(memory_format=torch.channels_last) for args, out in kept for t in (*args, out))
 
 
@@ -134,4 +134,4 @@ def test_distributed_training_needs_every_parameter(name: str, tmp_path: Any) ->
     finally:
         torch.distributed.destroy_process_group()
     sem_timm.unpatch_model(wrapper.module)
-    assert not sem_timm.patched(wrapper)
+    assert not sem_timm.patched_modules(wrapper)

@@ -32,7 +32,7 @@ def trained(model: nn.Module) -> nn.Module:
 
 def inserted(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that the patch added, by name."""
-    prefixes = tuple(f'{m.name}.{child}.' for m in sem_timm.patched(model) for child in m.inserted)
+    prefixes = tuple(f'{m.name}.{child}.' for m in sem_timm.patched_modules(model) for child in m.inserted)
     return {name: p for name, p in model.named_parameters() if name.startswith(prefixes)}
 
 

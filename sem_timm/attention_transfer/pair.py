@@ -192,7 +192,7 @@ def swaps_of(model: nn.Module) -> dict[str, Edit]:
     except ModelError as error:
         raise ModelError(
             f'{str(error).split(";")[0]}, and with them the attention to learn from; '
-            'transfer first, and compact_model afterwards.'
+            'transfer first, and drop_unread_parameters afterwards.'
         ) from error
     parameters = list(model.parameters())
     if any(parameter.is_meta for parameter in parameters):

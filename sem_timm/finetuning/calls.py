@@ -35,7 +35,7 @@ from sem_timm.finetuning.parts import Parts, build_parts, create_accelerator
 from sem_timm.finetuning.progress import ProgressDisplay
 from sem_timm.finetuning.stopping import StopRequest
 from sem_timm.persistence import save_patch
-from sem_timm.surgery import patched
+from sem_timm.surgery import patched_modules
 
 _MAY_CHANGE = {'resume', 'stop_at', 'progress', 'workers', 'keep', 'checkpoint_every', 'skip_bad_images'}
 # Remedies for a run that diverged: with them it goes on, but is no longer the run that was begun.
@@ -226,7 +226,8 @@ def describe(parts: Parts, options: FinetuneOptions, run: Path, state: State) ->
     trained = sum(p.numel() for group in parts.optimizer.param_groups for p in group['params'])
     kept = ' (held out of the training images)' if data.held_out else ''
     lines = [
-        f'{options.model} with operation {operation_name(model)} at {len({m.name for m in patched(model)})} modules: '
+        f'{options.model} with operation {operation_name(model)} at '
+        f'{len({m.name for m in patched_modules(model)})} modules: '
         f'{sum(p.numel() for p in all_parameters):,} parameters, {sum(p.numel() for p in new):,} of them new, '
         f'{trained:,} trained',
         f'{options.data}: {_length(data.train)} images for training, {_length(data.validation)} for validation{kept}, '
@@ -268,7 +269,7 @@ def _finish(parts: Parts, state: State, options: FinetuneOptions, run: Path, sec
     if accelerator.is_main_process:
         write_whole(run / WEIGHTS, lambda path: save_model(model, str(path)))
         write_text(run / RESULT, json.dumps(result.to_dict(), indent=1))
-        if options.freeze_base and patched(model):  # else the patch alone is not what was trained
+        if options.freeze_base and patched_modules(model):  # else the patch alone is not what was trained
             _save_patch(model, run / PATCH)
     accelerator.wait_for_everyone()
     accelerator.free_memory()

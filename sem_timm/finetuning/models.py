@@ -18,7 +18,7 @@ from sem_timm.finetuning.errors import first_sentence
 from sem_timm.finetuning.options import BUILT_IN, NO_OPERATION, FinetuneOptions
 from sem_timm.operations import patch_model
 from sem_timm.persistence.parts import head_prefixes
-from sem_timm.surgery import patched, unpatch_model
+from sem_timm.surgery import patched_modules, unpatch_model
 
 _DIGITS_SIZE = 32
 
@@ -141,7 +141,7 @@ def data_config(model: nn.Module, options: FinetuneOptions) -> dict[str, Any]:
 
 def operation_name(model: nn.Module) -> str:
     """What was put into a model, for people to read."""
-    return ' and '.join(dict.fromkeys(str(module.operation) for module in patched(model))) or NO_OPERATION
+    return ' and '.join(dict.fromkeys(str(module.operation) for module in patched_modules(model))) or NO_OPERATION
 
 
 def check_operation(model: nn.Module, options: FinetuneOptions) -> None:
@@ -153,7 +153,7 @@ def check_operation(model: nn.Module, options: FinetuneOptions) -> None:
     given = [name for name in ('target', 'exclude', 'operation_options') if getattr(options, name)]
     if options.operation not in (FinetuneOptions.operation, NO_OPERATION):
         given.insert(0, 'operation')
-    if patched(model) and given:
+    if patched_modules(model) and given:
         raise OptionError(
             f'the model has {operation_name(model)} already, which {", ".join(given)} would not change. Leave that '
             'out, or give the base and the operation; of a variant, options of the operation are model options, such '
@@ -163,7 +163,7 @@ def check_operation(model: nn.Module, options: FinetuneOptions) -> None:
 
 def operate(model: nn.Module, options: FinetuneOptions, shape: tuple[int, ...]) -> None:
     """Applies the operation of the options, but for a model that has been operated on before."""
-    if options.operation == NO_OPERATION or patched(model):
+    if options.operation == NO_OPERATION or patched_modules(model):
         return
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', SwapWarning)  # it is about to be trained
@@ -179,7 +179,7 @@ def operate(model: nn.Module, options: FinetuneOptions, shape: tuple[int, ...]) 
 
 def inserted_prefixes(model: nn.Module) -> tuple[str, ...]:
     """What the names of all tensors begin with that operations have added."""
-    return tuple(f'{module.name}.{child}.' for module in patched(model) for child in module.inserted)
+    return tuple(f'{module.name}.{child}.' for module in patched_modules(model) for child in module.inserted)
 
 
 def inserted_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -200,7 +200,7 @@ def given_back_on_error(network: nn.Module | None) -> Iterator[None]:
     if network is None:
         yield
         return
-    was_patched, attributes = bool(patched(network)), {n: vars(network).get(n) for n in _WRAPPING}
+    was_patched, attributes = bool(patched_modules(network)), {n: vars(network).get(n) for n in _WRAPPING}
     trained = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     try:
         yield
@@ -209,7 +209,7 @@ def given_back_on_error(network: nn.Module | None) -> Iterator[None]:
             vars(network).pop(name, None)
             if value is not None:
                 vars(network)[name] = value
-        if patched(network) and not was_patched:
+        if patched_modules(network) and not was_patched:
             unpatch_model(network)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)

@@ -41,7 +41,9 @@ class FinetuneOptions:
     )
     model_options: dict[str, Any] = _option(None, 'Model', 'Further argument key=value of the model; repeatable.')
 
-    operation: str = _option('sem', 'Operation', "What is put into the model, such as sem or external; or 'none'.")
+    operation: str = _option(
+        'sem', 'Operation', "What is put into the model, such as sem, external or timm_cbam; or 'none'."
+    )
     target: str | tuple[str, ...] | None = _option(
         None, 'Operation', 'Where: a regular expression over module names, or repeated, exact names.'
     )

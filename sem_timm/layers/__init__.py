@@ -5,9 +5,9 @@ from sem_timm.layers.attention_cores import (
     WHOLE_ATTENTION,
     attention_core_class,
     attention_core_names,
-    attention_kinds,
+    attention_names,
 )
-from sem_timm.layers.causal import CausalAttention, invariance_penalty
+from sem_timm.layers.caam import CaaMAttention, invariance_penalty
 from sem_timm.layers.cross_sample import CrossSampleAttention
 from sem_timm.layers.efficient import EfficientAttention, LinearAttention
 from sem_timm.layers.excitation import (
@@ -26,14 +26,15 @@ from sem_timm.layers.halo import HaloAttention
 from sem_timm.layers.multi_head_external import MultiHeadExternalAttention
 from sem_timm.layers.operators import excitation_names, register_excitation
 from sem_timm.layers.sem import SEM, Excitation
-from sem_timm.layers.timm_attention import ChannelsFirst, timm_attention, timm_attention_names
+from sem_timm.layers.timm_attention import TIMM_PREFIX, ChannelsFirst, timm_attention, timm_attention_names
 
 __all__ = [
     'GATE_INITS',
     'SEM',
+    'TIMM_PREFIX',
     'WHOLE_ATTENTION',
     'AttentionCore',
-    'CausalAttention',
+    'CaaMAttention',
     'ChannelGate',
     'ChannelsFirst',
     'CircularEfficientChannel',
@@ -53,7 +54,7 @@ __all__ = [
     'ZeroableExcitation',
     'attention_core_class',
     'attention_core_names',
-    'attention_kinds',
+    'attention_names',
     'excitation_names',
     'invariance_penalty',
     'register_excitation',

@@ -70,7 +70,7 @@ class AttentionCore(nn.Module):
             heads, and heads may also be folded into the batch.
         head_axis: Which axis of q counts the heads, from the end: -3 for (B, heads, N, d), -4 for
             (B, heads, windows, N, d).
-        device: Where parameters are created, in kinds that have any.
+        device: Where parameters are created, in cores that have any.
         dtype: Type of the parameters.
 
     Shape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sem_timm.errors import OptionError, closest
 from sem_timm.layers.attention_core import AttentionCore
-from sem_timm.layers.causal import CausalAttention
+from sem_timm.layers.caam import CaaMAttention
 from sem_timm.layers.cross_sample import CrossSampleAttention
 from sem_timm.layers.efficient import EfficientAttention, LinearAttention
 from sem_timm.layers.external import ExternalAttention
@@ -16,13 +16,13 @@ _CORES: dict[str, type[AttentionCore]] = {
     'linear': LinearAttention,
     'halo': HaloAttention,
     'catt': CrossSampleAttention,
-    'caam': CausalAttention,
+    'caam': CaaMAttention,
 }
 
 WHOLE_ATTENTION = 'eamlp'  # takes the place of whole modules, with their projections
 
 
-def attention_kinds() -> tuple[str, ...]:
+def attention_names() -> tuple[str, ...]:
     """The names of the attentions that can take the place of self-attention: all cores, and the whole one."""
     return (*_CORES, WHOLE_ATTENTION)
 

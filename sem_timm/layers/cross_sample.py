@@ -19,7 +19,7 @@ CROSS_SAMPLE_INITS: tuple[CrossSampleInit, ...] = ('identity', 'paper')
 
 
 class CrossSampleAttention(AttentionCore):
-    """Causal attention (CATT) as a core, https://arxiv.org/abs/2103.03493.
+    """CATT, causal attention as in cause and effect, as a core, https://arxiv.org/abs/2103.03493.
 
     In-sample attention is softmax attention to the keys and values given; cross-sample attention is softmax attention
     of the same queries to a learned dictionary that all samples share; a linear layer fuses both. The dictionary is

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sem_timm.errors import OptionError, closest
-from sem_timm.layers.attention_cores import attention_kinds
+from sem_timm.layers.attention_cores import attention_names
 from sem_timm.layers.excitation import (
     CircularEfficientChannel,
     EffectiveSqueezeExcitation,
@@ -21,7 +21,7 @@ from sem_timm.layers.excitation import (
     SqueezeExcitation,
     ZeroableExcitation,
 )
-from sem_timm.layers.timm_attention import timm_attention_names
+from sem_timm.layers.timm_attention import TIMM_PREFIX
 
 ExcitationClass: TypeAlias = Callable[..., nn.Module]
 
@@ -55,21 +55,23 @@ def register_excitation(name: str, cls: ExcitationClass) -> None:
     Registering the same class again under its name changes nothing.
 
     Args:
-        name: A Python identifier; it becomes part of the state_dict keys.
+        name: A Python identifier; it becomes part of the state_dict keys, and an operation of `patch_model`.
         cls: A class or factory with the arguments ``(channels, device=None, dtype=None)`` that maps (B, C) to (B, C).
             If it also takes ``reduction``, it is handed SEM's. For ``init='identity'`` it needs the method
             ``zero_last_weights()``, see `ZeroableExcitation`.
 
     Raises:
-        OptionError: If the name is no identifier, is taken by another class or stands for an operation, or ``cls``
-            cannot be called like that.
+        OptionError: If the name is no identifier, begins with ``timm_``, is taken by another class or stands for
+            another operation, or ``cls`` cannot be called like that.
     """
     if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ModuleDict, name):
         raise OptionError(f"name={name!r} cannot name an operator: write a plain identifier such as 'my_excitation'.")
     if _excitations.get(name, cls) is not cls:
         raise OptionError(f'name={name!r} already stands for {_excitations[name]!r}; choose another name.')
-    if name not in _excitations and name in (*_OPERATIONS, *attention_kinds(), *timm_attention_names()):
+    if name in (*_OPERATIONS, *attention_names()):
         raise OptionError(f'name={name!r} is an operation of patch_model already; choose another name.')
+    if name.startswith(TIMM_PREFIX):
+        raise OptionError(f"name={name!r}: names with {TIMM_PREFIX!r} in front are timm's own; choose another name.")
     _check_constructor(cls)
     _excitations[name] = cls
 
@@ -127,7 +129,7 @@ def _resolve(entry: str | ExcitationClass) -> tuple[str, ExcitationClass]:
     if isinstance(entry, str):
         if entry not in _excitations:
             raise OptionError(
-                f'operator {entry!r} is unknown. {closest(entry, _excitations)}\n'
+                f'excitation operator {entry!r} is unknown. {closest(entry, _excitations)}\n'
                 f'  Pass a class of your own instead, or name it first: register_excitation({entry!r}, MyExcitation).'
             )
         return entry, _excitations[entry]

@@ -129,7 +129,7 @@ class Excitation(ChannelGate):
 
     Args:
         channels: Number of channels C.
-        operator: A name (see `excitation_names`) or a class with ``(channels, device=None, dtype=None)``.
+        excitation: A name (see `excitation_names`) or a class with ``(channels, device=None, dtype=None)``.
         reduction: Bottleneck ratio of the fully connected operator; its hidden width is ``max(C // reduction, 4)``.
         init: 'identity' for an exact identity with the gate ``2 sigmoid``, 'paper' for the published initial values.
         channel_dim: 1 for (B, C, *spatial), -1 for (B, *spatial, C).
@@ -148,7 +148,7 @@ class Excitation(ChannelGate):
     def __init__(
         self,
         channels: int,
-        operator: str | ExcitationClass = 'se',
+        excitation: str | ExcitationClass = 'se',
         reduction: int = 16,
         init: GateInit = 'identity',
         channel_dim: int = 1,
@@ -156,9 +156,9 @@ class Excitation(ChannelGate):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if isinstance(operator, (tuple, list)):
-            raise OptionError(f'operator={operator!r}: Excitation has one operator; SEM takes several.')
-        super().__init__(channels, reduction, (operator,), init, channel_dim, num_prefix_tokens, device, dtype)
+        if isinstance(excitation, (tuple, list)):
+            raise OptionError(f'excitation={excitation!r}: Excitation has one operator; SEM takes several.')
+        super().__init__(channels, reduction, (excitation,), init, channel_dim, num_prefix_tokens, device, dtype)
 
     def _gate_pooled(self, pooled: Tensor) -> Tensor:
         (operator,) = self.operators.values()

@@ -36,6 +36,9 @@ _TIMM_ATTENTION_NAMES = (
     'nl',
 )
 
+# What an operation's name has in front of timm's: without it, a name is never timm's, so that none has two meanings.
+TIMM_PREFIX = 'timm_'
+
 # GatherExcite of timm 1.0.31 hands its MLP one argument twice and raises TypeError; it builds without the MLP.
 _NEEDED_OPTIONS: dict[str, dict[str, Any]] = {'ge': {'use_mlp': False}}
 

@@ -16,7 +16,7 @@ from sem_timm.layers import (
     MultiHeadExternalAttention,
     attention_core_class,
     attention_core_names,
-    attention_kinds,
+    attention_names,
 )
 from sem_timm.operations.configs import plain
 from sem_timm.surgery import AttentionSite, WholeSite
@@ -33,25 +33,25 @@ _DROPOUT = ('attn_drop', 'proj_drop')
 class AttentionConfig:
     """Puts another attention in place of self-attention; not an identity, so the model needs training afterwards.
 
-    A core of one's own is built as ``kind(head_dim, **options)`` with ``value_dim``, ``num_heads``, ``head_axis``,
+    A core of one's own is built as ``attention(head_dim, **options)`` with ``value_dim``, ``num_heads``, ``head_axis``,
     ``device`` and ``dtype`` by keyword, and also with ``grid_size`` and ``num_prefix_tokens`` if its constructor names
     ``grid_size``. Those two and ``num_heads`` may be options too, which win over what the model says.
 
     Attributes:
-        kind: One of `attention_kinds`, or an own subclass of ``AttentionCore``. 'eamlp' replaces whole attention
+        attention: One of `attention_names`, or an own subclass of ``AttentionCore``. 'eamlp' replaces whole attention
             modules, the others their cores, and keep the projections around them.
-        options: The options of the kind, such as ``memory``, as pairs. 'eamlp' takes the rates of dropout from the
+        options: The options of the attention, such as ``memory``, as pairs. 'eamlp' takes the rates of dropout from the
             module it replaces unless they are given.
 
     Raises:
-        OptionError: If the kind or an option is unknown, or an option is out of range.
+        OptionError: If the attention or an option is unknown, or an option is out of range.
     """
 
-    kind: str | type[AttentionCore]
+    attention: str | type[AttentionCore]
     options: tuple[tuple[str, Any], ...]
 
-    def __init__(self, kind: str | type[AttentionCore] = 'external', **options: Any) -> None:
-        object.__setattr__(self, 'kind', kind)
+    def __init__(self, attention: str | type[AttentionCore] = 'external', **options: Any) -> None:
+        object.__setattr__(self, 'attention', attention)
         object.__setattr__(self, 'options', tuple(sorted(options.items())))
         cls = self._class()
         known = [name for name in _parameters(cls) if name not in _FROM_SITE]
@@ -73,22 +73,22 @@ class AttentionConfig:
         return module
 
     def _class(self) -> Any:
-        if isinstance(self.kind, type) and issubclass(self.kind, AttentionCore):
-            return self.kind
-        if not isinstance(self.kind, str):
-            raise OptionError(f'kind={self.kind!r} is neither a name nor a subclass of AttentionCore.')
-        if self.kind == WHOLE_ATTENTION:
+        if isinstance(self.attention, type) and issubclass(self.attention, AttentionCore):
+            return self.attention
+        if not isinstance(self.attention, str):
+            raise OptionError(f'attention={self.attention!r} is neither a name nor a subclass of AttentionCore.')
+        if self.attention == WHOLE_ATTENTION:
             return MultiHeadExternalAttention
-        if self.kind not in attention_core_names():
-            raise OptionError(f'attention {self.kind!r} is unknown. {closest(self.kind, attention_kinds())}')
-        return attention_core_class(self.kind)
+        if self.attention not in attention_core_names():
+            raise OptionError(f'attention {self.attention!r} is unknown. {closest(self.attention, attention_names())}')
+        return attention_core_class(self.attention)
 
     def with_defaults(self) -> AttentionConfig:
         """An equal configuration that names all options, but for those that a site decides where they are not given."""
         decided = {*_FROM_SITE, *_FROM_SITE_UNLESS_GIVEN, *(_DROPOUT if self.replaces_module else ())}
         found = _parameters(self._class()).values()
         defaults = {p.name: p.default for p in found if p.name not in decided and p.default is not p.empty}
-        return AttentionConfig(self.kind, **{**defaults, **dict(self.options)})
+        return AttentionConfig(self.attention, **{**defaults, **dict(self.options)})
 
     @property
     def attribute(self) -> str:
@@ -113,7 +113,7 @@ class AttentionConfig:
     @property
     def replaces_module(self) -> bool:
         """Whether it replaces whole attention modules."""
-        return self.kind == WHOLE_ATTENTION
+        return self.attention == WHOLE_ATTENTION
 
     @property
     def has_tensors(self) -> bool:
@@ -169,7 +169,7 @@ class AttentionConfig:
         return {'name': str(self), **{name: plain(value) for name, value in self.options}}
 
     def __str__(self) -> str:
-        return self.kind if isinstance(self.kind, str) else self.kind.__name__
+        return self.attention if isinstance(self.attention, str) else self.attention.__name__
 
 
 def _parameters(cls: type) -> dict[str, inspect.Parameter]:

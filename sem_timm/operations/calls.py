@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from sem_timm.errors import OptionError, closest
-from sem_timm.layers import AttentionCore, attention_kinds, excitation_names, timm_attention_names
+from sem_timm.layers import TIMM_PREFIX, AttentionCore, attention_names, excitation_names, timm_attention_names
 from sem_timm.operations.attention import AttentionConfig
 from sem_timm.operations.configs import (
     ExcitationConfig,
@@ -25,14 +25,11 @@ from sem_timm.surgery import Plan, Target, apply_plan, plan_insertion, plan_swap
 
 Operation = str | InsertionConfig | AttentionConfig | Callable[..., nn.Module]
 
-# Excitation operators that are also systems of their own; other names are timm's.
-_SINGLE_SYSTEMS = ('se', 'eca', 'ie')
-
 
 def operation_names() -> tuple[str, ...]:
     """The short names that `plan_model` and `patch_model` understand."""
-    own = ('sem', *_SINGLE_SYSTEMS, *attention_kinds(), 'external2d')
-    return tuple(dict.fromkeys((*own, *excitation_names(), *timm_attention_names())))
+    of_timm = (TIMM_PREFIX + name for name in timm_attention_names())
+    return ('sem', *excitation_names(), *attention_names(), 'external2d', *of_timm)
 
 
 def resolve_operation(operation: Operation, **options: Any) -> InsertionConfig | AttentionConfig:
@@ -48,11 +45,11 @@ def resolve_operation(operation: Operation, **options: Any) -> InsertionConfig |
                 f'{type(operation).__name__}({next(iter(options))}=...).'
             )
         return operation
-    if operation in attention_kinds() or (isinstance(operation, type) and issubclass(operation, AttentionCore)):
-        if 'kind' in options:
-            raise OptionError(f"option 'kind' of attention {operation!r} is unknown; the operation is the kind.")
-        kind: Any = operation
-        return AttentionConfig(kind, **options)
+    if operation in attention_names() or (isinstance(operation, type) and issubclass(operation, AttentionCore)):
+        if 'attention' in options:
+            raise OptionError(f"option 'attention' of attention {operation!r} is unknown; the operation says which.")
+        attention: Any = operation
+        return AttentionConfig(attention, **options)
     if operation is AttentionConfig:
         return AttentionConfig(**options)
     fixed: dict[str, Any] = {}
@@ -81,10 +78,15 @@ def _by_name(name: str) -> tuple[type[InsertionConfig], dict[str, Any]]:
         return SEMConfig, {}
     if name == 'external2d':
         return ExternalAttention2dConfig, {}
-    if name in _SINGLE_SYSTEMS or (name in excitation_names() and name not in timm_attention_names()):
-        return ExcitationConfig, {'operator': name}
+    if name in excitation_names():
+        return ExcitationConfig, {'excitation': name}
+    if name.startswith(TIMM_PREFIX) and name.removeprefix(TIMM_PREFIX) in timm_attention_names():
+        return TimmAttentionConfig, {'name': name.removeprefix(TIMM_PREFIX)}
     if name in timm_attention_names():
-        return TimmAttentionConfig, {'name': name}
+        raise OptionError(
+            f"operation {name!r} is unknown. timm's own attention of that name is asked for as "
+            f'{TIMM_PREFIX + name!r}; it changes the outputs.'
+        )
     raise OptionError(f'operation {name!r} is unknown. {closest(name, operation_names())}')
 
 
@@ -101,10 +103,10 @@ def plan_model(
 
     Args:
         model: Any model with blocks or self-attention; timm's know their input size.
-        operation: What is inserted into blocks: 'sem', 'se', 'eca', 'ie', 'external2d', a name of timm's
-            ``create_attn`` such as 'cbam', or a module class ``(channels) -> nn.Module``. Or what takes the place of
-            self-attention: 'external', 'eamlp', 'efficient', 'linear', 'halo', 'catt', 'caam', or a subclass of
-            ``AttentionCore``. Or a configuration of either.
+        operation: What is inserted into blocks: 'sem', an excitation operator by itself such as 'se', 'external2d', an
+            attention of timm's such as 'timm_cbam', or a module class ``(channels) -> nn.Module``. Or what takes the
+            place of self-attention: 'external', 'eamlp', 'efficient', 'linear', 'halo', 'catt', 'caam', or a subclass
+            of ``AttentionCore``. Or a configuration of either.
         target: Which blocks or attention modules: a regular expression that matches whole names, a list of names or
             dotted suffixes, a module class, or a callable ``(name, module) -> bool``. By default all.
         exclude: Which not, by the same rules.

@@ -11,7 +11,15 @@ import torch
 from torch import nn
 
 from sem_timm.errors import OptionError, closest
-from sem_timm.layers import SEM, ChannelsFirst, Excitation, ExternalAttention2d, timm_attention, timm_attention_names
+from sem_timm.layers import (
+    SEM,
+    TIMM_PREFIX,
+    ChannelsFirst,
+    Excitation,
+    ExternalAttention2d,
+    timm_attention,
+    timm_attention_names,
+)
 from sem_timm.surgery import BRANCHES, POSITIONS, Site, check_choice
 
 
@@ -53,7 +61,8 @@ class InsertionConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as data that `json.dumps` takes."""
-        return {'name': str(self), **{f.name: plain(getattr(self, f.name)) for f in fields(self)}}
+        options = {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name != 'name'}
+        return {'name': str(self), **options}
 
     def __str__(self) -> str:
         return self.attribute
@@ -127,7 +136,7 @@ class ExcitationConfig(_GateConfig):
     """Inserts one excitation operator by itself: SE, ECA, IE, … as a system of its own.
 
     Attributes:
-        operator: Name or class of the operator.
+        excitation: Name or class of an excitation operator, see `excitation_names`.
         reduction: Bottleneck ratio of the fully connected operator.
         init: As for `SEMConfig`.
         position: Where in a block: 'auto', 'residual' or 'output', see `plan_model`.
@@ -137,24 +146,26 @@ class ExcitationConfig(_GateConfig):
         OptionError: If an option is unknown or out of range.
     """
 
-    operator: str | Callable[..., nn.Module] = 'se'
+    excitation: str | Callable[..., nn.Module] = 'se'
     reduction: int = 16
     init: str = 'identity'
 
     @property
     def attribute(self) -> str:
-        return self.operator if isinstance(self.operator, str) else 'excitation'
+        return self.excitation if isinstance(self.excitation, str) else 'excitation'
 
     def _module(self, channels: int, **options: Any) -> nn.Module:
-        return Excitation(channels, self.operator, reduction=self.reduction, init=_init(self.init), **options)
+        return Excitation(channels, self.excitation, reduction=self.reduction, init=_init(self.init), **options)
 
 
 @dataclass(frozen=True)
 class TimmAttentionConfig(InsertionConfig):
     """Inserts one of timm's own channel attentions, which timm offers at build time for a few families.
 
+    By name, it is the operation 'timm_cbam' and the like. The outputs change.
+
     Attributes:
-        name: A name of timm's ``create_attn`` that keeps the shape of its input.
+        name: A name of timm's ``create_attn``, such as 'cbam', of those that keep the shape of their input.
         position: Where in a block: 'auto', 'residual' or 'output', see `plan_model`.
         branches: Of several residual branches in one block, the 'last' or 'all'.
 
@@ -173,7 +184,12 @@ class TimmAttentionConfig(InsertionConfig):
 
     @property
     def attribute(self) -> str:
-        return f'{self.name}_' if keyword.iskeyword(self.name) else self.name
+        return f'{TIMM_PREFIX}{self.name}'
+
+    @property
+    def has_tensors(self) -> bool:
+        """Whether what it builds has anything in its state_dict."""
+        return bool(timm_attention(self.name, 64, device=torch.device('meta')).state_dict())
 
     def build(self, site: Site, device: torch.device, dtype: torch.dtype) -> nn.Module:
         return timm_attention(self.name, site.channels, device=device, dtype=dtype, **_layout(site))

@@ -52,7 +52,7 @@ def config_to_json(config: Config) -> dict[str, Any]:
 
 def _written(config: Config) -> dict[str, Any]:
     if isinstance(config, AttentionConfig):
-        options = {'kind': config.kind, **dict(config.options)}
+        options = {'attention': config.attention, **dict(config.options)}
         return {'operation': _ATTENTION, 'options': {k: _plain(config, k, v) for k, v in options.items()}}
     for name, cls in _INSERTIONS.items():
         if type(config) is cls:
@@ -91,13 +91,13 @@ def config_from_json(found: Field) -> Config:
         PatchFileError: If it describes none; the message names the field.
     """
     parts = {name: field for name, field in found.entries().items() if name in ('operation', 'options')}
-    kind = parts['operation'].text((*_INSERTIONS, _ATTENTION))
+    operation = parts['operation'].text((*_INSERTIONS, _ATTENTION))
     options = parts['options'].entries()
     values = {name: _value(field) for name, field in options.items()}
-    cls: Any = AttentionConfig if kind == _ATTENTION else _INSERTIONS[kind]
-    if kind == _ATTENTION:
-        if not isinstance(values.get('kind'), str):
-            raise parts['options'].error("'kind' names the attention, such as 'external'.")
+    cls: Any = AttentionConfig if operation == _ATTENTION else _INSERTIONS[operation]
+    if operation == _ATTENTION:
+        if not isinstance(values.get('attention'), str):
+            raise parts['options'].error("'attention' names the attention, such as 'external'.")
     else:
         known = [field.name for field in fields(cls)]
         parts['options'].fields(name for name in known if name in options or name not in _ADDED_LATER)
@@ -109,7 +109,7 @@ def config_from_json(found: Field) -> Config:
     except OptionError as error:
         raise parts['options'].error(f'{error}') from error
     except Exception as error:  # a layer met a value that it does not check
-        raise parts['options'].error(f'{kind} cannot be built: {type(error).__name__}: {error}') from error
+        raise parts['options'].error(f'{operation} cannot be built: {type(error).__name__}: {error}') from error
     return config
 
 

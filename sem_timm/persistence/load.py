@@ -24,7 +24,7 @@ from sem_timm.persistence.record import PARTS, RECORD_NAME, PatchRecord, SiteRec
 from sem_timm.persistence.save import base_of, steps_of
 from sem_timm.persistence.weights_file import read_tensors
 from sem_timm.random_state import preserved_random_state
-from sem_timm.surgery import Plan, apply_plan, check_choice, check_model, patched, unpatch_model
+from sem_timm.surgery import Plan, apply_plan, check_choice, check_model, patched_modules, unpatch_model
 
 CHECKS = ('warn', 'error', 'ignore')
 
@@ -70,7 +70,7 @@ def load_patch(
     _check_model_is(model, file, record)
     tensors = read_tensors(folder, record)
     with _all_or_nothing(model):
-        if patched(model):
+        if patched_modules(model):
             _check_same_patch(model, file, record)
         else:
             if input_size is not None:
@@ -158,13 +158,13 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
 
     Values are not touched before all is checked, and are put back where they are touched.
     """
-    had_patch = bool(patched(model))
+    had_patch = bool(patched_modules(model))
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
         with preserved_random_state():
             yield
     except BaseException:
-        if patched(model) and not had_patch:
+        if patched_modules(model) and not had_patch:
             unpatch_model(model)
         for parameter, required, gradient in before:
             parameter.requires_grad_(required)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sem_timm.errors import ModelError
-from sem_timm.surgery import PatchedModule, patched
+from sem_timm.surgery import PatchedModule, patched_modules
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def parts_of(model: nn.Module) -> Parts:
     """
     state = model.state_dict()
     check_tensors(model, state)
-    modules = patched(model)
+    modules = patched_modules(model)
     new, head = _new_names(modules), head_prefixes(model)
     aliases = _aliases_of_new(model, modules)
     parts = Parts({}, {}, {})

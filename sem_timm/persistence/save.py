@@ -20,7 +20,7 @@ from sem_timm.persistence.parts import Parts, parts_of
 from sem_timm.persistence.record import PARTS, Base, PatchRecord, Step, site_record, tensor_record
 from sem_timm.persistence.weights_file import check_folder, encode, write
 from sem_timm.registry import base_architecture
-from sem_timm.surgery import check_undoable, patched
+from sem_timm.surgery import check_undoable, patched_modules
 
 # Where wrappers keep the model; they change neither its classes nor its tensors.
 _INSIDE = {
@@ -62,8 +62,8 @@ def save_patch(
         The folder.
 
     Raises:
-        ModelError: If the model is not patched, made compact, sharded or on the meta device, or was patched with code
-            or numbers that a file cannot have.
+        ModelError: If the model is not patched, lost its unread parameters, is sharded or on the meta device, or was
+            patched with code or numbers that a file cannot have.
         OptionError: If the base weights have changed and are not included, or the arguments do not go together.
         PatchFileError: If a file is where the folder is to be.
         OSError: If the files cannot be written.
@@ -111,14 +111,14 @@ def steps_of(model: nn.Module) -> tuple[Step, ...]:
     Raises:
         ModelError: If it was not operated on, or no longer is what the operations made of it.
     """
-    if not patched(model):
+    if not patched_modules(model):
         raise ModelError(f'{type(model).__name__} is not patched, or switched off; patch_model(model) first.')
     try:
         check_undoable(model)
     except ModelError as error:
         raise ModelError(f'its patch cannot be saved: {error}') from error
     steps: dict[Any, Step] = {}
-    for part in sorted(patched(model), key=lambda part: part.number):
+    for part in sorted(patched_modules(model), key=lambda part: part.number):
         if part.inserted and not part.sites:
             raise ModelError(f'{part.name} was patched by an older sem_timm, which noted no sites; patch it anew.')
         for site in part.sites:

@@ -2,7 +2,7 @@
 
 They are registered through timm's public `register_model`. A variant is its base, built by the base's own entry point
 with weights and all, and then patched. timm's scripts and listings see it as any other model; its options have the
-prefix ``sem_``, ``ea_``, ``eamlp_`` and so on.
+prefix ``sem_``, ``ea_``, ``eamlp_``, ``timm_cbam_`` and so on.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from timm.models import (
 )
 from torch import nn
 
-from sem_timm.layers import SEM, AttentionCore, ExternalAttention2d, MultiHeadExternalAttention, attention_kinds
-from sem_timm.registry.kinds import Kind
+from sem_timm.layers import SEM, AttentionCore, ChannelsFirst, ExternalAttention2d, MultiHeadExternalAttention
 from sem_timm.registry.table import AttentionTable, read_table
+from sem_timm.registry.variant_operation import VariantOperation, variant_operation_names
 
 __all__ = ['base_architecture', 'register_variants']
 
@@ -37,24 +37,25 @@ default_cfgs: dict[str, DefaultCfg] = {}  # where register_model looks for the p
 _DEFAULT_OPERATIONS = ('sem', 'external', 'eamlp')
 
 # Layers that look at their inputs before they go on, which feature_cls='fx' cannot follow; with their subclasses.
-_LEAVES = (SEM, AttentionCore, ExternalAttention2d, MultiHeadExternalAttention)
+_LEAVES = (SEM, AttentionCore, ChannelsFirst, ExternalAttention2d, MultiHeadExternalAttention)
 
 
 def register_variants(*operations: str) -> None:
     """Registers variants of the architectures that timm knows at this moment; those that exist already are left.
 
-    ``{arch}_sem`` is there for every architecture; ``{arch}_ea`` and the other attentions, such as
-    ``{arch}_efficient``, for those with self-attention that can be replaced. For an architecture newer than the table
-    of those, whether it can shows when a model is created.
+    ``{arch}_sem`` and those of timm's own attentions, such as ``{arch}_timm_cbam``, are there for every architecture;
+    ``{arch}_ea`` and the other attentions, such as ``{arch}_efficient``, for those with self-attention that can be
+    replaced. For an architecture newer than the table of those, whether it can shows when a model is created.
 
     Args:
-        *operations: 'sem', 'external' (``{arch}_ea``) or another attention, such as 'efficient'. By default those that
-            importing the package registers: 'sem', 'external' and 'eamlp'.
+        *operations: 'sem', 'external' (``{arch}_ea``), another attention that replaces self-attention, such as
+            'efficient', or one of timm's that is inserted, such as 'timm_cbam'. By default those that importing the
+            package registers: 'sem', 'external' and 'eamlp'.
 
     Raises:
         OptionError: If no variants can be made with an operation.
     """
-    kinds = [Kind(operation) for operation in operations or _DEFAULT_OPERATIONS]
+    made_with = [VariantOperation(name) for name in operations or _DEFAULT_OPERATIONS]
     table = read_table()
     for layer in _LEAVES:
         register_notrace_module(layer)
@@ -62,7 +63,7 @@ def register_variants(*operations: str) -> None:
     for architecture in timm.list_models():
         if model_entrypoint(architecture).__module__ != __name__:
             __all__.clear()  # register_model looks through all of it for every name that it adds
-            _register(architecture, [kind for kind in kinds if _serves(kind, architecture, table)])
+            _register(architecture, [each for each in made_with if _serves(each, architecture, table)])
             names += __all__
     __all__[:] = names
 
@@ -71,24 +72,24 @@ def base_architecture(name: str) -> str:
     """The architecture that a variant is made of; of one that is no variant, its own name."""
     if not is_model(name) or model_entrypoint(name).__module__ != __name__:
         return name
-    suffixes = (Kind(operation).suffix for operation in ('sem', *attention_kinds()))
+    suffixes = (VariantOperation(operation).suffix for operation in variant_operation_names())
     return next(base for s in suffixes if name.endswith(s) and is_model(base := name.removesuffix(s)))
 
 
-def _serves(kind: Kind, architecture: str, table: AttentionTable) -> bool:
-    return not is_model(architecture + kind.suffix) and (
-        not kind.swaps_attention or table.count(architecture, kind) != 0
+def _serves(operation: VariantOperation, architecture: str, table: AttentionTable) -> bool:
+    return not is_model(architecture + operation.suffix) and (
+        not operation.replaces_attention or table.count(architecture, operation) != 0
     )
 
 
-def _register(architecture: str, kinds: list[Kind]) -> None:
-    cfgs = _pretrained_cfgs(architecture) if kinds else {}
-    weightless = {tag: _without_weights(cfg) for tag, cfg in cfgs.items() if any(k.swaps_attention for k in kinds)}
-    for kind in kinds:
-        name = architecture + kind.suffix
+def _register(architecture: str, operations: list[VariantOperation]) -> None:
+    cfgs = _pretrained_cfgs(architecture) if operations else {}
+    weightless = {tag: _without_weights(cfg) for tag, cfg in cfgs.items() if any(o.changes_outputs for o in operations)}
+    for operation in operations:
+        name = architecture + operation.suffix
         if cfgs:
-            default_cfgs[name] = _default_cfg(weightless if kind.swaps_attention else cfgs)
-        globals()[name] = register_model(_entrypoint(architecture, kind, name))
+            default_cfgs[name] = _default_cfg(weightless if operation.changes_outputs else cfgs)
+        globals()[name] = register_model(_entrypoint(architecture, operation, name))
 
 
 def _pretrained_cfgs(architecture: str) -> dict[str, PretrainedCfg]:
@@ -122,11 +123,11 @@ def _without_weights(cfg: PretrainedCfg) -> PretrainedCfg:
     return cfg
 
 
-def _entrypoint(architecture: str, kind: Kind, name: str) -> Callable[..., nn.Module]:
+def _entrypoint(architecture: str, operation: VariantOperation, name: str) -> Callable[..., nn.Module]:
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         from sem_timm.registry.variant import create_variant  # with the surgery, which a listing does not need
 
-        return create_variant(architecture, kind, pretrained, **kwargs)
+        return create_variant(architecture, operation, pretrained, **kwargs)
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     return entrypoint

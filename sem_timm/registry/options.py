@@ -6,51 +6,54 @@ from dataclasses import fields
 from typing import Any
 
 from sem_timm.errors import OptionError
-from sem_timm.operations import AttentionConfig, SEMConfig, resolve_operation
-from sem_timm.registry.kinds import Kind
+from sem_timm.operations import AttentionConfig, SEMConfig, TimmAttentionConfig, resolve_operation
+from sem_timm.registry.variant_operation import VariantOperation
 
 _CALL_OPTIONS = ('target', 'exclude', 'input_size')
 
 Options = dict[str, Any]
 
 
-def pop_options(kind: Kind, name: str, kwargs: Options) -> Options:
+def pop_options(operation: VariantOperation, name: str, kwargs: Options) -> Options:
     """Takes the options of the operation out of the arguments of the entry point ``name``.
 
     Raises:
         OptionError: If one is unknown, or as far as it can be told without a model, has an impossible value.
     """
-    options = {key.removeprefix(kind.prefix): kwargs.pop(key) for key in list(kwargs) if key.startswith(kind.prefix)}
+    prefix = operation.prefix
+    options = {key.removeprefix(prefix): kwargs.pop(key) for key in list(kwargs) if key.startswith(prefix)}
     given = {key: value for key, value in options.items() if value is not None}  # None is timm's for the default
-    if kind.swaps_attention:
-        return _checked_for_attention(kind, name, given)
-    _check_known(kind, name, options, (*_CALL_OPTIONS, *(field.name for field in fields(SEMConfig))))
+    if operation.changes_outputs:
+        return _checked(operation, name, given)
+    _check_known(operation, name, options, (*_CALL_OPTIONS, *(field.name for field in fields(SEMConfig))))
     return given
 
 
-def _check_known(kind: Kind, name: str, options: Options, known: tuple[str, ...]) -> None:
+def _check_known(operation: VariantOperation, name: str, options: Options, known: tuple[str, ...]) -> None:
     for key in options:
         if key not in known:
-            listed = ', '.join(kind.prefix + option for option in known)
-            raise OptionError(f'{name} has no option {kind.prefix + key!r}. There are: {listed}.')
+            listed = ', '.join(operation.prefix + option for option in known)
+            raise OptionError(f'{name} has no option {operation.prefix + key!r}. There are: {listed}.')
 
 
-def _checked_for_attention(kind: Kind, name: str, options: Options) -> Options:
+def _checked(operation: VariantOperation, name: str, options: Options) -> Options:
     own = {key: _frozen(value) for key, value in options.items() if key not in _CALL_OPTIONS}
     try:
-        resolve_operation(kind.operation, **own)
+        resolve_operation(operation.name, **own)
     except OptionError as error:
-        general = ', '.join(kind.prefix + option for option in _CALL_OPTIONS)
+        general = ', '.join(operation.prefix + option for option in _CALL_OPTIONS)
         raise OptionError(
-            f'{name}: {error}\n  In create_model these options have the prefix {kind.prefix}. There are also {general}.'
+            f'{name}: {error}\n  In create_model these options have the prefix {operation.prefix}. '
+            f'There are also {general}.'
         ) from error
     return {**options, **own}
 
 
-def has_tensors(kind: Kind, options: Options) -> bool:
+def has_tensors(operation: VariantOperation, options: Options) -> bool:
     """Whether the modules of an operation with these options have any weights."""
     own = {key: value for key, value in options.items() if key not in _CALL_OPTIONS}
-    return not kind.swaps_attention or AttentionConfig(kind.operation, **own).has_tensors
+    config = resolve_operation(operation.name, **own)
+    return config.has_tensors if isinstance(config, (AttentionConfig, TimmAttentionConfig)) else True
 
 
 def _frozen(value: Any) -> Any:

@@ -6,11 +6,11 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sem_timm.registry.kinds import Kind
+from sem_timm.registry.variant_operation import VariantOperation
 
 _FILE = Path(__file__).with_name('attention_sites.json')
 
-# The operations that were planned: cores of all kinds go to the places of the first, whole modules to the second.
+# The operations that were planned: cores of all names go to the places of the first, whole modules to the second.
 COLUMNS = ('external', 'eamlp')
 
 
@@ -26,10 +26,10 @@ class AttentionTable:
     timm: str
     sites: dict[str, list[int]]
 
-    def count(self, architecture: str, kind: Kind) -> int | None:
+    def count(self, architecture: str, operation: VariantOperation) -> int | None:
         """The number of sites of an architecture, or None if the table does not know it."""
         counts = self.sites.get(architecture)
-        return None if counts is None else counts[kind.operation == 'eamlp']
+        return None if counts is None else counts[operation.name == 'eamlp']
 
 
 def read_table(file: Path = _FILE) -> AttentionTable:

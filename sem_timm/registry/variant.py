@@ -19,17 +19,17 @@ from torch import nn
 from sem_timm.errors import SwapWarning
 from sem_timm.operations import patch_model
 from sem_timm.registry.features import build_features
-from sem_timm.registry.kinds import Kind
 from sem_timm.registry.options import Options, has_tensors, pop_options
+from sem_timm.registry.variant_operation import VariantOperation
 from sem_timm.registry.weights import load_inserted, own_weights, restore_source, split, without_variant
-from sem_timm.surgery import patched
+from sem_timm.surgery import patched_modules
 
 _SOURCES = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'custom_load')
 
 
 def create_variant(
     architecture: str,
-    kind: Kind,
+    operation: VariantOperation,
     pretrained: bool,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
@@ -41,28 +41,28 @@ def create_variant(
         OptionError: If an option is unknown or out of range, or a saved model has not the weights of the variant that
             it says it is.
     """
-    name = architecture + kind.suffix
-    options = pop_options(kind, name, kwargs)
-    if not kind.swaps_attention:
+    name = architecture + operation.suffix
+    options = pop_options(operation, name, kwargs)
+    if not operation.changes_outputs:
         options.setdefault('init', 'identity' if pretrained else 'paper')
     overlay = dict(pretrained_cfg_overlay or {}, architecture=name)
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, overlay) if pretrained else PretrainedCfg()
-    inserted, rest = split(own_weights(cfg, kwargs.get('cache_dir')), kind)
+    inserted, rest = split(own_weights(cfg, kwargs.get('cache_dir')), operation)
     # A saved model says what it is, and only modules without tensors leave no trace in its weights.
     is_saved = pretrained and 'pretrained_model_args' in kwargs
-    untrained = not inserted and (not is_saved or has_tensors(kind, options))
+    untrained = not inserted and (not is_saved or has_tensors(operation, options))
     if is_saved and untrained and kwargs.get('pretrained_strict', True):
         raise without_variant(cfg, architecture, name)
     if inserted:
         # The base loads its part itself, since only its family knows how to fit it to other classes or image sizes.
         overlay.update(state_dict=rest, source=None)
-    elif pretrained and kind.swaps_attention and isinstance(pretrained_cfg, (dict, PretrainedCfg)):
+    elif pretrained and operation.changes_outputs and isinstance(pretrained_cfg, (dict, PretrainedCfg)):
         overlay.update(_sources(architecture, cfg))
 
     def patch(model: nn.Module) -> nn.Module:
-        _patch(model, kind, {**_image_shape(kwargs), **options})
+        _patch(model, operation, {**_image_shape(kwargs), **options})
         if inserted:
-            load_inserted(model, inserted, name, kind, strict=kwargs.get('pretrained_strict', True))
+            load_inserted(model, inserted, name, operation, strict=kwargs.get('pretrained_strict', True))
             restore_source(model, cfg)
         return model
 
@@ -71,9 +71,10 @@ def create_variant(
     build = partial(base, **given, **kwargs)
     model: Any = build_features(build, patch) if kwargs.get('features_only') else patch(build())
     # What create_model and save_for_hf keep as the arguments that rebuild the model; init must not be guessed again.
-    model._model_args = {**getattr(model, '_model_args', {}), **{kind.prefix + key: v for key, v in options.items()}}
-    if kind.swaps_attention and pretrained and untrained:
-        _warn(f'{name} has the weights of {architecture} but for its new attention ({kind.operation})')
+    of_operation = {operation.prefix + key: value for key, value in options.items()}
+    model._model_args = {**getattr(model, '_model_args', {}), **of_operation}
+    if operation.changes_outputs and pretrained and untrained:
+        _warn(f'{name} has the weights of {architecture} but for its new attention ({operation.name})')
     return model
 
 
@@ -92,14 +93,14 @@ def _sources(architecture: str, cfg: PretrainedCfg) -> dict[str, Any]:
     return {source: getattr(of_base, source) for source in _SOURCES}
 
 
-def _patch(model: nn.Module, kind: Kind, options: Options) -> None:
-    if not kind.swaps_attention:
-        patch_model(model, kind.operation, **options)
+def _patch(model: nn.Module, operation: VariantOperation, options: Options) -> None:
+    if not operation.replaces_attention:
+        patch_model(model, operation.name, **options)
         return
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', SwapWarning)  # said once the model is there, if it has weights to lose
-        patch_model(model, kind.operation, **options)
-    for part in patched(model):
+        patch_model(model, operation.name, **options)
+    for part in patched_modules(model):
         # These modules look at their arguments before they go on, which feature_cls='fx' cannot follow.
         register_notrace_module(type(model.get_submodule(part.name)))
 

@@ -11,8 +11,8 @@ from timm.models._hub import HF_WEIGHTS_NAME, load_state_dict_from_path
 from torch import Tensor, nn
 
 from sem_timm.errors import OptionError
-from sem_timm.operations import AttentionConfig, SEMConfig
-from sem_timm.registry.kinds import Kind
+from sem_timm.operations import resolve_operation
+from sem_timm.registry.variant_operation import VariantOperation
 
 Weights = dict[str, Tensor]
 
@@ -37,9 +37,9 @@ def own_weights(cfg: PretrainedCfg, cache_dir: Any) -> Weights:
     return weights
 
 
-def split(weights: Weights, kind: Kind) -> tuple[Weights, Weights]:
+def split(weights: Weights, operation: VariantOperation) -> tuple[Weights, Weights]:
     """The entries of a state_dict that belong to inserted modules, and the others."""
-    inserted = _of_inserted(weights, kind)
+    inserted = _of_inserted(weights, operation)
     return inserted, {key: weights[key] for key in weights if key not in inserted}
 
 
@@ -57,20 +57,20 @@ def without_variant(cfg: PretrainedCfg, architecture: str, name: str) -> OptionE
     )
 
 
-def _of_inserted(weights: Weights, kind: Kind) -> Weights:
-    config = AttentionConfig(kind.operation) if kind.swaps_attention else SEMConfig()
+def _of_inserted(weights: Weights, operation: VariantOperation) -> Weights:
+    child = resolve_operation(operation.name).attribute
     # Named sem, or sem1 and sem2 where one module has two, and sem_ where sem was taken.
-    name = re.compile(rf'(^|\.){config.attribute}\d*_*\.')
+    name = re.compile(rf'(^|\.){child}\d*_*\.')
     return {key: value for key, value in weights.items() if name.search(key)}
 
 
-def load_inserted(model: nn.Module, inserted: Weights, name: str, kind: Kind, *, strict: bool) -> None:
+def load_inserted(model: nn.Module, inserted: Weights, name: str, operation: VariantOperation, *, strict: bool) -> None:
     """Loads the weights of the inserted modules; with ``strict`` all of them and no others.
 
     Raises:
         OptionError: If they do not fit.
     """
-    expected = _of_inserted(model.state_dict(), kind)
+    expected = _of_inserted(model.state_dict(), operation)
     missing, unexpected = sorted(expected.keys() - inserted.keys()), sorted(inserted.keys() - expected.keys())
     reshaped = [key for key in sorted(expected.keys() & inserted.keys()) if expected[key].shape != inserted[key].shape]
     if reshaped or (strict and (missing or unexpected)):
@@ -79,7 +79,7 @@ def load_inserted(model: nn.Module, inserted: Weights, name: str, kind: Kind, *,
             f'{len(missing)} of its tensors are not among them{_example(missing)}, '
             f'{len(unexpected)} of theirs have no place in it{_example(unexpected)}, '
             f'{len(reshaped)} have another shape{_example(reshaped)}.\n'
-            f'  Give the options of the training, such as {kind.prefix}target=..., to create_model.'
+            f'  Give the options of the training, such as {operation.prefix}target=..., to create_model.'
         )
     model.load_state_dict(inserted, strict=False)
 

@@ -13,7 +13,7 @@ from sem_timm.errors import ModelError
 from sem_timm.meta import probe, weightless
 from sem_timm.random_state import preserved_random_state
 from sem_timm.reports.costs import Cost, measured
-from sem_timm.surgery import check_model, patched, unpatch_model, unread_parameters
+from sem_timm.surgery import check_model, patched_modules, unpatch_model, unread_parameters
 from sem_timm.tables import table
 
 # What no child of the model computes or holds.
@@ -44,7 +44,7 @@ class Summary:
         input_size: Shape (C, H, W) of the image.
         is_patched: Whether there is a difference to be seen.
         stages: The stages that timm names, and the model's other parts, in the order of ``named_modules``.
-        unread_parameters: Parameters that no longer reach the output, which ``compact_model`` would drop.
+        unread_parameters: Parameters that no longer reach the output, which ``drop_unread_parameters`` would drop.
     """
 
     model_name: str
@@ -92,7 +92,9 @@ class Summary:
             'Activations: what a training forward keeps for the backward pass.'
         )
         if self.unread_parameters:
-            lines.append(f'{self.unread_parameters:,} parameters are no longer read; compact_model drops them.')
+            lines.append(
+                f'{self.unread_parameters:,} parameters are no longer read; drop_unread_parameters drops them.'
+            )
         return '\n'.join(lines)
 
     def _row(self, stage: StageCost) -> list[str]:
@@ -118,7 +120,7 @@ def summary(model: nn.Module, input_size: tuple[int, ...] | None = None) -> Summ
         The summary; printing it shows a table.
 
     Raises:
-        ModelError: If the model is wrapped, was made compact or does not run on the meta device.
+        ModelError: If the model is wrapped, lost its unread parameters or does not run on the meta device.
         OptionError: If it does not accept ``input_size``.
     """
     check_model(model)
@@ -126,7 +128,7 @@ def summary(model: nn.Module, input_size: tuple[int, ...] | None = None) -> Summ
     with preserved_random_state(), torch.inference_mode(False):
         size = probe(model, input_size).input_size
         part_of = _parts(model)
-        is_patched = bool(patched(model))
+        is_patched = bool(patched_modules(model))
         now = measured(_skeleton(model), size, part_of)
         before = measured(_base(model), size, part_of) if is_patched else now
     parts = [name for name in now if now[name] != Cost() or before.get(name, Cost()) != Cost()]
@@ -156,7 +158,7 @@ def _base(model: nn.Module) -> nn.Module:
 
 
 def _unread(model: nn.Module) -> int:
-    """How many parameters compacting would drop."""
+    """How many parameters `drop_unread_parameters` would drop."""
     unread = unread_parameters(model)
     return sum(parameter.numel() for name, parameter in model.named_parameters() if name in unread)
 

@@ -2,8 +2,8 @@
 
 from sem_timm.surgery.disable import disabled
 from sem_timm.surgery.evaluate import first_tensor
-from sem_timm.surgery.freeze import check_not_compact, compact_model, trainable_parameters, unread_parameters
-from sem_timm.surgery.patch import Built, PatchedModule, apply_plan, check_undoable, patched, unpatch_model
+from sem_timm.surgery.freeze import check_not_compact, drop_unread_parameters, trainable_parameters, unread_parameters
+from sem_timm.surgery.patch import Built, PatchedModule, apply_plan, check_undoable, patched_modules, unpatch_model
 from sem_timm.surgery.plan import BRANCHES, POSITIONS, AttentionSite, Insertion, Plan, Refusal, Site, Swap, check_choice
 from sem_timm.surgery.planning import check_model, plan_insertion, plan_swap
 from sem_timm.surgery.reading import bound_arguments
@@ -34,12 +34,12 @@ __all__ = [
     'check_model',
     'check_not_compact',
     'check_undoable',
-    'compact_model',
     'disabled',
+    'drop_unread_parameters',
     'edit_of',
     'first_tensor',
-    'patched',
     'patched_class',
+    'patched_modules',
     'plan_insertion',
     'plan_swap',
     'put_back',

@@ -37,7 +37,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         A context manager that gives the model.
 
     Raises:
-        ModelError: If nothing in the model is patched, or it was made compact and no longer holds its base.
+        ModelError: If nothing in the model is patched, or it no longer holds its base: unread parameters were dropped.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f'a torch.nn.Module is needed, not {type(model).__name__}.')

@@ -71,12 +71,12 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     return (p for p in model.parameters() if p.requires_grad and id(p) not in useless)
 
 
-def compact_model(model: nn.Module) -> nn.Module:
-    """Drops the parameters that a swap of attention has made useless, for deployment; there is no undo after it.
+def drop_unread_parameters(model: nn.Module) -> nn.Module:
+    """Drops the parameters that a swap of attention has made useless, for good: there is no undo.
 
-    Works in place. Keys of the dropped parameters leave the state_dict. What is still computed, as the plan tells,
-    keeps its parameters, and packed projections keep all their rows. In models with windows, methods that make tables
-    of positions anew, such as ``set_input_size``, need what was dropped.
+    For deployment; works in place. Keys of the dropped parameters leave the state_dict. What is still computed, as the
+    plan tells, keeps its parameters, and packed projections keep all their rows. In models with windows, methods that
+    make tables of positions anew, such as ``set_input_size``, need what was dropped.
 
     Args:
         model: A model whose attention was swapped.
@@ -105,7 +105,9 @@ def check_not_compact(model: nn.Module) -> None:
     """Raises ModelError if parameters of the model were dropped, so that a patch cannot be undone."""
     for name, module in model.named_modules():
         if module.__dict__.get(_COMPACT):
-            raise ModelError(f'{name} lost its old parameters to compact_model; undo is for models that kept them.')
+            raise ModelError(
+                f'{name} lost its old parameters to drop_unread_parameters; undo is for models that kept them.'
+            )
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -91,7 +91,7 @@ def apply_plan(model: nn.Module, plan: Plan, prepare: Callable[[list[Built]], No
                 warnings.warn(_needs_training(plan), SwapWarning, stacklevel=3)
             for part in built:
                 part.module.add_module(part.site.attribute, part.new)
-            number = 1 + max((earlier.number for earlier in patched(model)), default=-1)
+            number = 1 + max((earlier.number for earlier in patched_modules(model)), default=-1)
             for name, edit in plan.edits.items():
                 sites = tuple(site for site in plan if site.name == name)
                 put_in(modules[name], edit, (number, plan.input_size, sites))
@@ -135,7 +135,7 @@ def _check_fit(model: nn.Module, plan: Plan) -> None:
         raise PlanError(f'the model has changed since the plan was made, at {", ".join(changed[:3])}. {again}')
 
 
-def patched(model: nn.Module) -> tuple[PatchedModule, ...]:
+def patched_modules(model: nn.Module) -> tuple[PatchedModule, ...]:
     """Tells what was done to a model, and where.
 
     Args:
@@ -166,7 +166,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        ModelError: If nothing in the model is patched, something wraps it, or it was made compact.
+        ModelError: If nothing in the model is patched, something wraps it, or its unread parameters were dropped.
     """
     check_model(model)
     if not any(edit_of(module, inherited=True) for module in model.modules()):
@@ -186,7 +186,7 @@ def check_undoable(model: nn.Module) -> None:
         edit = edit_of(module, inherited=True)
         if edit is not None and edit is not edit_of(module):
             raise ModelError(
-                f'{name} got another class since it was patched, {type(module).__name__}; undo that first.'
+                f'{name} got another class since it was patched_modules, {type(module).__name__}; undo that first.'
             )
         missing = [] if edit is None else [child for child in edit.inserted if child not in module._modules]
         if missing:

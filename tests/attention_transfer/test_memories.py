@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sem_timm
+from sem_timm.attention_transfer import initialize_memories
 from sem_timm.attention_transfer.least_squares import LeastSquares
 from tests.attention_transfer.small_transformer import batches, create, swapped
 from tests.families import FAMILIES, Family
@@ -44,7 +45,7 @@ def test_values_solve_the_least_squares_problem() -> None:
 def test_keys_are_centers_of_the_original_keys_at_the_scale_of_its_logits() -> None:
     original, model = create(), swapped()
     images = batches()
-    sem_timm.initialize_memories(model, images, keys='keys', sharpness=(1.0,))
+    initialize_memories(model, images, keys='keys', sharpness=(1.0,))
     with torch.no_grad():
         tokens = original.norm_pre(original._pos_embed(original.patch_embed(torch.cat(images))))  # type: ignore
         block = original.blocks[0]  # type: ignore[index]
@@ -90,7 +91,7 @@ def test_the_scale_of_keys_does_not_depend_on_how_attention_is_written() -> None
         torch.manual_seed(0)
         model = swapped(model=Model(form()).eval(), input_size=(3, 32, 32))
         images = [torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))]
-        sem_timm.initialize_memories(model, images, keys='keys', sharpness=(1.0,))
+        initialize_memories(model, images, keys='keys', sharpness=(1.0,))
         memories[form] = model.attention.core.mk.detach()
     torch.testing.assert_close(memories[SpelledOut], memories[Called])
     torch.testing.assert_close(memories[ScaledBefore] * SpelledOut.scale, memories[Called])
@@ -105,7 +106,7 @@ def test_least_squares_is_better_than_means_and_chosen_sharpness_than_none() -> 
         'queries': {'keys': 'queries'},
         'swap': {'keys': 'swap'},
     }.items():
-        result = sem_timm.initialize_memories(swapped(), batches(), **how)
+        result = initialize_memories(swapped(), batches(), **how)
         errors[name] = result['initialize'].mean_error
     assert errors['means'] > max(errors['fitted'], errors['queries'], errors['swap'])  # type: ignore[type-var]
     # What is best for each head's core is so up to the mixing of heads behind it.
@@ -113,7 +114,7 @@ def test_least_squares_is_better_than_means_and_chosen_sharpness_than_none() -> 
 
 
 def test_the_chosen_sharpness_is_told_for_each_head() -> None:
-    result = sem_timm.initialize_memories(swapped(), batches(), sharpness=(0.5, 1.0, 2.0))
+    result = initialize_memories(swapped(), batches(), sharpness=(0.5, 1.0, 2.0))
     chosen = result['initialize'].sharpness
     assert list(chosen) == ['blocks.0.attn.core', 'blocks.1.attn.core']
     assert all(len(heads) == 2 and set(heads) <= {0.5, 1.0, 2.0} for heads in chosen.values())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import sem_timm
 from sem_timm import ModelError, OptionError, RefusedError
+from sem_timm.attention_transfer import initialize_memories
 from tests.attention_transfer.small_transformer import batches, create, labelled, swapped
 from tests.refusals import refused
 
@@ -32,9 +33,9 @@ def test_a_model_with_insertions_only() -> None:
         sem_timm.transfer(model, batches())
 
 
-def test_a_compact_model_has_no_original_any_more() -> None:
-    model = sem_timm.compact_model(swapped('external', model=create(qk_norm=True)))
-    with refused(model, ModelError, 'compact_model', 'transfer first'):
+def test_a_model_without_unread_parameters_has_no_original_any_more() -> None:
+    model = sem_timm.drop_unread_parameters(swapped('external', model=create(qk_norm=True)))
+    with refused(model, ModelError, 'drop_unread_parameters', 'transfer first'):
         sem_timm.transfer(model, batches())
 
 
@@ -86,7 +87,7 @@ def test_attention_without_parameters_has_nothing_new_to_train() -> None:
 def test_memories_are_asked_for_where_there_are_none() -> None:
     model = swapped('efficient')
     with refused(model, RefusedError, 'no memories', "'external'"):
-        sem_timm.initialize_memories(model, batches())
+        initialize_memories(model, batches())
 
 
 @pytest.mark.parametrize(

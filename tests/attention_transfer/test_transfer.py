@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import sem_timm
+from sem_timm.attention_transfer import initialize_memories, match_layers
 from sem_timm.attention_transfer.matching import training_parts
 from sem_timm.attention_transfer.pair import make_pair
 from sem_timm.surgery.rewrite import note_of
@@ -191,8 +192,8 @@ def test_loaders_may_yield_labels_beside_the_images(kind: str) -> None:
 def test_stages_alone_are_the_stages_of_a_transfer() -> None:
     whole, parts = swapped(), swapped()
     sem_timm.transfer(whole, batches())
-    sem_timm.initialize_memories(parts, iter(batches()))
-    sem_timm.match_layers(parts, batches())
+    initialize_memories(parts, iter(batches()))
+    match_layers(parts, batches())
     assert_equal(whole.state_dict(), parts.state_dict())
 
 
@@ -227,14 +228,14 @@ def test_other_patches_of_the_model_stay_in_student_and_teacher() -> None:
     sem_timm.transfer(model, batches())
     sem = {name: p for name, p in model.named_parameters() if '.sem.' in name}
     assert sem and all(torch.equal(p, copied.get_parameter(name)) for name, p in sem.items())
-    assert any('sem' in module.inserted for module in sem_timm.patched(model))
+    assert any('sem' in module.inserted for module in sem_timm.patched_modules(model))
 
 
-def test_a_transferred_model_can_be_made_compact() -> None:
+def test_unread_parameters_of_a_transferred_model_can_be_dropped() -> None:
     model, images = swapped(), batches(1)[0]
     sem_timm.transfer(model, batches())
     expected = model(images)
-    assert_equal(expected, sem_timm.compact_model(model)(images))
+    assert_equal(expected, sem_timm.drop_unread_parameters(model)(images))
 
 
 def test_importing_the_package_does_not_import_the_room() -> None:

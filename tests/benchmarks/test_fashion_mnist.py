@@ -102,7 +102,7 @@ def test_variants_differ_in_what_is_inserted_alone(load: type[ModuleType]) -> No
         for variant in models.RESNETS[1:]:
             model = models.create('resnet', variant, 8, 5)
             state = model.state_dict()
-            assert len(sem_timm.patched(model)) == 3
+            assert len(sem_timm.patched_modules(model)) == 3
             assert all(torch.equal(state[name], value) for name, value in plain.items())
         operators = [variant.options.get('operators', ()) for variant in models.RESNETS]
         assert {len(names) for names in operators} == {0, 2, 3, 4, 5}

@@ -31,10 +31,10 @@ def test_torch_checkpoint(twins: Twins) -> None:
     model = twins.moved().train()
     expected = gradients(model, twins.images())
     calls: list[str] = []
-    for part in sem_timm.patched(model):
+    for part in sem_timm.patched_modules(model):
         again(model.get_submodule(part.name), calls)
     assert_equal(gradients(model, twins.images()), expected)
-    assert len(calls) == 2 * len(sem_timm.patched(model))
+    assert len(calls) == 2 * len(sem_timm.patched_modules(model))
 
 
 def again(module: nn.Module, calls: list[Any]) -> None:

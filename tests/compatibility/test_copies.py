@@ -43,7 +43,7 @@ def test_state_dict(twins: Twins) -> None:
     def use(model: Any) -> Any:
         buffer = io.BytesIO()
         torch.save(model.state_dict(), buffer)
-        other = twins.patch(twins.column.create()) if sem_timm.patched(model) else twins.column.create()
+        other = twins.patch(twins.column.create()) if sem_timm.patched_modules(model) else twins.column.create()
         other.load_state_dict(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
         return other
 
@@ -55,7 +55,7 @@ def check_copy(twins: Twins, use: Any) -> None:
     images, model = twins.images(), twins.moved()
     expected, learned = outputs(model, images), gradients(model, images)
     twin = use(model)
-    assert sem_timm.patched(twin) == sem_timm.patched(model)
+    assert sem_timm.patched_modules(twin) == sem_timm.patched_modules(model)
     assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
     assert_equal(outputs(twin, images), expected)
     assert_equal(gradients(twin, images), learned)
@@ -81,4 +81,4 @@ def test_model_ema(twins: Twins) -> None:
         torch.testing.assert_close(parameter.detach(), 0.75 * start[name] + 0.25 * (start[name] + 0.01))
     averages[1].set(twins.model)
     assert_equal(outputs(patched, twins.images()), outputs(twins.model, twins.images()))
-    assert not sem_timm.patched(sem_timm.unpatch_model(patched)) and sem_timm.patched(twins.model)
+    assert not sem_timm.patched_modules(sem_timm.unpatch_model(patched)) and sem_timm.patched_modules(twins.model)

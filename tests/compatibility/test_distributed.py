@@ -54,7 +54,7 @@ def data_parallel(model: nn.Module, images: torch.Tensor) -> dict[str, Any]:
 
 def fully_sharded(model: nn.Module, images: torch.Tensor) -> dict[str, Any]:
     mesh = init_device_mesh('cpu', (2,))
-    for part in sem_timm.patched(model):
+    for part in sem_timm.patched_modules(model):
         fully_shard(model.get_submodule(part.name), mesh=mesh)
     return learn(model, fully_shard(model, mesh=mesh), images)
 

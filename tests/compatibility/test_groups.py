@@ -30,7 +30,7 @@ def test_layer_decay(twins: Twins) -> None:
     assert found.keys() - new_parameters(twins.model).keys() == {
         name for name in expected if twins.model.get_parameter(name).requires_grad
     }
-    for part in sem_timm.patched(twins.model):
+    for part in sem_timm.patched_modules(twins.model):
         inside = {scale for name, scale in found.items() if name.startswith(f'{part.name}.')}
         assert len(inside) == 1, part.name
 

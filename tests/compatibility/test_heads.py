@@ -64,7 +64,7 @@ def test_get_classifier(twins: Twins) -> None:
 
 def patched(twins: Twins) -> list[str]:
     """Names that the inserted modules begin with."""
-    return [f'{part.name}.{child}' for part in sem_timm.patched(twins.model) for child in part.inserted]
+    return [f'{part.name}.{child}' for part in sem_timm.patched_modules(twins.model) for child in part.inserted]
 
 
 @capability('`prune_intermediate_layers`')
@@ -82,7 +82,7 @@ def test_prune_intermediate_layers(twins: Twins) -> None:
     expected = outputs(lambda x: model.forward_intermediates(x, indices=[0], intermediates_only=True), images)
     found = outputs(lambda x: cut(model).forward_intermediates(x, indices=[0], intermediates_only=True), images)
     assert_equal(found, expected)
-    kept = [part.name for part in sem_timm.patched(cut(model))]
-    assert kept == [part.name for part in sem_timm.patched(model) if part.name in names]
+    kept = [part.name for part in sem_timm.patched_modules(cut(model))]
+    assert kept == [part.name for part in sem_timm.patched_modules(model) if part.name in names]
     if kept:
-        assert not sem_timm.patched(sem_timm.unpatch_model(cut(model)))
+        assert not sem_timm.patched_modules(sem_timm.unpatch_model(cut(model)))

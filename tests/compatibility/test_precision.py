@@ -67,7 +67,7 @@ def test_channels_last(twins: Twins) -> None:
     def use(model: Any) -> Any:
         model = copy.deepcopy(model).to(memory_format=torch.channels_last)
         layouts: dict[str, Any] = {}
-        for part in sem_timm.patched(twins.model):
+        for part in sem_timm.patched_modules(twins.model):
             block = model.get_submodule(part.name)
             block.register_forward_hook(
                 lambda module, args, out, name=part.name: layouts.update({name: [t.stride() for t in tensors(out)]})

@@ -33,7 +33,7 @@ def test_set_input_size(twins: Twins) -> None:
     later = twins.patch(twins.base, input_size=(3, *size))
     later.load_state_dict(model.state_dict())
     assert_equal(outputs(later, images), outputs(model, images))
-    assert not sem_timm.patched(sem_timm.unpatch_model(model))
+    assert not sem_timm.patched_modules(sem_timm.unpatch_model(model))
 
 
 @capability('`dynamic_img_size=True`')

@@ -48,7 +48,7 @@ def test_models_lack_what_is_said_not_to_apply() -> None:
 @pytest.mark.parametrize('name', COLUMNS)
 def test_columns_are_what_the_page_says_of_them(name: str) -> None:
     column = COLUMNS[name]
-    layouts = {site.layout for part in sem_timm.patched(make('sem', name).model) for site in part.sites}
+    layouts = {site.layout for part in sem_timm.patched_modules(make('sem', name).model) for site in part.sites}
     assert ', '.join(sorted(layouts)) == column.layout
     assert (name in columns_of('external')) == column.swappable
     if not column.swappable:

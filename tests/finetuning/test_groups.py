@@ -159,7 +159,7 @@ def test_own_model_is_given_back_when_a_run_cannot_begin(wrong: str, images: Pat
     given: dict[str, Any] = {'freeze_base': True, 'precision': 'bf16', 'compile': True, **values}
     with pytest.raises(SemTimmError):
         run_small(images, tmp_path / 'run', network=network, **given)
-    assert not sem_timm.patched(network) and vars(network) == attributes
+    assert not sem_timm.patched_modules(network) and vars(network) == attributes
     assert {name: parameter.requires_grad for name, parameter in network.named_parameters()} == before
 
 
@@ -167,5 +167,5 @@ def test_own_model_is_trained_and_patched(images: Path, tmp_path: Path) -> None:
     network = timm.create_model('test_resnet', num_classes=3)
     result = run_small(images, tmp_path / 'run', network=network, operation='eca', target=['layer4.0'])
     assert result.model is network
-    assert [module.name for module in sem_timm.patched(network)] == ['layer4.0']
+    assert [module.name for module in sem_timm.patched_modules(network)] == ['layer4.0']
     assert options(images, tmp_path)['epochs'] == 2

@@ -16,7 +16,7 @@ from sem_timm.errors import OptionError
 from sem_timm.finetuning import DataError, FinetuneOptions, finetune, open_run
 from sem_timm.finetuning.models import create_model, operation_name
 from sem_timm.finetuning.parts import build_parts, create_accelerator
-from sem_timm.surgery import patched
+from sem_timm.surgery import patched_modules
 from tests.finetuning.small_runs import CLASSES, options, run_small
 
 
@@ -97,7 +97,7 @@ def test_operation_of_a_variant_is_the_one_that_is_told(
     assert result.operation == 'external' and result.folder.name.startswith('test_vit_ea-external-')
     assert json.loads((result.folder / 'result.json').read_text())['operation'] == 'external'
     opened = open_run(result.folder)
-    assert {str(module.operation) for module in patched(opened.model)} == {'external'}
+    assert {str(module.operation) for module in patched_modules(opened.model)} == {'external'}
     assert finetune(resume=str(result.folder)).operation == 'external'
 
 

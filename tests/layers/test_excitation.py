@@ -110,7 +110,7 @@ def test_cifar_resnets_with_sem_have_the_published_number_of_parameters(depth: i
 
 @pytest.mark.parametrize(('operator', 'count'), [(None, 1_727_284), ('se', 1_929_388), ('ie', 1_743_412)])
 def test_single_systems_have_the_published_number_of_parameters(operator: str | None, count: int) -> None:
-    attention = functools.partial(Excitation, operator=operator, init='paper') if operator else None
+    attention = functools.partial(Excitation, excitation=operator, init='paper') if operator else None
     with torch.device('meta'):
         model = cifar_resnet(164, 100, attention)
     assert sum(parameter.numel() for parameter in model.parameters()) == count
@@ -141,7 +141,7 @@ def test_own_class_without_zero_last_weights_works_with_paper_init_only() -> Non
         SEM(8, operators=(OwnExcitation,))
 
 
-@pytest.mark.parametrize('name', ['se', 'not a name', 'a.b', 'keys', '', 3, 'sem', 'external', 'external2d', 'gc'])
+@pytest.mark.parametrize('name', ['se', 'not a name', 'a.b', 'keys', '', 3, 'sem', 'external', 'external2d', 'timm_gc'])
 def test_registering_refuses_taken_and_unusable_names(name: str) -> None:
     before = excitation_names()
     with pytest.raises(OptionError, match='name='):

@@ -35,7 +35,9 @@ def test_as_many_rows_and_columns_as_channels_first() -> None:
         plan = sem_timm.plan_model(model, input_size=(3, 64, 64))
         assert plan.sites[0].shape == (2, 16, 16, 16)
         assert {(site.layout, site.channels, site.channel_dim) for site in plan} == {('NCHW', 16, 1)}
-        sem_timm.patch_model(model, ExcitationConfig(operator='ie'), target='stages.0.blocks.0', input_size=(3, 64, 64))
+        sem_timm.patch_model(
+            model, ExcitationConfig(excitation='ie'), target='stages.0.blocks.0', input_size=(3, 64, 64)
+        )
         gate = model.stages[0].blocks[0].ie
         nn.init.normal_(gate.operators.ie.gamma)
         assert_gated_by_hand(model, torch.randn(2, 3, 64, 64), {'stages.0.blocks.0': gate}, (2, 3), (16, 1, 1))
@@ -240,7 +242,7 @@ def test_gates_do_not_mix_samples_where_tokens_are_folded_into_the_batch() -> No
     """MobileViT runs its transformer once for each pixel of a patch, with those pixels folded into the batch."""
     torch.manual_seed(0)
     model = sem_timm.patch_model(timm.create_model('mobilevit_xxs', num_classes=10), input_size=(3, 64, 64)).eval()
-    assert {record.class_name for record in sem_timm.patched(model)} == {'Block', 'BottleneckBlock'}
+    assert {record.class_name for record in sem_timm.patched_modules(model)} == {'Block', 'BottleneckBlock'}
     for name, parameter in model.named_parameters():
         if '.sem.' in name:
             torch.nn.init.normal_(parameter, std=0.2)

@@ -42,8 +42,8 @@ def test_other_base_weights_warn_or_fail_or_pass(folder: Path) -> None:
     with pytest.warns(BaseWeightsWarning) as caught:
         sem_timm.load_patch(model, folder)
     assert caught[0].filename == __file__
-    assert sem_timm.patched(model)
-    assert sem_timm.patched(sem_timm.load_patch(other_base(), folder, check_base='ignore'))
+    assert sem_timm.patched_modules(model)
+    assert sem_timm.patched_modules(sem_timm.load_patch(other_base(), folder, check_base='ignore'))
     with refused(model, OptionError, "check_base='maybe'", "'warn', 'error', 'ignore'"):
         sem_timm.load_patch(model, folder, check_base='maybe')
 

@@ -160,7 +160,7 @@ def test_models_that_a_patch_is_not_for(folder: Path) -> None:
         (torch.nn.DataParallel(base()), sem_timm.ModelError, ('DataParallel', '.module')),
         (torch.compile(base()), sem_timm.ModelError, ('OptimizedModule', '_orig_mod')),
         (
-            of_case('cbam'),
+            of_case('timm_cbam'),
             sem_timm.ModelError,
             ('patched already', 'cbam at 4 sites here', 'unpatch_model'),
         ),

@@ -36,7 +36,7 @@ def test_patch_comes_back(tmp_path: Path, case: str) -> None:
     assert torch.equal(rng, torch.get_rng_state())
     assert torch.equal(outputs(other, name), outputs(model, name))
     assert list(other.state_dict()) == list(model.state_dict())
-    here, there = sem_timm.patched(other), sem_timm.patched(model)
+    here, there = sem_timm.patched_modules(other), sem_timm.patched_modules(model)
     assert [(p.name, p.inserted, p.position) for p in here] == [(p.name, p.inserted, p.position) for p in there]
     frozen = [[n for n, p in m.named_parameters() if not p.requires_grad] for m in (other, model)]
     assert frozen[0] == frozen[1]
@@ -60,7 +60,7 @@ def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
 
 
 def test_two_patches_are_swapped_on_one_base(tmp_path: Path) -> None:
-    patches = [patch(base(), ('sem', {})), patch(base(), ('cbam', {'exclude': 'layer1'}))]
+    patches = [patch(base(), ('sem', {})), patch(base(), ('timm_cbam', {'exclude': 'layer1'}))]
     model = base()
     for number, patched in enumerate(patches):
         sem_timm.save_patch(patched, tmp_path / str(number))
@@ -220,8 +220,8 @@ def test_code_of_ones_own_needs_a_name(tmp_path: Path) -> None:
     cases: list[tuple[str, Any, dict[str, Any], str]] = [
         ('resnet', 'sem', {'operators': ('se', Halving)}, '(operators=Halving)'),
         ('resnet', group_norm, {}, '(InsertConfig)'),
-        ('resnet', sem_timm.ExcitationConfig(Halving), {}, '(operator=Halving)'),
-        ('vit_registers', OwnCore, {}, '(kind=OwnCore)'),
+        ('resnet', sem_timm.ExcitationConfig(Halving), {}, '(excitation=Halving)'),
+        ('vit_registers', OwnCore, {}, '(attention=OwnCore)'),
         ('vit_registers', 'eamlp', {'norm_layer': nn.LayerNorm, 'qk_norm': True}, '(norm_layer=LayerNorm)'),
     ]
     for name, operation, options, shown in cases:
@@ -266,10 +266,11 @@ def test_wrong_input_size_is_the_callers_error(tmp_path: Path, size: Any) -> Non
 
 
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
-    plain, meta, compact = base(), of_case('sem').to('meta'), of_case('external_in_windows')
-    sem_timm.compact_model(compact)
-    for model, parts in ((plain, ('ResNet is not patched',)), (meta, ('meta device',)), (compact, ('compact_model',))):
-        with refused(model, ModelError, *parts):
+    plain, meta, lost = base(), of_case('sem').to('meta'), of_case('external_in_windows')
+    sem_timm.drop_unread_parameters(lost)
+    wrong = {'ResNet is not patched': plain, 'meta device': meta, 'drop_unread_parameters': lost}
+    for part, model in wrong.items():
+        with refused(model, ModelError, part):
             sem_timm.save_patch(model, tmp_path)
     model = of_case('sem')
     with sem_timm.disabled(model), refused(model, ModelError, 'switched off'):

@@ -29,7 +29,7 @@ def pair(variant: str, **options: Any) -> tuple[Any, Any]:
         model = timm.create_model(variant, num_classes=5, **options).eval()
         model.load_state_dict(base.state_dict(), strict=False)
         generator = torch.Generator().manual_seed(1)
-        for part in sem_timm.patched(model):
+        for part in sem_timm.patched_modules(model):
             for child in part.inserted:
                 for parameter in model.get_submodule(f'{part.name}.{child}').parameters():
                     nn.init.normal_(parameter, std=0.3, generator=generator)

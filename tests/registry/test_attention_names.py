@@ -79,31 +79,31 @@ def test_newer_architectures_have_variants_if_a_plan_finds_attention(newer_archi
     for base in newer_architectures:
         assert is_model(f'{base}_sem') and is_model(f'{base}_ea') and is_model(f'{base}_eamlp')
     for suffix in ('ea', 'eamlp'):
-        assert sem_timm.patched(timm.create_model(f'newer_vit_{suffix}', device='meta'))
+        assert sem_timm.patched_modules(timm.create_model(f'newer_vit_{suffix}', device='meta'))
         with pytest.raises(RefusedError, match='nothing in ResNet can take'):
             timm.create_model(f'newer_resnet_{suffix}', device='meta')
 
 
-@pytest.mark.parametrize('kind', ['efficient', 'linear', 'halo', 'catt', 'caam'])
-def test_other_attentions_are_registered_on_request(kind: str, registrations: None) -> None:
-    assert not is_model(f'test_vit_{kind}')
-    sem_timm.register_variants(kind)
-    assert named(f'_{kind}') == named('_ea')
-    assert timm.list_pretrained(f'*_{kind}') == []
-    option = {f'{kind}_target': r'blocks\.[01]\.attn'}
-    model = timm.create_model(f'test_vit_{kind}', device='meta', **option)
+@pytest.mark.parametrize('operation', ['efficient', 'linear', 'halo', 'catt', 'caam'])
+def test_other_attentions_are_registered_on_request(operation: str, registrations: None) -> None:
+    assert not is_model(f'test_vit_{operation}')
+    sem_timm.register_variants(operation)
+    assert named(f'_{operation}') == named('_ea')
+    assert timm.list_pretrained(f'*_{operation}') == []
+    option = {f'{operation}_target': r'blocks\.[01]\.attn'}
+    model = timm.create_model(f'test_vit_{operation}', device='meta', **option)
     cores = {name: core for name, core in model.named_modules() if isinstance(core, AttentionCore)}
     assert {name.rpartition('.')[0] for name in cores} == {'blocks.0.attn', 'blocks.1.attn'}
-    assert {part.operation for part in sem_timm.patched(model)} == {sem_timm.AttentionConfig(kind)}
+    assert {part.operation for part in sem_timm.patched_modules(model)} == {sem_timm.AttentionConfig(operation)}
 
 
-def test_several_kinds_are_registered_at_once_and_registered_ones_are_left(registrations: None) -> None:
+def test_several_attentions_are_registered_at_once_and_registered_ones_are_left(registrations: None) -> None:
     before = dict(timm_registry._model_entrypoints)
     sem_timm.register_variants('sem', 'external', 'eamlp')
     assert timm_registry._model_entrypoints == before
     sem_timm.register_variants('external', 'linear', 'efficient')
     added = timm_registry._model_entrypoints.keys() - before.keys()
-    assert added == {f'{base}_{kind}' for base in named('_ea') for kind in ('linear', 'efficient')}
+    assert added == {f'{base}_{operation}' for base in named('_ea') for operation in ('linear', 'efficient')}
 
 
 def test_operations_without_variants_are_an_error() -> None:

@@ -9,8 +9,8 @@ import timm
 import torch
 
 import sem_timm
-from sem_timm.registry.kinds import Kind
 from sem_timm.registry.table import AttentionTable, read_table, write_table
+from sem_timm.registry.variant_operation import VariantOperation
 from tests.registry.models import BASES
 
 # Every form of attention that decides otherwise, and architectures without any.
@@ -43,7 +43,7 @@ def test_table_says_what_a_plan_finds(architecture: str) -> None:
             count = len(sem_timm.plan_model(model, operation))
         except sem_timm.RefusedError:
             count = 0
-        assert table.count(architecture, Kind(operation)) == count
+        assert table.count(architecture, VariantOperation(operation)) == count
         counted.append(count)
     assert tuple(counted) == SAMPLE[architecture]
 
@@ -60,9 +60,14 @@ def test_table_knows_every_architecture_of_its_timm() -> None:
 
 def test_table_counts_the_sites_of_all_cores_alike() -> None:
     table = AttentionTable('1.0', {'both': [3, 2], 'whole': [0, 2]})
-    assert [table.count('both', Kind(name)) for name in ('external', 'efficient', 'halo', 'eamlp')] == [3, 3, 3, 2]
-    assert [table.count('whole', Kind(name)) for name in ('external', 'eamlp')] == [0, 2]
-    assert table.count('unknown', Kind('external')) is None
+    assert [table.count('both', VariantOperation(name)) for name in ('external', 'efficient', 'halo', 'eamlp')] == [
+        3,
+        3,
+        3,
+        2,
+    ]
+    assert [table.count('whole', VariantOperation(name)) for name in ('external', 'eamlp')] == [0, 2]
+    assert table.count('unknown', VariantOperation('external')) is None
 
 
 def test_table_is_written_as_it_is_read(tmp_path: Path) -> None:

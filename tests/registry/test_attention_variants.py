@@ -50,17 +50,17 @@ def create(name: str, **kwargs: Any) -> tuple[nn.Module, list[warnings.WarningMe
 
 @pytest.mark.parametrize('suffix', VARIANTS)
 def test_variant_is_its_base_patched(suffix: str) -> None:
-    kind, layer = VARIANTS[suffix]
+    operation, layer = VARIANTS[suffix]
     torch.manual_seed(0)
     model = timm.create_model(f'test_vit_{suffix}')
     torch.manual_seed(0)
     base = timm.create_model('test_vit')
     unpatched = outputs(base, image(160))
     with pytest.warns(SwapWarning):
-        sem_timm.patch_model(base, kind)
+        sem_timm.patch_model(base, operation)
     assert type(model) is type(base) and list(model.state_dict()) == list(base.state_dict())
     assert len(cores(model)) == 6 and {type(core) for core in cores(model).values()} == {layer}
-    assert {part.operation for part in sem_timm.patched(model)} == {sem_timm.AttentionConfig(kind)}
+    assert {part.operation for part in sem_timm.patched_modules(model)} == {sem_timm.AttentionConfig(operation)}
     assert_equal(outputs(model, image(160)), outputs(base, image(160)))
     assert_equal(outputs(sem_timm.unpatch_model(model), image(160)), unpatched)
 
@@ -145,9 +145,9 @@ def test_options_reach_the_attention() -> None:
     )
     assert cores(model).keys() == {'blocks.0.attn.core', 'blocks.1.attn.core'}
     config = sem_timm.AttentionConfig('external', memory=8, norm='softmax', num_heads=1)
-    assert {part.operation for part in sem_timm.patched(model)} == {config}
+    assert {part.operation for part in sem_timm.patched_modules(model)} == {config}
     layer = timm.create_model('test_vit_eamlp', eamlp_num_heads=4, eamlp_memory=16, eamlp_target='blocks.0.attn')
-    assert {part.operation for part in sem_timm.patched(layer)} == {
+    assert {part.operation for part in sem_timm.patched_modules(layer)} == {
         sem_timm.AttentionConfig('eamlp', num_heads=4, memory=16)
     }
 
@@ -159,8 +159,8 @@ def test_unknown_and_impossible_options_are_errors_before_a_model_is_built(calls
     assert 'Close: memory.' in str(caught.value) and general in str(caught.value)
     with pytest.raises(OptionError, match=r'There are: num_heads, memory, norm.|There are: memory, norm, num_heads.'):
         timm.create_model('test_vit_ea', ea_zzz=8)
-    with pytest.raises(OptionError, match="test_vit_ea: option 'kind' of attention 'external' is unknown"):
-        timm.create_model('test_vit_ea', ea_kind='linear')
+    with pytest.raises(OptionError, match="test_vit_ea: option 'attention' of attention 'external' is unknown"):
+        timm.create_model('test_vit_ea', ea_attention='linear')
     with pytest.raises(OptionError, match='test_vit_ea: memory=0'):
         timm.create_model('test_vit_ea', ea_memory=0)
     with pytest.raises(OptionError, match="test_vit_eamlp: option 'norm' of attention 'eamlp' is unknown"):

@@ -29,7 +29,7 @@ def fine_tuned(suffix: str = 'ea', base: str = 'test_vit', **kwargs: Any) -> nn.
 
 
 def attentions(model: nn.Module) -> list[tuple[str, Any]]:
-    return [(part.name, part.operation) for part in sem_timm.patched(model)]
+    return [(part.name, part.operation) for part in sem_timm.patched_modules(model)]
 
 
 @pytest.mark.parametrize('safe', [False, True])

@@ -14,7 +14,7 @@ from torch import nn
 
 from sem_timm import (
     AttentionCore,
-    CausalAttention,
+    CaaMAttention,
     ExternalAttention,
     ExternalAttention2d,
     HaloAttention,
@@ -114,16 +114,16 @@ class OwnCore(ExternalAttention):
     """A core that was not there when leaves were named."""
 
 
-@pytest.mark.parametrize('kind', [ExternalAttention, HaloAttention, CausalAttention, OwnCore])
-def test_models_around_attention_cores_are_traced_for_features(kind: type[AttentionCore]) -> None:
+@pytest.mark.parametrize('core', [ExternalAttention, HaloAttention, CaaMAttention, OwnCore])
+def test_models_around_attention_cores_are_traced_for_features(core: type[AttentionCore]) -> None:
     class Around(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.core = kind(4)
+            self.core = core(4)
             self.norm = nn.LayerNorm(4)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.norm(self.core(*(x,) * (3 if kind.reads_keys else 1)))
+            return self.norm(self.core(*(x,) * (3 if core.reads_keys else 1)))
 
     model, x = Around().eval(), torch.randn(2, 3, 16, 4)
     with torch.no_grad():

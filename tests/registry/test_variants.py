@@ -37,7 +37,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_from_scratch_the_gates_start_as_published() -> None:
     model = timm.create_model('test_resnet_sem')
     assert gates(model) and {gate.form for gate in gates(model).values()} == {'paper'}
-    assert sem_timm.patched(model)
+    assert sem_timm.patched_modules(model)
 
 
 def test_patched_model_is_its_base_patched() -> None:
@@ -175,6 +175,6 @@ def test_unknown_option_is_an_error_that_lists_the_known() -> None:
 def test_variants_for_images_of_another_size_than_their_family_keeps(name: str) -> None:
     with torch.device('meta'):
         model = timm.create_model(name, img_size=128, in_chans=4)
-    assert {part.input_size for part in sem_timm.patched(model)} == {(4, 128, 128)}
+    assert {part.input_size for part in sem_timm.patched_modules(model)} == {(4, 128, 128)}
     assert 'input_size' not in str(model._model_args)
     assert model(torch.empty(2, 4, 128, 128, device='meta')).shape == (2, 1000)

@@ -214,10 +214,10 @@ def test_model_stays_as_it_is() -> None:
     assert_same(before, snapshot(model))
 
 
-def test_compact_model_is_seen_as_well() -> None:
+def test_a_model_without_unread_parameters_is_seen_as_well() -> None:
     model = vit()
     before = sem_timm.attention_map(model, IMAGE)
-    after = sem_timm.attention_map(sem_timm.compact_model(copy.deepcopy(model)), IMAGE)
+    after = sem_timm.attention_map(sem_timm.drop_unread_parameters(copy.deepcopy(model)), IMAGE)
     assert torch.equal(before.maps, after.maps)
 
 

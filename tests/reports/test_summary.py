@@ -41,7 +41,7 @@ def kept_bytes(model: nn.Module, images: Tensor) -> int:
     [
         ('resnet', 'sem'),
         ('convnext', 'sem'),
-        ('efficientnet', 'cbam'),
+        ('efficientnet', 'timm_cbam'),
         ('vit_registers', 'external'),
         ('swin', 'eamlp'),
     ],
@@ -131,9 +131,9 @@ def test_parameters_that_are_no_longer_read_are_counted() -> None:
     found = sem_timm.summary(model, (3, 64, 64))
     count = sum(p.numel() for p in model.parameters())
     assert found.unread_parameters > 0 and f'{found.unread_parameters:,} parameters are no longer read' in repr(found)
-    sem_timm.compact_model(model)
+    sem_timm.drop_unread_parameters(model)
     assert count - sum(p.numel() for p in model.parameters()) == found.unread_parameters
-    with refused(model, ModelError, 'what SwinTransformer was before', 'compact_model'):
+    with refused(model, ModelError, 'what SwinTransformer was before', 'drop_unread_parameters'):
         sem_timm.summary(model, (3, 64, 64))
 
 

@@ -43,7 +43,7 @@ IDENTITIES: list[tuple[Any, dict[str, Any]]] = [
 ]
 OTHERS: list[tuple[Any, dict[str, Any]]] = [
     ('sem', {'init': 'paper'}),
-    ('cbam', {}),
+    ('timm_cbam', {}),
     ('external', {'memory': 4}),
     ('external', {'memory': 4}),
     ('linear', {}),
@@ -66,7 +66,7 @@ ERRORS: list[tuple[Any, dict[str, Any]]] = [
     ('sem', {'nonsense': 1}),
     ('external', {'memory': -1}),
     ('external', {'num_heads': 7}),
-    ('cbam', {'reduction': 'x'}),
+    ('timm_cbam', {'reduction': 'x'}),
 ]
 
 SIZES = [*[None] * 24, (3,), (1, 64, 64), (3, -1, 64), 'x', (3, 8, 8), (0,)]

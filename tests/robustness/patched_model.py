@@ -41,7 +41,7 @@ class PatchedModel(RuleBasedStateMachine):
             _BASES[name] = self.family.create()
         self.base = copy.deepcopy(_BASES[name])
         self.model = copy.deepcopy(self.base)
-        self.is_identity, self.compact = True, False
+        self.is_identity, self.dropped = True, False
         self.plan: sem_timm.Plan | None = None
         if operation is not None:
             self.patch_with(operation)
@@ -77,9 +77,9 @@ class PatchedModel(RuleBasedStateMachine):
             self.apply(self.plan)
 
     def apply(self, plan: sem_timm.Plan) -> None:
-        already = {part.name for part in sem_timm.patched(self.model)}
+        already = {part.name for part in sem_timm.patched_modules(self.model)}
         sem_timm.patch_model(self.model, plan)
-        now = {part.name for part in sem_timm.patched(self.model)}
+        now = {part.name for part in sem_timm.patched_modules(self.model)}
         assert now == already | plan.edits.keys() and not already & plan.edits.keys()
         assert all(hasattr(self.model.get_submodule(site.name), site.attribute) for site in plan)
         self.is_identity &= plan.operation.is_identity or type(plan.operation).__name__ == 'InsertConfig'
@@ -87,7 +87,7 @@ class PatchedModel(RuleBasedStateMachine):
     @rule()
     def undo(self) -> None:
         """Undoing gives the base again, or is an error if there is nothing to undo."""
-        if self.compact or not sem_timm.patched(self.model):
+        if self.dropped or not sem_timm.patched_modules(self.model):
             before = snapshot(self.model)
             try:
                 sem_timm.unpatch_model(self.model)
@@ -136,7 +136,7 @@ class PatchedModel(RuleBasedStateMachine):
     @rule()
     def train(self) -> None:
         """New modules get other values."""
-        if sem_timm.patched(self.model):
+        if sem_timm.patched_modules(self.model):
             trained(self.model)
             self.is_identity = False
 
@@ -146,7 +146,7 @@ class PatchedModel(RuleBasedStateMachine):
         expected = self.outputs(self.base)
         before = snapshot(self.model)
         with self.unchanged_after_an_error(), sem_timm.disabled(self.model):
-            if not self.compact:
+            if not self.dropped:
                 assert all(map(same, expected, self.outputs(self.model)))
         assert_same(before, snapshot(self.model), random_state=False)
 
@@ -154,8 +154,8 @@ class PatchedModel(RuleBasedStateMachine):
     def drop_what_is_unread(self) -> None:
         with self.unchanged_after_an_error():
             unread = unread_parameters(self.model)
-            sem_timm.compact_model(self.model)
-            self.compact |= bool(unread)
+            sem_timm.drop_unread_parameters(self.model)
+            self.dropped |= bool(unread)
 
     @rule(batch_size=st.integers(1, 3))
     def run(self, batch_size: int) -> None:
@@ -169,7 +169,7 @@ class PatchedModel(RuleBasedStateMachine):
         """A module is patched if and only if it is listed, and the base is inside with all its keys in order."""
         if not hasattr(self, 'model'):
             return
-        listed = {part.name: part for part in sem_timm.patched(self.model)}
+        listed = {part.name: part for part in sem_timm.patched_modules(self.model)}
         names = dict(self.base.named_modules())
         inserted = tuple(f'{part.name}.{child}' for part in listed.values() for child in part.inserted)
         for name, module in self.model.named_modules():
@@ -181,7 +181,7 @@ class PatchedModel(RuleBasedStateMachine):
                 assert own == [*names[name]._modules] and ('_surgery_notes' in module.__dict__) == (edit is not None)
             else:
                 assert f'{name}.'.startswith(tuple(f'{child}.' for child in inserted)), name
-        if not self.compact:
+        if not self.dropped:
             known = self.base.state_dict()
             assert [*known] == [key for key in self.model.state_dict() if key in known]
 

@@ -14,9 +14,9 @@ from sem_timm import ExcitationConfig
 
 def instance_enhancement(model: nn.Module, **options: Any) -> dict[str, sem_timm.Excitation]:
     """Patches in the simplest gate there is, 2 sigmoid(gamma * mean + beta), with weights that tell channels apart."""
-    sem_timm.patch_model(model.eval(), ExcitationConfig(operator='ie', **options))
+    sem_timm.patch_model(model.eval(), ExcitationConfig(excitation='ie', **options))
     gates = {}
-    for site in sem_timm.patched(model):
+    for site in sem_timm.patched_modules(model):
         for child in site.inserted:
             gate = model.get_submodule(f'{site.name}.{child}')
             nn.init.normal_(gate.operators.ie.gamma, generator=torch.Generator().manual_seed(2))

@@ -86,6 +86,6 @@ def left_of(forward: Callable[..., Any], x: Tensor, **options: Any) -> tuple[Any
     sem_timm.patch_model(
         model, sem_timm.InsertConfig(Zero, position='residual', **options), target='block', input_size=(3, 8, 8)
     )
-    (site,) = sem_timm.patched(model)
+    (site,) = sem_timm.patched_modules(model)
     with torch.no_grad():
         return model.block(x.clone()), model.block, len(site.inserted)

@@ -49,15 +49,15 @@ def run(model: nn.Module, images: Tensor) -> Tensor:
 def test_disabled_runs_the_base_and_comes_back_exactly(case: str) -> None:
     base, model, images = both(case)
     patched = run(model, images)
-    before, parts = snapshot(model), sem_timm.patched(model)
+    before, parts = snapshot(model), sem_timm.patched_modules(model)
     with sem_timm.disabled(model) as inside:
         assert inside is model
-        assert sem_timm.patched(model) == ()
+        assert sem_timm.patched_modules(model) == ()
         assert torch.equal(run(model, images), run(base, images))
         for name, module in base.named_modules():
             assert type(model.get_submodule(name)) is type(module)
     assert_same(before, snapshot(model))
-    assert sem_timm.patched(model) == parts
+    assert sem_timm.patched_modules(model) == parts
     assert torch.equal(run(model, images), patched) and not torch.equal(patched, run(base, images))
 
 
@@ -91,7 +91,12 @@ def test_it_ends_well_after_an_exception() -> None:
 def test_no_surgery_while_it_is_disabled() -> None:
     _, model, _ = both('sem')
     before = snapshot(model)
-    calls: list[Any] = [sem_timm.plan_model, sem_timm.patch_model, sem_timm.unpatch_model, sem_timm.compact_model]
+    calls: list[Any] = [
+        sem_timm.plan_model,
+        sem_timm.patch_model,
+        sem_timm.unpatch_model,
+        sem_timm.drop_unread_parameters,
+    ]
     with sem_timm.disabled(model):
         for call in calls:
             with pytest.raises(ModelError, match='leave its with block first'):
@@ -114,7 +119,7 @@ def test_training_inside_trains_the_base_alone() -> None:
     with sem_timm.disabled(model):
         model.train()
         model(images).sum().backward()
-    new = tuple(f'{part.name}.{child}.' for part in sem_timm.patched(model) for child in part.inserted)
+    new = tuple(f'{part.name}.{child}.' for part in sem_timm.patched_modules(model) for child in part.inserted)
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == name.startswith(new), name
     assert all(module.training for module in model.modules())
@@ -131,7 +136,7 @@ def test_compiled_models_can_be_disabled() -> None:
 
 def test_what_cannot_be_disabled() -> None:
     base, model, _ = both('both')
-    sem_timm.compact_model(model)
-    for other, message in ((base, 'not patched'), (model, 'compact_model'), ('model', 'not str')):
+    sem_timm.drop_unread_parameters(model)
+    for other, message in ((base, 'not patched'), (model, 'drop_unread_parameters'), ('model', 'not str')):
         with pytest.raises(ModelError, match=message), sem_timm.disabled(other):  # type: ignore[arg-type]
             raise AssertionError

@@ -142,7 +142,7 @@ def test_a_sequence_does_not_get_a_new_step() -> None:
             module.register_forward_hook(lambda _, args, out, calls=calls: calls.append(out))
         with torch.no_grad():
             model(torch.randn(1, 3, 64, 64))
-        assert len(calls) == len(sem_timm.patched(model))
+        assert len(calls) == len(sem_timm.patched_modules(model))
         assert lengths == [len(module) for module in model.modules() if isinstance(module, nn.Sequential)]
 
 

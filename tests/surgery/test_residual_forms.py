@@ -145,7 +145,7 @@ def test_changes_in_place(forward: Callable[..., Any], operation: Any) -> None:
         return
     assert len(plan) == 1
     sem_timm.patch_model(model, operation, target='block', input_size=(3, 8, 8))
-    assert sem_timm.patched(model)[0].inserted
+    assert sem_timm.patched_modules(model)[0].inserted
     x = torch.randn(2, 8, 8, 8)
     first, second = x.clone(), x.clone()
     with torch.no_grad():
@@ -443,7 +443,9 @@ def test_blocks_with_a_dense_and_a_residual_path() -> None:
         sem_timm.patch_model(model, input_size=(3, 64, 64))
         assert torch.equal(before, model(images))
     # The stem is no block, although timm's pattern for blocks matches its first convolution too.
-    assert {(site.class_name, site.position) for site in sem_timm.patched(model)} == {('DualPathBlock', 'residual')}
+    assert {(site.class_name, site.position) for site in sem_timm.patched_modules(model)} == {
+        ('DualPathBlock', 'residual')
+    }
 
 
 def test_blocks_that_return_tuples() -> None:

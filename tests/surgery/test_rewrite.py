@@ -101,7 +101,7 @@ def test_parameters_keep_names_kinds_defaults_and_annotations() -> None:
     models: list[tuple[Any, Any]] = [(family.create(), family.input_size) for family in families]
     for model, input_size in (*models, (Network(Keywords()), (3, 8, 8))):
         sem_timm.patch_model(model, input_size=input_size)
-        for record in sem_timm.patched(model):
+        for record in sem_timm.patched_modules(model):
             cls = type(model.get_submodule(record.name))
             base = cls.__mro__[1]
             assert inspect.signature(cls.forward) == inspect.signature(base.forward), record.name
@@ -191,7 +191,7 @@ def test_methods_of_the_class_and_super_work() -> None:
         sem_timm.patch_model(model)
         assert torch.equal(before, model(images))
     assert model.layer1[0].describe()
-    assert {record.name for record in sem_timm.patched(model)} >= {'layer1.0', 'layer4.0'}
+    assert {record.name for record in sem_timm.patched_modules(model)} >= {'layer1.0', 'layer4.0'}
     sem_timm.unpatch_model(model)
     assert type(model.layer1[0]) is Verbose
 
@@ -199,7 +199,7 @@ def test_methods_of_the_class_and_super_work() -> None:
 def test_the_fused_sum_equals_the_sum_of_its_own() -> None:
     images = FAMILIES['resnet'].images()
     fused, apart = patched_resnet(), FAMILIES['resnet'].create()
-    gates = [fused.get_submodule(f'{record.name}.sem') for record in sem_timm.patched(fused)]
+    gates = [fused.get_submodule(f'{record.name}.sem') for record in sem_timm.patched_modules(fused)]
     sem_timm.patch_model(apart, sem_timm.InsertConfig(NoShortcut, name='sem', position='residual'))
     assert 'self.sem(out, x)' in inspect.getsource(type(fused.layer1[0]).forward)
     assert 'self.sem(out)' in inspect.getsource(type(apart.layer1[0]).forward)
@@ -246,15 +246,15 @@ with open(sys.argv[1], 'rb') as file:
 import sem_timm
 with torch.no_grad():
     assert torch.equal(model(images), expected)
-print(type(model.layer1[0]).__name__, len(sem_timm.patched(model)))
+print(type(model.layer1[0]).__name__, len(sem_timm.patched_modules(model)))
 sem_timm.unpatch_model(model)
-print(type(model.layer1[0]).__name__, len(sem_timm.patched(model)))
+print(type(model.layer1[0]).__name__, len(sem_timm.patched_modules(model)))
 """
 
 
 def test_a_pickle_can_be_loaded_in_another_process(tmp_path: Path) -> None:
     model, images = patched_resnet(), FAMILIES['resnet'].images(1, 32)
-    for record in sem_timm.patched(model):
+    for record in sem_timm.patched_modules(model):
         for parameter in model.get_submodule(f'{record.name}.sem').parameters():
             nn.init.normal_(parameter, std=0.3)
     with torch.no_grad():

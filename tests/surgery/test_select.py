@@ -109,10 +109,10 @@ def test_patching_twice_finds_no_other_places(name: str) -> None:
     others = {'fastvit': 'fastvit_t8', 'convmixer': 'convmixer_768_32', 'efficientformer': 'efficientformer_l1'}
     model = timm.create_model(others[name], device='meta') if name in others else FAMILIES[name].create()
     sem_timm.patch_model(model)
-    count = len(sem_timm.patched(model))
+    count = len(sem_timm.patched_modules(model))
     with pytest.raises(RefusedError, match=rf'(?s){count} blocks .*already patched'):
         sem_timm.patch_model(model)
-    assert len(sem_timm.patched(model)) == count
+    assert len(sem_timm.patched_modules(model)) == count
 
 
 def test_patches_of_different_targets_stack() -> None:

@@ -119,7 +119,7 @@ def test_any_number_of_arguments_only_at_the_output(forward: Callable[..., Any])
     more = (x,) if forward is many_arguments else ()
     named = {'mask': x} if forward is many_keywords else {}
     assert torch.equal(expected, model.block(x, *more, **named))
-    assert [site.position for site in sem_timm.patched(model)] == ['output']
+    assert [site.position for site in sem_timm.patched_modules(model)] == ['output']
 
 
 # Training mode

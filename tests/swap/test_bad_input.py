@@ -21,12 +21,16 @@ VIT = CLASSES['layers.attention.Attention']
 CALLS = pytest.mark.parametrize('call', [sem_timm.plan_model, sem_timm.patch_model], ids=['plan', 'patch'])
 
 OPTIONS: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
-    'kind': ('externel', {}, ("'externel' is unknown", 'external')),
-    'kind_in_capitals': ('EAMLP', {}, ("'EAMLP' is unknown", 'There are: sem')),
-    'kind_of_a_configuration': (AttentionConfig, {'kind': 'eficient'}, ("'eficient' is unknown", 'efficient')),
+    'name': ('externel', {}, ("'externel' is unknown", 'external')),
+    'name_in_capitals': ('EAMLP', {}, ("'EAMLP' is unknown", 'There are: sem')),
+    'attention_of_a_configuration': (
+        AttentionConfig,
+        {'attention': 'eficient'},
+        ("'eficient' is unknown", 'efficient'),
+    ),
     'option': ('external', {'memroy': 8}, ("option 'memroy'", "'external'", 'memory')),
-    'option_of_another_kind': ('external', {'halo_size': 3}, ("option 'halo_size'", "'external'", 'memory')),
-    'option_of_another_kind_2': ('efficient', {'memory': 3}, ("option 'memory'", "'efficient'")),
+    'option_of_another_attention': ('external', {'halo_size': 3}, ("option 'halo_size'", "'external'", 'memory')),
+    'option_of_another_attention_2': ('efficient', {'memory': 3}, ("option 'memory'", "'efficient'")),
     'option_that_the_site_decides': ('external', {'head_dim': 8}, ("option 'head_dim'", "'external'")),
     'option_of_insertions': ('external', {'position': 'output'}, ("option 'position'", "'external'")),
     'memory_zero': ('external', {'memory': 0}, ('memory=0', '1 or more')),
@@ -54,10 +58,10 @@ def test_options(case: str, call: Any) -> None:
         call(model, operation, **options)
 
 
-@pytest.mark.parametrize('kind', [3, None, nn.ReLU, nn.ReLU()])
-def test_a_kind_that_is_none(kind: Any) -> None:
+@pytest.mark.parametrize('attention', [3, None, nn.ReLU, nn.ReLU()])
+def test_what_is_no_attention(attention: Any) -> None:
     with pytest.raises(OptionError, match='neither a name nor a subclass of AttentionCore'):
-        AttentionConfig(kind)
+        AttentionConfig(attention)
 
 
 TARGETS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
@@ -149,7 +153,7 @@ def test_swaps_beside_insertions() -> None:
     changed = outputs(model, images)[0]
     sem_timm.patch_model(model, 'sem')
     assert torch.equal(changed, outputs(model, images)[0])
-    names = {m.name: (str(m.operation), m.position) for m in sem_timm.patched(model)}
+    names = {m.name: (str(m.operation), m.position) for m in sem_timm.patched_modules(model)}
     assert [names[f'blocks.{n}.attn'][0] for n in range(3)] == ['external', 'efficient', 'eamlp']
     assert names['blocks.0'] == ('sem', 'residual') and names['blocks.0.attn'][1] == 'core'
     sem_timm.unpatch_model(model)

@@ -75,7 +75,7 @@ def test_copies_and_pickles_give_the_same_outputs(name: str) -> None:
     model, images = swapped(family), family.images()
     expected = outputs(model, images)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert sem_timm.patched(other) == sem_timm.patched(model)
+        assert sem_timm.patched_modules(other) == sem_timm.patched_modules(model)
         assert_equal(expected, outputs(other, images))
 
 
@@ -88,7 +88,7 @@ def test_base_keys_keep_their_values_and_undo_is_exact(name: str) -> None:
     after = model.state_dict()
     assert list(weights) == [key for key in after if key in weights]
     assert all(torch.equal(tensor, after[key]) for key, tensor in weights.items())
-    added = tuple(f'{m.name}.{child}.' for m in sem_timm.patched(model) for child in m.inserted)
+    added = tuple(f'{m.name}.{child}.' for m in sem_timm.patched_modules(model) for child in m.inserted)
     new = after.keys() - weights.keys()
     assert new and all(key.startswith(added) and '.core' in key for key in new)
     sem_timm.unpatch_model(model)

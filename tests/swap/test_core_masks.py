@@ -56,9 +56,11 @@ FORMS = ('call', 'call_additive', 'filled', 'filled_where_zero', 'where', 'subtr
 @pytest.mark.parametrize('form', FORMS)
 def test_fixed_masks_are_handed_on_or_refused(form: str) -> None:
     model, images = Model(Fixed(form)).eval(), torch.randn(2, *SIZE)
-    for kind in ('external', 'halo', 'efficient'):
-        with refused(model, RefusedError, f'a fixed mask (16, 16) for pairs of tokens, which {kind} cannot honour'):
-            sem_timm.patch_model(model, kind, input_size=SIZE)
+    for operation in ('external', 'halo', 'efficient'):
+        with refused(
+            model, RefusedError, f'a fixed mask (16, 16) for pairs of tokens, which {operation} cannot honour'
+        ):
+            sem_timm.patch_model(model, operation, input_size=SIZE)
     expected = outputs(model, images)
     (site,) = sem_timm.plan_model(model, 'catt', input_size=SIZE)
     assert site.masked
@@ -88,20 +90,20 @@ def test_a_fixed_mask_of_the_model() -> None:
     torch.testing.assert_close(outputs(model, images), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('kind', ['external', 'catt', 'eamlp'])
-def test_an_argument_that_makes_a_call_causal(kind: str) -> None:
+@pytest.mark.parametrize('operation', ['external', 'catt', 'eamlp'])
+def test_an_argument_that_makes_a_call_causal(operation: str) -> None:
     model = Model(Outer(is_causal=True))
     with refused(model, RefusedError, 'attention.inner: its attention is causal'):
-        sem_timm.patch_model(model, kind, input_size=SIZE)
+        sem_timm.patch_model(model, operation, input_size=SIZE)
 
 
-@pytest.mark.parametrize('kind', ['external', 'caam'])
-def test_masks_of_shifted_windows_and_biases_go_with_the_old_core(kind: str) -> None:
+@pytest.mark.parametrize('operation', ['external', 'caam'])
+def test_masks_of_shifted_windows_and_biases_go_with_the_old_core(operation: str) -> None:
     for name in ('models.swin_transformer.WindowAttention', 'models.swin_transformer_v2.WindowAttention'):
         family = CLASSES[name]
         model = family.create(strict_img_size=True)
         assert model.layers[0].blocks[1].attn_mask is not None
-        plan = sem_timm.plan_model(model, kind)
+        plan = sem_timm.plan_model(model, operation)
         assert len(plan) == 4 and not any(site.masked for site in plan) and not plan.refusals
 
 
@@ -159,6 +161,6 @@ def test_a_given_mask_is_handed_on_beside_a_bias_and_by_the_convention_of_the_ne
 
 def test_several_given_masks_are_refused() -> None:
     model = Model(Giving(several=True))
-    for kind in ('external', 'catt'):
-        with refused(model, RefusedError, f'it applies 2 masks; {kind} takes one'):
-            sem_timm.patch_model(model, kind, input_size=SIZE)
+    for operation in ('external', 'catt'):
+        with refused(model, RefusedError, f'it applies 2 masks; {operation} takes one'):
+            sem_timm.patch_model(model, operation, input_size=SIZE)

@@ -142,7 +142,7 @@ def test_modules_that_only_fed_the_old_core_are_not_called() -> None:
         family = CLASSES[name]
         model = swapped(family)
         called = set(calls_of(model, dict(model.named_modules()), family.images()))
-        for site in {module.name for module in sem_timm.patched(model)}:
+        for site in {module.name for module in sem_timm.patched_modules(model)}:
             inside = {child for child, _ in model.get_submodule(site).named_children()}
             assert inside & set(unused)
             assert {child for child in inside if f'{site}.{child}' in called} <= inside - set(unused)

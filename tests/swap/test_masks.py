@@ -118,7 +118,7 @@ def test_masks_given_to_the_model() -> None:
 def test_a_bias_that_was_not_there_when_planned_raises(name: str, argument: str, shape: tuple[int, ...]) -> None:
     family = CLASSES[name]
     model = swapped(family)
-    site = sem_timm.patched(model)[0].name
+    site = sem_timm.patched_modules(model)[0].name
     seen: list[Any] = []
     hook = model.get_submodule(site).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():

@@ -128,10 +128,10 @@ class Spelled(nn.Module):
 
 
 @pytest.mark.parametrize('spelling', ['named', 'from the end'])
-@pytest.mark.parametrize('kind', ['external', 'efficient', 'catt'])
-def test_other_spellings(spelling: str, kind: str) -> None:
+@pytest.mark.parametrize('operation', ['external', 'efficient', 'catt'])
+def test_other_spellings(spelling: str, operation: str) -> None:
     model = Model(Spelled(spelling))
-    swap(model, kind, input_size=(3, 32, 32))
+    swap(model, operation, input_size=(3, 32, 32))
     assert outputs(model, torch.randn(3, 3, 32, 32))[0].isfinite().all()
 
 

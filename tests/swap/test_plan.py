@@ -197,7 +197,7 @@ def test_the_record_of_a_swap() -> None:
     family = Family('vit_dwee_patch16_reg1_gap_256', options=CLASSES['layers.diff_attention.DiffAttention'].options)
     model = family.create()
     swap(model, 'external', memory=8, input_size=family.input_size, target='blocks.1.attn')
-    (record,) = sem_timm.patched(model)
+    (record,) = sem_timm.patched_modules(model)
     assert (record.name, record.class_name, record.inserted) == ('blocks.1.attn', 'DiffAttention', ('core1', 'core2'))
     assert record.position == 'core' and record.operation == AttentionConfig('external', memory=8)
     assert torch.is_tensor(model.blocks[1].attn.core2.mk)

@@ -147,7 +147,7 @@ def test_a_model_that_cannot_run_where_it_is_is_swapped_with_a_warning() -> None
     with pytest.warns(sem_timm.SwapWarning) as warned:
         sem_timm.patch_model(model, 'external')
     assert any('no kernel here' in str(warning.message) for warning in warned)
-    assert len(sem_timm.patched(model)) == len(model.blocks)
+    assert len(sem_timm.patched_modules(model)) == len(model.blocks)
 
 
 def test_new_cores_are_trained_or_not_as_their_modules_are() -> None:

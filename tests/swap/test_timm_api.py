@@ -35,7 +35,7 @@ def test_classes_survive(name: str) -> None:
     swap(model, input_size=family.input_size)
     for module_name, module in model.named_modules():
         assert isinstance(module, classes.get(module_name, type(module)))
-    for record in sem_timm.patched(model):
+    for record in sem_timm.patched_modules(model):
         assert type(model.get_submodule(record.name)).__mro__[1] is classes[record.name]
 
 
@@ -55,10 +55,10 @@ def test_features_and_heads(name: str) -> None:
 def test_blocks_can_be_cut_off() -> None:
     model = swapped(VIT)
     model.prune_intermediate_layers([2], prune_head=False)
-    assert len(model.blocks) == 3 == len(sem_timm.patched(model))
+    assert len(model.blocks) == 3 == len(sem_timm.patched_modules(model))
     assert outputs(model, VIT.images())[0].shape == (2, 10)
     sem_timm.unpatch_model(model)
-    assert not sem_timm.patched(model)
+    assert not sem_timm.patched_modules(model)
 
 
 @several
@@ -98,7 +98,7 @@ def test_moving_averages() -> None:
     for key, parameter in inserted(average.module).items():
         torch.testing.assert_close(parameter, 0.5 * before[key] + 0.5)
     sem_timm.unpatch_model(average.module)
-    assert sem_timm.patched(model)
+    assert sem_timm.patched_modules(model)
 
 
 # Resizing after a swap

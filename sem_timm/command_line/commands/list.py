@@ -12,8 +12,8 @@ from rich.table import Table
 
 from sem_timm.errors import NoMatchError, closest
 from sem_timm.operations import operation_names
-from sem_timm.registry.kinds import Kind
 from sem_timm.registry.table import read_table
+from sem_timm.registry.variant_operation import VariantOperation
 
 
 def command(
@@ -47,7 +47,7 @@ def command(
 
 
 def _rows(pattern: str, pretrained: bool) -> list[dict[str, Any]]:
-    table, kind = read_table(), Kind('external')
+    table, external = read_table(), VariantOperation('external')
     bases = [name for name in timm.list_models() if not name.endswith(('_sem', '_ea', '_eamlp'))]
     wanted = pattern if '*' in pattern or '?' in pattern else f'*{pattern}*'
     everything = set(timm.list_models())
@@ -64,7 +64,7 @@ def _rows(pattern: str, pretrained: bool) -> list[dict[str, Any]]:
             'model': name,
             'pretrained': tags.get(name, []),
             'variants': [name + end for end in ('_sem', '_ea', '_eamlp') if name + end in everything],
-            'attention_sites': table.count(name, kind) or 0,
+            'attention_sites': table.count(name, external) or 0,
         }
         for name in names
     ]

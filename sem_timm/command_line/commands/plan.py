@@ -20,7 +20,13 @@ from sem_timm.operations import plan_model
 def command(
     model: Annotated[str, typer.Argument(help='Name of a timm model.', autocompletion=complete_model)],
     operation: Annotated[
-        str, typer.Option('--operation', '-o', help='What to put in.', autocompletion=complete_operation)
+        str,
+        typer.Option(
+            '--operation',
+            '-o',
+            help='What to put in: a name of `sem-timm list --operations`.',
+            autocompletion=complete_operation,
+        ),
     ] = 'sem',
     target: Targets = None,
     exclude: Annotated[list[str] | None, typer.Option(help='Where not, by the same rules.')] = None,

@@ -18,17 +18,20 @@ from sem_timm.command_line.values import complete_operation, parse_pairs, parse_
 from sem_timm.errors import OptionError, SwapWarning, closest
 from sem_timm.finetuning.files import OPTIONS, PATCH, WEIGHTS, explained, write_text, write_whole
 from sem_timm.finetuning.runs import Run, open_run
-from sem_timm.layers import attention_kinds
+from sem_timm.layers import attention_names
 from sem_timm.operations import AttentionConfig, patch_model
 from sem_timm.persistence import save_patch
 from sem_timm.registry import base_architecture
-from sem_timm.surgery import patched
+from sem_timm.surgery import patched_modules
 
 
 def command(
     run: Annotated[Path, typer.Argument(help='Folder of a run of sem-timm finetune with self-attention.')],
     operation: Annotated[
-        str, typer.Option('--operation', '-o', help='The new attention.', autocompletion=complete_operation)
+        str,
+        typer.Option(
+            '--operation', '-o', help='The operation: which attention is new.', autocompletion=complete_operation
+        ),
     ] = 'external',
     target: Targets = None,
     options: OperationOptions = None,
@@ -48,8 +51,8 @@ def command(
     `sem-timm transfer run --set memory=32 --transfer epochs=5 --transfer train=module --output swapped`.
     """
     how = _transfer_options(transfer_options)
-    if operation not in attention_kinds():
-        raise OptionError(f'operation {operation!r} is no attention. {closest(operation, attention_kinds())}')
+    if operation not in attention_names():
+        raise OptionError(f'operation {operation!r} is no attention. {closest(operation, attention_names())}')
     if output is not None and output.exists():
         raise OptionError(f'--output {output} exists; name a new folder.')
     opened = open_run(run)
@@ -75,7 +78,7 @@ def command(
 
 
 def _check_not_swapped(run: Path, opened: Run) -> None:
-    here = next((part for part in patched(opened.model) if isinstance(part.operation, AttentionConfig)), None)
+    here = next((part for part in patched_modules(opened.model) if isinstance(part.operation, AttentionConfig)), None)
     if here is not None:
         own = opened.options
         name = base_architecture(timm.models.split_model_name_tag(own.model)[0])
@@ -86,7 +89,7 @@ def _check_not_swapped(run: Path, opened: Run) -> None:
 
 
 def _check_not_patched(run: Path, opened: Run) -> None:
-    here = next(iter(patched(opened.model)), None)
+    here = next(iter(patched_modules(opened.model)), None)
     if here is not None:
         raise OptionError(
             f'{run} has {here.operation} already, and the options of a run, which --output would write, name one '

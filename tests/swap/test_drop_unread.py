@@ -46,7 +46,7 @@ def test_outputs_stay_and_parameters_go(name: str) -> None:
     expected, names = outputs(model, images), [n for n, _ in model.named_parameters()]
     still_computed = tuple(f'{module}.' for module in plan.computed)
     useless = {name for name in plan.unread if not name.startswith(still_computed)}
-    assert sem_timm.compact_model(model) is model
+    assert sem_timm.drop_unread_parameters(model) is model
     assert [n for n, _ in model.named_parameters()] == [n for n in names if n not in useless]
     assert not useless & model.state_dict().keys()
     for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -59,22 +59,22 @@ def test_outputs_stay_and_parameters_go(name: str) -> None:
 def test_after_other_attentions(operation: str) -> None:
     model, images = swapped(SWIN, operation), SWIN.images()
     expected, before = outputs(model, images), sum(p.numel() for p in model.parameters())
-    sem_timm.compact_model(model)
+    sem_timm.drop_unread_parameters(model)
     assert_equal(expected, outputs(model, images))
     assert sum(p.numel() for p in model.parameters()) < before
 
 
-def test_a_compact_model_has_the_keys_of_its_weights() -> None:
-    model, other = (sem_timm.compact_model(swapped(SWIN)) for _ in range(2))
+def test_a_model_without_unread_parameters_has_the_keys_of_its_weights() -> None:
+    model, other = (sem_timm.drop_unread_parameters(swapped(SWIN)) for _ in range(2))
     nn.init.normal_(model.layers[0].blocks[0].attn.core.mk)
     other.load_state_dict(model.state_dict())
     assert_equal(outputs(model, SWIN.images()), outputs(other, SWIN.images()))
 
 
 def test_there_is_no_undo() -> None:
-    model = sem_timm.compact_model(swapped(SWIN))
+    model = sem_timm.drop_unread_parameters(swapped(SWIN))
     for each in (model, copy.deepcopy(model)):
-        with refused(each, ModelError, 'compact_model', 'layers.0.blocks.0.attn', 'undo'):
+        with refused(each, ModelError, 'drop_unread_parameters', 'layers.0.blocks.0.attn', 'undo'):
             sem_timm.unpatch_model(each)
 
 
@@ -83,7 +83,7 @@ def test_packed_projections_keep_their_rows() -> None:
     plan = sem_timm.plan_model(model, 'external')
     swap(model, plan)
     expected, weights = outputs(model, images), dict(model.named_parameters())
-    sem_timm.compact_model(model)
+    sem_timm.drop_unread_parameters(model)
     assert plan.sliced and all(model.get_parameter(name) is weights[name] for name in plan.sliced)
     assert_equal(expected, outputs(model, images))
 
@@ -92,23 +92,23 @@ def test_parameters_that_were_frozen_before_the_swap_are_dropped_too() -> None:
     model = SWIN.create().requires_grad_(False)
     plan = sem_timm.plan_model(model, 'external', input_size=SWIN.input_size)
     swap(model, plan)
-    sem_timm.compact_model(model)
+    sem_timm.drop_unread_parameters(model)
     assert plan.unread and not set(plan.unread) & {name for name, _ in model.named_parameters()}
 
 
 def test_a_wrapped_model_is_refused() -> None:
     with pytest.raises(ModelError, match='DataParallel'):
-        sem_timm.compact_model(nn.DataParallel(swapped(SWIN)))
+        sem_timm.drop_unread_parameters(nn.DataParallel(swapped(SWIN)))
 
 
 def test_models_of_which_no_attention_was_swapped() -> None:
     for model in (SWIN.create(), FAMILIES['resnet'].create(), sem_timm.patch_model(FAMILIES['resnet'].create())):
         with refused(model, ModelError, type(model).__name__, 'there is nothing to drop'):
-            sem_timm.compact_model(model)
+            sem_timm.drop_unread_parameters(model)
 
 
-def test_a_compact_model_can_be_moved_and_cast() -> None:
-    model = sem_timm.compact_model(swapped(SWIN)).to(torch.bfloat16)
+def test_a_model_without_unread_parameters_can_be_moved_and_cast() -> None:
+    model = sem_timm.drop_unread_parameters(swapped(SWIN)).to(torch.bfloat16)
     (found,) = outputs(model, SWIN.images().bfloat16())
     assert found.dtype == torch.bfloat16 and found.isfinite().all()
-    assert sem_timm.patched(model)
+    assert sem_timm.patched_modules(model)

@@ -36,14 +36,18 @@ MODELS = {
 }
 
 
-def test_the_kinds() -> None:
-    from sem_timm.layers import attention_kinds
+def test_the_attentions() -> None:
+    from sem_timm.layers import attention_names
 
-    assert set(attention_kinds()) == {'external', 'eamlp', *CORES} <= set(sem_timm.operation_names())
+    assert set(attention_names()) == {'external', 'eamlp', *CORES} <= set(sem_timm.operation_names())
 
 
 # Each attention in four models, and in each of the other models one.
-PAIRS = [(name, kind) for name in ('class token', 'windows', 'fewer keys', 'one key for all heads') for kind in CORES]
+PAIRS = [
+    (name, operation)
+    for name in ('class token', 'windows', 'fewer keys', 'one key for all heads')
+    for operation in CORES
+]
 PAIRS += [
     ('rotary', 'halo'),
     ('channels first', 'efficient'),
@@ -240,7 +244,7 @@ class Uniform(AttentionCore):
 def test_a_core_of_ones_own(name: str) -> None:
     family = MODELS[name]
     model = swapped(family, Uniform, scale=0.5)
-    site = sem_timm.patched(model)[0]
+    site = sem_timm.patched_modules(model)[0]
     core = model.get_submodule(f'{site.name}.core')
     assert type(core) is Uniform and site.operation == AttentionConfig(Uniform, scale=0.5)
     backward(model, family.images())
@@ -272,4 +276,4 @@ def test_configurations_are_values() -> None:
     assert pickle.loads(pickle.dumps(config)) == config == copy.deepcopy(config)
     assert config.to_dict() == {'name': 'external', 'memory': 32, 'norm': 'softmax'}
     with pytest.raises((AttributeError, TypeError)):
-        config.kind = 'efficient'  # type: ignore[misc]
+        config.attention = 'efficient'  # type: ignore[misc]

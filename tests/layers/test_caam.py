@@ -1,4 +1,4 @@
-"""Causal attention: both branches and the penalty."""
+"""CaaM: both branches and the penalty."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sem_timm.errors import OptionError
-from sem_timm.layers.causal import CausalAttention, invariance_penalty
+from sem_timm.layers.caam import CaaMAttention, invariance_penalty
 from tests.layers.attention_inputs import both_modes, close, inputs
 
 
@@ -15,7 +15,7 @@ from tests.layers.attention_inputs import both_modes, close, inputs
 def test_branches_follow_the_published_equations(
     batch: int, queries: int, keys: int, width: int, value: int, heads: tuple[int, ...]
 ) -> None:
-    core = CausalAttention(width, value)
+    core = CaaMAttention(width, value)
     q, k, v = inputs(core, batch, *heads, queries=queries, keys=keys)
     scores = torch.einsum('...nd,...md->...nm', q, k) / width**0.5
     expected = []
@@ -29,13 +29,13 @@ def test_branches_follow_the_published_equations(
 
 
 def test_the_mix_is_a_sum_so_that_queries_without_a_choice_get_twice_the_mean_of_values() -> None:
-    core = CausalAttention(5, 3)
+    core = CaaMAttention(5, 3)
     q, k, v = inputs(core, 2, queries=6)
     close(core(0 * q, k, v), 2 * v.mean(-2, keepdim=True).expand(2, 6, 3))
 
 
 def test_masks_hold_in_both_branches() -> None:
-    core = CausalAttention(5)
+    core = CaaMAttention(5)
     q, k, v = inputs(core, 2, queries=6)
     keep = torch.ones(6, 6, dtype=torch.bool).tril()
     bias = torch.randn(6, 6, dtype=torch.float64)

@@ -1,4 +1,7 @@
-"""Attention with a complement, the block of causal attention (CaaM), and the penalty it is trained with."""
+"""The block of CaaM, attention with a complement, and the penalty it is trained with.
+
+Its paper calls it causal attention, as in cause and effect; nothing here is autoregressive.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ from sem_timm.errors import OptionError
 from sem_timm.layers.attention_core import AttentionCore
 
 
-class CausalAttention(AttentionCore):
-    """The block of causal attention (CaaM) as a core, https://arxiv.org/abs/2108.08782.
+class CaaMAttention(AttentionCore):
+    """The block of CaaM, causal attention as in cause and effect, as a core, https://arxiv.org/abs/2108.08782.
 
-    'Causal' is meant as in cause and effect; nothing here is autoregressive. One branch attends to what the queries
+    Nothing here is autoregressive: queries see the keys after them, too. One branch attends to what the queries
     resemble, ``c = softmax(Q K^T / sqrt(d)) V``; its complement attends to what they resemble least,
     ``s = softmax(-Q K^T / sqrt(d)) V``, with the same projections. The result is their mix, ``c + s``, as published:
     a sum, not a mean. Where queries tell keys hardly apart, both branches are near the mean of the values, and the
@@ -49,21 +52,21 @@ class CausalAttention(AttentionCore):
     takes_pairwise_mask: ClassVar[bool] = True
 
     def branches(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The causal branch and its complement, (..., N, value_dim) each."""
+        """The branch of what queries resemble and its complement, (..., N, value_dim) each."""
         self.check_inputs(q, k, v)
-        causal = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
-        return causal, F.scaled_dot_product_attention(-q, k, v, attn_mask=attn_mask)
+        alike = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        return alike, F.scaled_dot_product_attention(-q, k, v, attn_mask=attn_mask)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Map queries (..., N, d) to outputs (..., N, value_dim)."""
-        causal, complement = self.branches(q, k, v, attn_mask)
-        return causal + complement
+        alike, complement = self.branches(q, k, v, attn_mask)
+        return alike + complement
 
 
 def invariance_penalty(weights: Sequence[Tensor] | Tensor) -> Tensor:
     """How much classifiers trained in different environments disagree, ``mean_e(|W_e - W_mean|^2 / |W_e|_1^2)``.
 
-    The invariance loss of causal attention (CaaM), https://arxiv.org/abs/2108.08782.
+    The invariance loss of CaaM, causal attention as in cause and effect, https://arxiv.org/abs/2108.08782.
 
     Args:
         weights: The weight of each environment's classifier, all of one shape; or one tensor of them along its first
