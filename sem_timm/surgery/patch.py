@@ -186,7 +186,7 @@ def check_undoable(model: nn.Module) -> None:
         edit = edit_of(module, inherited=True)
         if edit is not None and edit is not edit_of(module):
             raise ModelError(
-                f'{name} got another class since it was patched_modules, {type(module).__name__}; undo that first.'
+                f'{name} got another class since it was patched, {type(module).__name__}; undo that first.'
             )
         missing = [] if edit is None else [child for child in edit.inserted if child not in module._modules]
         if missing:

@@ -122,10 +122,11 @@ class StandIns:
         """A stand-in for a child: returns numbers of the recorded shapes that depend on what it is given.
 
         What the child passes on, the stand-in passes on as well: a change of the one in place is one of the other. A
-        child that is called several times returns, in later runs, what belongs to the call with such arguments: a swap
-        may leave out some of them.
+        child that is called several times returns, in later runs, what belongs to the first call with such arguments
+        that is left: a swap may leave out some of them.
         """
-        outputs, known, calls = self._outputs[target], self._samples.get(target), count()
+        outputs, known = self._outputs[target], self._samples.get(target)
+        left = list(range(len(outputs)))
 
         def stand_in(*args: Any, **kwargs: Any) -> Any:
             if target in self.adding:
@@ -135,9 +136,10 @@ class StandIns:
             self.calls.append((target, sample if isfinite(sample) else 0.0))
             if known is None:
                 self._samples.setdefault(target, []).append(sample)
-                place = next(calls)
+                place = left[0]
             else:
-                place = min(range(len(known)), key=lambda call: abs(known[call] - sample))
+                place = min(left, key=lambda call: abs(known[call] - sample))
+            left.remove(place)
             template, passing = outputs[place]
             factor = 1 + 0.5 * sin(sample) if isfinite(sample) else nan
             return linked(_scaled(self.numbers.like(template, seed), factor), passing, args, kwargs)
