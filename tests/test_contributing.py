@@ -19,6 +19,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = Path(sem_timm.__file__).parent
 GUIDE = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
 
+# The rooms of which the guide tells every file.
+INNER = (PACKAGE / 'meta', PACKAGE / 'surgery')
+
 # Files at the top that are no rooms: the door, and two ways to start the package.
 DOORS = {'__init__', '__main__', 'run'}
 
@@ -62,11 +65,17 @@ def test_imports_go_down_only() -> None:
     assert not {'layers', 'operations'} & rooms['surgery'] and 'surgery' not in rooms['layers']
 
 
-def test_files_that_the_guide_names_exist() -> None:
+def test_the_guide_names_the_files_of_the_inner_rooms() -> None:
     (table,) = re.findall(r'^\| files \|.*?\n\n', GUIDE, re.MULTILINE | re.DOTALL)
     files = re.findall(r'`([\w/]+)`', re.sub(r'\|[^|]*\|$', '', table, flags=re.MULTILINE))
-    assert files
-    assert [name for name in files if not (PACKAGE / 'surgery' / f'{name}.py').is_file()] == []
+    found = {path.relative_to(PACKAGE).with_suffix('').as_posix() for room in INNER for path in room.rglob('*.py')}
+    assert set(files) == {name for name in found if not name.endswith('__init__')}
+
+
+def test_rooms_above_enter_surgery_and_meta_by_their_doors() -> None:
+    inner = re.compile(r'^\s*(?:from|import) sem_timm\.(?:surgery|meta)\.', re.MULTILINE)
+    above = [path for path in PACKAGE.rglob('*.py') if not any(room in path.parents for room in INNER)]
+    assert [path.name for path in above if inner.search(path.read_text(encoding='utf-8'))] == []
 
 
 def follow(folder: Path) -> list[str]:
@@ -107,7 +116,7 @@ def run_there(folder: Path, *command: str) -> str:
 
 def test_how_tos_pass_the_tests_they_name(copy_with_how_tos: tuple[Path, list[str]]) -> None:
     folder, touched = copy_with_how_tos
-    assert len(touched) == 11
+    assert len(touched) == 12
     files = ['layers/test_excitation.py', 'layers/test_attention_core.py', 'surgery/test_stage_ends.py']
     names = 'tanh or cosine or last_blocks or the_attentions'
     chosen = [f'tests/{name}' for name in [*files, 'swap/test_attentions.py']]

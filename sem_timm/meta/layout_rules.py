@@ -56,6 +56,7 @@ def _of(tensor: Tensor) -> Layout:
 def inherited(step: Step) -> Layout:
     """The layout of the input that looks most like the output: same shape before same number of axes."""
     out = step.out
+    # x + bias inherits from x; a pooled map, whose sizes are others, from the map.
     alike = [source for source in step.sources if source.shape == out.shape]
     alike += [source for source in step.sources if source.ndim == out.ndim and source.shape != out.shape]
     layouts = [_of(source) for source in alike]
@@ -77,6 +78,7 @@ def on_axis_one(step: Step) -> Layout:
 def on_last_axis(step: Step) -> Layout:
     """Linear layers."""
     source, out = step.source, step.out
+    # A linear layer over tokens of another number, as mixers have it, leaves no token where it was.
     same_tokens = source.ndim == 3 and out.ndim == 3 and source.shape[1] == out.shape[1]
     batch = _of(source).batch if source.ndim == out.ndim else 0
     return Layout(out.ndim - 1, _of(source).prefix if same_tokens else 0, batch)
@@ -124,6 +126,7 @@ def _same_axis(source: Tensor, out: Tensor, axis: int | None) -> int | None:
 
 def multiplied(step: Step) -> Layout:
     """A matrix product keeps the rows of its left factor; its columns are channels where those of the left were."""
+    # Attention times values, (B, h, N, M) @ (B, h, M, d), has channels last; weights times tokens keep theirs in place.
     given = [*step.args, *(step.kwargs[key] for key in ('input', 'other', 'mat2') if key in step.kwargs)]
     first, second = given[:2]
     out, left, right = step.out, layout_of(first), layout_of(second)
@@ -164,6 +167,7 @@ def indexed(step: Step) -> Layout:
     if source is not step.args[0]:
         return Layout()
     entries = step.args[1] if isinstance(step.args[1], tuple) else (step.args[1],)
+    # By a tensor of indices, tokens may come in any order.
     if any(isinstance(entry, (Tensor, list)) for entry in entries):
         return layout if out.ndim == source.ndim else Layout()
     axis, position, prefix = 0, 0, layout.prefix

@@ -109,6 +109,7 @@ def convolved(
         return NotImplemented
     if input.shape[1] != weight.shape[1] * groups:
         raise RuntimeError(f'convolution of {weight.shape[1] * groups} channels got an input with {input.shape[1]}')
+    # As torch.nn.Conv2d documents the size of its output.
     size = [
         (extent + 2 * _at(padding, axis) - _at(dilation, axis) * (weight.shape[2 + axis] - 1) - 1) // _at(stride, axis)
         + 1

@@ -28,6 +28,7 @@ class State:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.attributes = dict(module.__dict__)
+        # Lists, dictionaries and sets may change while they stay the same objects.
         self.contents = {
             name: copy.copy(value)
             for name, value in self.attributes.items()
@@ -89,6 +90,7 @@ def plain(value: Any, depth: int = 4) -> Any:
     if isinstance(value, dict):
         entries = {repr(key): plain(entry, depth - 1) for key, entry in value.items() if isinstance(key, _PLAIN)}
         return {key: entry for key, entry in entries.items() if entry is not None}
+    # Of a set the order says nothing, of other collections it does.
     if isinstance(value, Collection):
         return len(value), [plain(entry, depth - 1) for entry in value] if isinstance(value, Sequence) else None
     return plain(getattr(value, '__dict__', None), depth - 1)

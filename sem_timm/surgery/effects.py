@@ -54,6 +54,7 @@ def needed_for(nodes: Iterable[fx.Node], module: nn.Module, values: Values) -> s
                 or any(at > order[node] and memory.shared(source, target) for at, source in reads)
             )
         ]
+        # What a missing write is computed from may read memory that others write into: look again.
         if not missing:
             return found
         found |= ancestors(missing)

@@ -30,6 +30,7 @@ class _Recorder(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         called = operator.attrgetter(str(target))(self.module)
+        # What a child returned in the probe is shown again, in the memory of what it is given now.
         if target in self.known:
             call = self.known[target]
             output = linked(call.output, passed_on(call), args, kwargs)
@@ -55,6 +56,7 @@ def evaluate(trace: Trace, module: nn.Module, known: Mapping[str, Call], *, trai
     """
     graph = trace.graphs[training]
     names = [str(node.target) for node in graph.nodes if node.op == 'placeholder']
+    # On the meta device a run costs no arithmetic, so all nodes are run, those that nothing reads included.
     recorder = _Recorder(module, graph, known)
     with torch.no_grad(), LayoutMode():
         recorder.run(*(trace.values[name] for name in names), enable_io_processing=False)

@@ -10,8 +10,8 @@ from sem_timm.errors import ModelError
 from sem_timm.surgery.planning import check_model
 from sem_timm.surgery.rewrite import edit_of
 
-# Kept on the module that owns the parameters, so that copies and parts of a model know it too: their names, and whether
-# they required gradients before.
+# Names of the frozen parameters and whether they required gradients before. The module that owns them keeps it, so that
+# copies of the model, and parts of it, can be undone too.
 _UNREAD = '_surgery_unread'
 _COMPACT = '_surgery_compact'
 # Those of them that are computed with all the same, though nobody reads the result.

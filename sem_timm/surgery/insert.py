@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from sem_timm.errors import TraceError
-from sem_timm.meta.layout import Layout, layout_of, set_layout
-from sem_timm.meta.layout_mode import LayoutMode
+from sem_timm.meta.layout import Layout, layout_of
 from sem_timm.surgery.blocks import find_blocks
 from sem_timm.surgery.bytecode import iterates_children
 from sem_timm.surgery.placement import (
-    Aftermath,
     Placement,
     Refused,
+    Rehearsal,
     check_editable,
     check_hashable,
     check_methods,
@@ -33,6 +30,7 @@ from sem_timm.surgery.residual import ResidualAdd, last_of_each_output, site_lay
 from sem_timm.surgery.rewrite import Edit
 from sem_timm.surgery.source import graph_source, output_source
 from sem_timm.surgery.trace import forward_signature
+from sem_timm.surgery.trial import shape_text, try_insertion
 
 
 class Inserter:
@@ -77,9 +75,9 @@ class Inserter:
 
         return {name: str(error) for name, error in self.reader.failures.items() if name and not related(name)}
 
-    def rehearse(self, placements: dict[str, Placement]) -> Aftermath:
+    def rehearse(self, placements: dict[str, Placement]) -> Rehearsal:
         """Nothing changes around an insertion."""
-        return Aftermath()
+        return Rehearsal()
 
     def _residual_reading(self, name: str) -> Reading | None:
         """The reading to edit, or None if the module is to be treated as a whole."""
@@ -103,6 +101,7 @@ class Inserter:
         module, output = self.reader.modules[name], self.reader.probe.calls[name].output
         if iterates_children(type(module)):
             raise Refused('its forward goes through its children, and the new one would become one of them')
+        # Of several results the first is the trunk; the others are what blocks hand on to each other.
         kind = type(output) if type(output) in (tuple, list) else Tensor
         tensor = output[0] if kind is not Tensor and output else output
         if not isinstance(tensor, Tensor):
@@ -155,43 +154,27 @@ class Inserter:
 
     def _site(self, name: str, position: str, attribute: str, tensor: Tensor, layout: Layout | None) -> Site:
         shape = tuple(tensor.shape)
+        text = shape_text(shape)
         if not tensor.is_floating_point():
             raise Refused(f'the tensor there is of {tensor.dtype}, which has no gradient')
         if tensor.ndim < 3:
-            raise Refused(f'there are no positions to pool over: the tensor is {_text(shape)}')
+            raise Refused(f'there are no positions to pool over: the tensor is {text}')
         if layout is None or layout.channel is None:
-            raise Refused(f'the channels of the {_text(shape)} tensor could not be told from its other axes')
+            raise Refused(f'the channels of the {text} tensor could not be told from its other axes')
         if layout.channel not in (1, tensor.ndim - 1):
-            raise Refused(f'the channels of the {_text(shape)} tensor are on axis {layout.channel}, not first or last')
+            raise Refused(f'the channels of the {text} tensor are on axis {layout.channel}, not first or last')
         if layout.batch != 0:
-            raise Refused(f'the batch is not the first axis of the {_text(shape)} tensor, and gates are per sample')
+            raise Refused(f'the batch is not the first axis of the {text} tensor, and gates are per sample')
+        # Prefix tokens are those of (B, N, C); in another layout the second axis holds something else.
         prefix = layout.prefix if tensor.ndim == 3 and layout.channel == 2 else 0
         if prefix >= shape[1] or (tensor.ndim == 3 and layout.channel == 2 and shape[1] == 1):
-            raise Refused(f'there are no positions to pool over: {_text(shape)} holds nothing but class tokens')
+            raise Refused(f'there are no positions to pool over: {text} holds nothing but class tokens')
         channel_dim = 1 if layout.channel == 1 else -1
         class_name = type(self.reader.modules[name]).__name__
         site = Site(
             name, class_name, position, attribute, shape, tensor.dtype, shape[layout.channel], channel_dim, prefix
         )
-        anywhere = replace(site, name='', class_name='', attribute='')
-        operation: Any = self.operation
-        return replace(site, num_parameters=_rehearse(operation, anywhere))
-
-
-@lru_cache(maxsize=4096)
-def _rehearse(operation: Any, site: Site) -> int:
-    """Builds and runs the new module once on meta tensors; returns its number of parameters."""
-    try:
-        new = operation.build(site, torch.device('meta'), site.dtype).eval()
-        x = set_layout(torch.empty(site.shape, dtype=site.dtype, device='meta'), Layout())
-        with torch.no_grad(), LayoutMode():
-            out = new(x, x) if operation.fuses_shortcut and site.position == 'residual' else new(x)
-    except Exception as error:  # the module is anybody's; that it does not fit here is a reason, not a crash
-        raise Refused(f'{operation} does not work on {_text(site.shape)}: {type(error).__name__}: {error}') from error
-    if not isinstance(out, Tensor) or out.shape != x.shape:
-        got = _text(tuple(out.shape)) if isinstance(out, Tensor) else type(out).__name__
-        raise Refused(f'{operation} turns {_text(site.shape)} into {got}')
-    return sum(parameter.numel() for parameter in new.parameters())
+        return replace(site, num_parameters=try_insertion(self.operation, site))
 
 
 def insert_modules(graph: fx.Graph, adds: Sequence[ResidualAdd], attributes: tuple[str, ...], fuse: bool) -> fx.Graph:
@@ -216,12 +199,9 @@ def insert_modules(graph: fx.Graph, adds: Sequence[ResidualAdd], attributes: tup
         with edited.inserting_after(branch) if add.partial else edited.inserting_before(node):
             new = edited.call_module(attribute, (branch,))
         if add.partial:
+            # What reads the branch beside the sum, such as the rest of RexNet's channels, reads the gated one as well.
             for user in [user for user in branch.users if user is not new]:
                 user.replace_input_with(branch, new)
         else:
             node.replace_input_with(branch, new)
     return edited
-
-
-def _text(shape: tuple[int, ...]) -> str:
-    return '(' + ', '.join(['B', *map(str, shape[1:])]) + ')'

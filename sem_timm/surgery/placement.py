@@ -17,7 +17,7 @@ from sem_timm.surgery.reading import Reader, Reading
 from sem_timm.surgery.rewrite import Edit, edit_of, patched_class
 
 if TYPE_CHECKING:
-    from sem_timm.surgery.swap.edit import Swapping
+    from sem_timm.surgery.swap.edit import SwappedGraphs
     from sem_timm.surgery.swap.original import Original
     from sem_timm.surgery.swap.rows import Rows
 
@@ -34,18 +34,18 @@ class Placement:
         sites: The sites.
         edit: The edit.
         reading: What an edit of a graph was made from; None for an edit around the whole forward.
-        swapping: How attention was edited; None for an insertion.
+        swapped: How attention was edited; None for an insertion.
     """
 
     sites: tuple[Site | AttentionSite, ...]
     edit: Edit
     reading: Reading | None
-    swapping: Swapping | None = None
+    swapped: SwappedGraphs | None = None
 
     @property
     def graphs_after(self) -> dict[bool, fx.Graph]:
         """The edited graphs, of a swap."""
-        return {} if self.swapping is None else self.swapping.graphs
+        return {} if self.swapped is None else self.swapped.graphs
 
     @property
     def attention_sites(self) -> tuple[AttentionSite, ...]:
@@ -54,8 +54,8 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Aftermath:
-    """What applying placements changes around them.
+class Rehearsal:
+    """What it showed to apply all placements to the weightless copy and to run it once.
 
     Attributes:
         unread: Names of parameters that no longer reach the output.
@@ -90,7 +90,7 @@ class Placer(Protocol):
     def unreadable(self) -> dict[str, str]:
         """Modules that might have been candidates and whose forward could not be read, with the reasons."""
 
-    def rehearse(self, placements: dict[str, Placement]) -> Aftermath:
+    def rehearse(self, placements: dict[str, Placement]) -> Rehearsal:
         """Looks at what all placements together change; the weightless copy may be used up by it."""
 
 

@@ -54,7 +54,7 @@ def prove_insertion(reading: Reading, module: nn.Module, edit: Edit) -> None:
         TraceError: If they compute different things, or one of them cannot be run by itself.
     """
     graphs = reading.trace.graphs
-    # A forward that looks at its mode may do so where the trace did not get to.
+    # Code that asks for the mode may stand where no trace went, such as behind a constant argument.
     both = graphs[True] is not graphs[False] or 'training' in names_called(type(module))
     for training in (False, True) if both else (False,):
         with _explained(module):

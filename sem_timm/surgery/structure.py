@@ -52,6 +52,7 @@ class Structures:
     def _number(self, module: nn.Module) -> int:
         """A number for the description of a child."""
         key = id(module)
+        # Children are described once each, and by number in the descriptions of their parents.
         if key not in self._known:
             description = self._described(module, _without_integers)
             self._known[key] = self._numbers.setdefault(description, len(self._numbers))
@@ -70,6 +71,7 @@ class Structures:
 def _attributes_read(cls: Any, code: Hashable, names: tuple[str, ...]) -> tuple[str, ...]:
     """Those of a module's attributes that its forward may look at."""
     mentioned = names_called(cls)
+    # getattr(self, name) may look at any of them.
     read = set(names) if mentioned & {'getattr', 'vars', '__dict__'} else mentioned.intersection(names)
     noted = {name for name in read if name.startswith('_surgery_')}  # about a patch, and no forward looks at it
     return tuple(sorted(read - INFRASTRUCTURE - noted))

@@ -178,6 +178,7 @@ def _with_free_arguments(
     """Traces with as many arguments symbolic as change nothing, and guards for the others."""
     constants = [n for n, value in values.items() if isinstance(value, _CONSTANTS) and type(value) is not int]
     given = [name for name in values if name not in constants]
+    # Tensors are symbolic; None and constants are at first what they were in the call.
     symbolic = frozenset(given)
     graph = level(values, symbolic).run(module)
     guards = [Guard(f'len({name}) == {len(values[name])}') for name in given if is_unpacked(values[name])]
@@ -216,6 +217,7 @@ def _indifferent(
 def listing(graph: fx.Graph, constants: dict[str, Any] | None = None) -> list[tuple[Any, ...]]:
     """A graph as plain data that compares equal for equal graphs; ``constants`` take the place of placeholders."""
     constants = constants or {}
+    # Nodes by their places, since names say in which order they were made.
     place = {node: f'%{index}' for index, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         if node.op == 'placeholder' and node.target in constants:

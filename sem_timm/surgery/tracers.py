@@ -75,6 +75,7 @@ class LevelTracer(fx.Tracer):
         """Traces a module; calling one of its own methods in ``methods`` records a node, as calling a child does."""
         leaves = {name: self._leaf(name) for name in self.methods if name not in module.__dict__}
         module.__dict__.update(leaves)
+        # A traced forward may fill caches with proxies or count itself: all of it is taken back.
         state, drawn = State(module), random_states()
         try:
             graph = self.trace(module)
@@ -170,6 +171,7 @@ class _GuidedTracer(LevelTracer):
 
     def decide(self, proxy: fx.Proxy, question: Callable[[Any], Any]) -> Any:
         value = self.known[proxy.node]
+        # A shape may be another in the next call, and is checked; numbers in a tensor are never the same.
         if isinstance(value, torch.Tensor) and question is not len:
             raise TraceError('the forward depends on values of a tensor')
         if _asks_for_device(proxy.node):

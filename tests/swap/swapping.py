@@ -1,4 +1,4 @@
-"""Swapping the attention of models, and looking at what became of them."""
+"""SwappedGraphs the attention of models, and looking at what became of them."""
 
 from __future__ import annotations
 

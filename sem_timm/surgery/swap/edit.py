@@ -25,7 +25,7 @@ from sem_timm.surgery.trace import Guard
 
 
 @dataclass(frozen=True)
-class Swapping:
+class SwappedGraphs:
     """How one reading was edited: what the check in numbers and the search for unread parameters start from.
 
     Attributes:
@@ -63,6 +63,7 @@ def swapped(
     edited = fx.Graph()
     edited.output(edited.graph_copy(graph, copies))
     known = {copies[node]: value for node, value in values.items() if node in copies}
+    # In the copy each core becomes a call of the new child; what only the old one read has no reader any more then.
     nodes = _Nodes(edited, known)
     for (attribute, core), mask in zip(cores.items(), masks, strict=True):
         output = copies[core.output]
@@ -93,6 +94,7 @@ def _loosen_types(graph: fx.Graph, module: nn.Module) -> None:
             continue
         given: tuple[Any, ...] = (*node.args, *node.kwargs.values())
         tensor, like = given
+        # k.type_as(v) needs the type of v, not v: it is asked of what v was taken from, such as the packed projection.
         while isinstance(like, fx.Node) and like.args and isinstance(like.args[0], fx.Node):
             if kind_of(like) not in MOVES | {Kind.COPY}:  # what moves has the type of what is moved
                 break

@@ -45,6 +45,7 @@ def attend_projected(
     Returns:
         (B, heads, N, value_dim).
     """
+    # The core decides call by call whether multiplying the weights first is cheaper for so many tokens.
     attend = getattr(core, 'attend_folded', None)
     if attend is not None and attn_mask is None:
         weights = rows_of_weights(module, first, last, period)
@@ -70,6 +71,7 @@ def fold_projections(graph: fx.Graph, cores: Iterable[str], module: nn.Module, v
     for node in list(graph.nodes):
         if node.op != 'call_module' or node.target not in names:
             continue
+        # Only a division into heads may lie between the two: norms or rotary embeddings need the queries themselves.
         chain = _chain_to_projection(node, module)
         if chain is None:
             continue
@@ -108,8 +110,10 @@ def _heads(chain: list[fx.Node], values: Values) -> int | None:
         return None
     rows: Any = projection.kwargs
     count = rows['last'] - rows.get('first', 0)
+    # Heads that are interleaved with others are no single matrix.
     if rows['period'] % count:
         return None
+    # The moves are run on numbered rows; they divide into heads if what comes out is what a division would give.
     numbers = torch.arange(given.shape[0] * given.shape[1] * count).view(*given.shape[:2], count)
     env: dict[fx.Node, Any] = {projection: numbers}
     try:

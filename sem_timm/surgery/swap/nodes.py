@@ -81,6 +81,7 @@ def only_adds(node: fx.Node, module: nn.Module, values: Values) -> bool:
         return False
     try:
         with torch.no_grad():
+            # What only adds gives zeros plus something, and random logits plus the same.
             plain = called(torch.zeros(shape), *others, **named)
             inputs = torch.rand(shape, generator=generator)
             return bool(torch.allclose(called(inputs.clone(), *others, **named), inputs + plain, atol=1e-4))

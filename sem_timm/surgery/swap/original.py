@@ -53,6 +53,7 @@ class Original:
         if reading is None:
             return cls(None, {})
         outputs = [core.output for core in cores.values()]
+        # Found now, while the values tell what writes into what; a run later has tensors of its own.
         part = needed_for(outputs, module, reading.values[False])
         return cls(reading.trace.graphs[False], cores, frozenset(part))
 
@@ -72,11 +73,13 @@ class Original:
         assert self.graph is not None
         extras = {name: self.cores[name].extras[0].node for name in with_extra if self.cores[name].extras}
         wanted = [node for c in self.cores.values() for node in (c.query, c.key, c.value, c.output)]
+        # Outputs as the core returned them, before a forward may write into them.
         outputs = [core.output for core in self.cores.values()]
         runner = Partial(module, self.graph, arguments)
         values = run_part(runner, [*wanted, *extras.values()], self.part, outputs)
         found = {}
         for name, core in self.cores.items():
+            # As scaled_dot_product_attention has them, however the old core laid them out.
             key = values[core.key].mT if core.key_transposed else values[core.key]
             value, output = (values[n].mT if core.transposed else values[n] for n in (core.value, core.output))
             extra = values[extras[name]] if name in extras else None

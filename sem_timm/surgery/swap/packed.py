@@ -84,6 +84,7 @@ def _packed(node: fx.Node, module: nn.Module, values: Values) -> _Packed | None:
     current = node
     while isinstance(values.get(current), Tensor):
         users = [user for user in current.users if not _only_looks_at(user, current)]
+        # qkv[0], qkv[1] and qkv[2], or the pieces of one chunk, split or unbind.
         if users and all(_piece_index(user) is not None for user in users):  # the axis of the parts is in front
             return _Packed(node, tuple(moves), current, 0, int(values[current].shape[0]), tuple(users))
         if len(users) != 1:
@@ -132,11 +133,13 @@ def _rows(packed: _Packed, module: nn.Module, values: Values) -> Rows | None:
         found = _numbered_pieces(packed, module, values)
     except Exception:  # how the channels are moved is not known
         return None
+    # Each piece now holds the numbers, from 1, of the rows that it is made of.
     read = torch.cat([without_repeats(piece).reshape(-1) for piece in found]).unique().long() - 1
     layout = layout_of(values[packed.projection])
     if layout is None or layout.channel is None or not len(read):
         return None
     total = int(values[packed.projection].shape[layout.channel])
+    # Rows in one range, or in ranges of equal length at equal distance: q of each head, where heads are interleaved.
     gaps = (read.diff() > 1).nonzero().reshape(-1)
     if len(read) == total:
         return None
@@ -182,10 +185,12 @@ def _divided(packed: _Packed, rows: Rows, values: Values) -> list[_Edit] | None:
     assert isinstance(source, fx.Node)
     size = int(values[source].shape[packed.axis])
     if operation_name(divider) == 'chunk':
+        # As many chunks as are read.
         edits.append((divider, (divider.args[0], kept, *divider.args[2:])))
     elif _divides(divider) and not _unbinds(divider) and isinstance(divider.args[1], (tuple, list)):
         sizes = list(divider.args[1])[first : first + kept]
         edits.append((divider, (divider.args[0], sizes, *divider.args[2:])))
+    # Along the divided axis fewer parts are left, or fewer rows; every move before it is told its new size.
     by_one = not _divides(divider) or _unbinds(divider)
     new_size = kept if by_one else size * (rows.last - rows.first) // rows.period
     moved = _resized(packed, packed.axis, new_size, values)

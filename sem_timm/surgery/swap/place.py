@@ -18,9 +18,9 @@ from sem_timm.meta.vocabulary import Kind, names_of
 from sem_timm.surgery.bytecode import names_called
 from sem_timm.surgery.graphs import Values, ancestors
 from sem_timm.surgery.placement import (
-    Aftermath,
     Placement,
     Refused,
+    Rehearsal,
     check_editable,
     check_hashable,
     check_methods,
@@ -33,13 +33,13 @@ from sem_timm.surgery.reading import Reader, Reading, bound_arguments
 from sem_timm.surgery.rewrite import Edit, edit_of
 from sem_timm.surgery.source import graph_source
 from sem_timm.surgery.swap.cores import Core, Extra, find_cores
-from sem_timm.surgery.swap.edit import Swapping, guards_for_unread, swapped, unread_arguments
+from sem_timm.surgery.swap.edit import SwappedGraphs, guards_for_unread, swapped, unread_arguments
 from sem_timm.surgery.swap.grids import Grids
 from sem_timm.surgery.swap.queries import check_sources, heads_of, mask_of
 from sem_timm.surgery.swap.rehearsal import rehearse_swap
 from sem_timm.surgery.swap.rows import Rows
-from sem_timm.surgery.swap.trial import num_parameters_of
 from sem_timm.surgery.swap.whole import CAUSAL, place_whole
+from sem_timm.surgery.trial import try_swap
 
 
 class NoCore(Refused):
@@ -104,20 +104,21 @@ class Swapper:
 
     def prove(self, name: str, placement: Placement) -> None:
         """Compares the edited forward with the original in numbers; raises TraceError if they differ."""
-        if placement.reading is not None and placement.swapping is not None:
-            prove_swap(placement.reading, self.reader.modules[name], placement.edit, placement.swapping.cores)
+        if placement.reading is not None and placement.swapped is not None:
+            prove_swap(placement.reading, self.reader.modules[name], placement.edit, placement.swapped.cores)
 
     def unreadable(self) -> dict[str, str]:
         """None: what may attend and cannot be read is refused by name."""
         return {}
 
-    def rehearse(self, placements: dict[str, Placement]) -> Aftermath:
+    def rehearse(self, placements: dict[str, Placement]) -> Rehearsal:
         """Applies placements to the weightless copy and runs it: shapes must stay, parameters may become unread."""
         return rehearse_swap(self.reader, placements, self.operation)
 
     def _read(self, name: str) -> tuple[Reading, list[Core]]:
         """The reading of a module in which its cores can be seen."""
         reasons: list[str] = []
+        # First with own methods as single nodes, which is quicker and keeps them whole in the new forward.
         for inline_methods in (False, True):
             try:
                 reading = self.reader.read_with(name, inline_methods=inline_methods)
@@ -129,6 +130,7 @@ class Swapper:
             hidden = any(node.target in reading.trace.methods for node in ancestors([core.query for core in cores]))
             if cores and not (hidden and not inline_methods):
                 return reading, cores
+            # That a softmax is none of a core says more than that the forward could not be traced.
             reasons = others or reasons
             if not reading.trace.methods:
                 break
@@ -182,6 +184,7 @@ class Swapper:
         num_heads, head_axis = self._heads[found]
         given = tree_leaves(list(reading.trace.values.values()))
         tokens: Any = next((leaf for leaf in given if layout_of(leaf) is not None), None)
+        # Prefix tokens are those of the tokens that come in, unless queries are of others, such as those of windows.
         layout = layout_of(tokens)
         as_tokens = layout is not None and tokens.ndim == 3 and tokens.shape[1] == query.shape[-2]
         prefix = layout.prefix if layout is not None and as_tokens else 0
@@ -201,12 +204,12 @@ class Swapper:
             masked=mask is not None,
         )
         given_mask = None if mask is None else values[mask.node]
-        return replace(site, num_parameters=num_parameters_of(self.operation, site, given_mask))
+        return replace(site, num_parameters=try_swap(self.operation, site, given_mask))
 
     def _mask(self, core: Core, module: nn.Module, values: Values) -> Extra | None:
         return mask_of(core, module, values, self.operation, self._buffers)
 
-    def _edited(self, name: str, reading: Reading, attributes: tuple[str, ...]) -> tuple[Edit, Swapping]:
+    def _edited(self, name: str, reading: Reading, attributes: tuple[str, ...]) -> tuple[Edit, SwappedGraphs]:
         module, trace = self.reader.modules[name], reading.trace
         graphs: dict[bool, fx.Graph] = {}
         found: dict[bool, dict[str, Core]] = {}
@@ -225,6 +228,7 @@ class Swapper:
             graphs[mode], sliced, computed = swapped(
                 trace.graphs[mode], found[mode], masks, self.operation, module, values
             )
+        # Guards of what only the old core looked at go, unless the old core was told to do something else by it.
         guards = [*trace.guards, *guards_for_unread(reading, graphs)]
         unread = unread_arguments(trace.values, graphs) & self._tables(type(module))
         guards = [guard for guard in guards if guard.condition.split(' is ')[0] not in unread]
@@ -233,7 +237,7 @@ class Swapper:
         except SyntaxError as error:
             raise Refused(f'its forward cannot be written as code: {error}') from error
         edit = Edit(type(module), source, bindings, attributes, 'core', self.operation)
-        return compiled(edit), Swapping(found, graphs, sliced, tuple(computed))
+        return compiled(edit), SwappedGraphs(found, graphs, sliced, tuple(computed))
 
     def _tables(self, cls: type) -> frozenset[str]:
         """Arguments in which some module of a class gets a table, such as the mask of shifted windows.

@@ -24,6 +24,7 @@ def prune(graph: fx.Graph, module: nn.Module, values: Values) -> None:
     while True:
         alive = needed_for(wanted, module, values)
         checks = [node for node in graph.nodes if node not in alive and node.target is check]
+        # A check that a trace left behind is kept where it costs nothing but sizes that are there anyway.
         decided = [node for node in checks if all(source in alive for source in _computed(node, values))]
         if not decided:
             break

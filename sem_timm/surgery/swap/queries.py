@@ -18,6 +18,7 @@ from sem_timm.surgery.swap.cores import Core, Extra
 def check_sources(core: Core, values: Values, operation: Swap) -> None:
     """Raises Refused unless the queries come from the same data as keys and values, for as far as those are read."""
     query, others = (_data_arguments(nodes, values) for nodes in ([core.query], [core.key, core.value]))
+    # GCViT hands its blocks global queries; those of a decoder come from other tokens than its keys do.
     names = ', '.join(sorted(query))
     if not query:
         raise Refused("its queries are not computed from the module's input")
@@ -56,6 +57,7 @@ def heads_of(core: Core, module: nn.Module, values: Values) -> tuple[int, int]:
         raise Refused('it has a single query token, for which a softmax over tokens is constant')
     if last not in channels and query.shape[-1] > 1:
         raise Refused('the channels of its queries could not be told from their tokens')
+    # Channels that also change along an axis before the tokens are divided into heads along it.
     heads = [axis for axis in channels if axis < tokens]
     if len(heads) != 1 or heads[0] in samples:
         return 1, -3
@@ -80,6 +82,7 @@ def mask_of(core: Core, module: nn.Module, values: Values, operation: Swap, tabl
     """
     if len(core.extras) == 1 and values[core.extras[0].node] is None:
         return core.extras[0] if core.extras[0].node.op == 'placeholder' else None
+    # Learned biases are neither given nor fixed: they say where tokens are, which the new core learns anew.
     given = [extra for extra in core.extras if _is_data_of_its_own(extra.node, core, values)]
     fixed = [extra for extra in core.extras if _is_fixed_mask(extra.node, core, module, values, tables)]
     masks = given + [extra for extra in fixed if extra not in given]
@@ -107,6 +110,7 @@ def _is_fixed_mask(extra: fx.Node, core: Core, module: nn.Module, values: Values
     value, shape = values[extra], (*values[core.query].shape[:-1], _num_keys(core, values))
     if is_data(value) or not isinstance(value, Tensor) or value.numel() == 1:
         return False
+    # A mask of pairs broadcasts to the logits (..., N, M); a table that does not is something else, such as an index.
     if len(value.shape) > len(shape) or any(m not in (1, s) for m, s in zip(value.shape[::-1], shape[::-1])):
         return False
     return not any(_is_learned(node, module, values, tables) for node in _tables_behind(extra, values))
@@ -142,5 +146,6 @@ def _is_learned(node: fx.Node, module: nn.Module, values: Values, tables: set[in
     child = called_module(node, module)
     if child is not None:
         return next(child.parameters(), None) is not None
+    # One of its own methods: whatever parameter or child it mentions may be in what it returns.
     mentioned = names_called_by(type(module), str(node.target))
     return bool(mentioned & {*module._parameters, *module._modules})

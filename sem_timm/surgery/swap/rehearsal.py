@@ -11,7 +11,7 @@ from sem_timm.errors import TraceError
 from sem_timm.meta.layout_mode import LayoutMode
 from sem_timm.meta.skeleton import Call
 from sem_timm.surgery.aliasing import tensors_in
-from sem_timm.surgery.placement import Aftermath, Placement
+from sem_timm.surgery.placement import Placement, Rehearsal
 from sem_timm.surgery.plan import Swap
 from sem_timm.surgery.reading import Reader
 from sem_timm.surgery.rewrite import patched_class
@@ -19,7 +19,7 @@ from sem_timm.surgery.swap.original import Original
 from sem_timm.surgery.swap.unread import computed_in_vain, may_lose_others, reached_parameters, unread_parameters
 
 
-def rehearse_swap(reader: Reader, placements: dict[str, Placement], operation: Swap) -> Aftermath:
+def rehearse_swap(reader: Reader, placements: dict[str, Placement], operation: Swap) -> Rehearsal:
     """Applies placements to the weightless copy, which is used up by it, and runs it once.
 
     Raises:
@@ -30,15 +30,16 @@ def rehearse_swap(reader: Reader, placements: dict[str, Placement], operation: S
     unread = unread_parameters(reader, placements)
     more = may_lose_others(reader, placements)
     before = reached_parameters(skeleton, images) if more else set()
-    after = Aftermath()
+    after = Rehearsal()
     for name, placement in placements.items():
-        module, swapping = reader.modules[name], placement.swapping
+        module, swapping = reader.modules[name], placement.swapped
         assert swapping is not None
         cores = swapping.cores.get(False, {})
         after.originals[name] = Original.of(module, placement.reading, cores)
         after.sliced.update({f'{name}.{weight}': rows for weight, rows in swapping.sliced.items()})
         vain = computed_in_vain(module, swapping.graphs.values()) | set(swapping.computed)
         after.computed.extend(f'{name}.{child}' for child in sorted(vain))
+    # From here on the skeleton is patched, as the model will be.
     for name, placement in placements.items():
         module = reader.modules[name]
         for site in placement.attention_sites:
@@ -46,6 +47,7 @@ def rehearse_swap(reader: Reader, placements: dict[str, Placement], operation: S
         module.__class__ = patched_class(placement.edit)
     _check_run(skeleton, call, operation)
     if more:
+        # Autograd on the meta device tells what no forward of a swapped module shows: parameters of others.
         lost = before - reached_parameters(skeleton, images)
         after.computed.extend(_still_called(skeleton, lost - set(unread)))
         unread = tuple(name for name, _ in skeleton.named_parameters() if name in lost or name in unread)

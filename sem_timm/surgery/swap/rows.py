@@ -40,6 +40,7 @@ def take_rows(graph: fx.Graph, tensor: fx.Node, rows: Rows, values: Values) -> t
         return _sliced(graph, tensor, rows), {str(tensor.target): rows} if tensor.op == 'get_attr' else {}
     taken: list[fx.Node] = []
     partial: dict[str, Rows] = {}
+    # cat((q_bias, k_bias, v_bias)) of which the first third is read is q_bias alone.
     start = 0
     for piece in pieces:
         size = int(values[piece].shape[0])
@@ -58,6 +59,7 @@ def _sliced(graph: fx.Graph, tensor: fx.Node, rows: Rows) -> fx.Node:
     if rows.period == rows.total:
         part = slice(rows.first or None, None if rows.last == rows.total else rows.last)
         return graph.call_function(operator.getitem, (tensor, part))
+    # The same rows of every head: (heads * period, in) as (heads, period, in), and back.
     groups = graph.call_method('unflatten', (tensor, 0, (rows.total // rows.period, rows.period)))
     of_each = graph.call_function(operator.getitem, (groups, (slice(None), slice(rows.first, rows.last))))
     return graph.call_method('flatten', (of_each, 0, 1))

@@ -1,7 +1,7 @@
-"""By what the products of queries and keys are multiplied before their softmax.
+"""The scale of an attention core: what its logits, the products of queries and keys, are multiplied by.
 
-An attention core divides by the root of its width by itself. What the old core multiplied its logits by instead has to
-come with the queries, so that a core that reads keys sees the logits that the model was made for. For example
+A new core divides by the root of its width by itself. What the old core multiplied its logits by instead has to come
+with the queries, so that a core that reads keys sees the logits that the model was made for. For example
 
     attention = (q * self.scale) @ k.mT * self.temperature
     x = self.core(q * (self.temperature * self.scale * math.sqrt(d)), k, v)
@@ -96,6 +96,7 @@ class Scale:
         calls = calls or Arithmetic()
         query = calls.transpose(query) if self.transposed else query
         number = self.number * math.sqrt(width)
+        # The usual scale and the division by the root of the width cancel, and nothing is multiplied at all.
         number = 1.0 if math.isclose(number, 1.0, rel_tol=1e-6) else number
         for (_, divides), factor in zip(self.factors, factors, strict=True):
             if divides:
@@ -136,6 +137,7 @@ def scale_of_steps(query: fx.Node, key: fx.Node, product: fx.Node, steps: list[S
         if len(others) != 1 or (divides and operands[0] is not step.logits):
             return replace(plain, refusal=f'how its logits are scaled is not read ({operation_name(step.node)})')
         (other,) = others
+        # What is one number for all inputs is multiplied out now; what is learned or depends on the input stays a node.
         constant = _constant(other, sources, values)
         if constant is not None:
             number = number / constant if divides else number * constant
@@ -149,6 +151,7 @@ def scale_of_steps(query: fx.Node, key: fx.Node, product: fx.Node, steps: list[S
 
 def _may_scale_queries(shape: tuple[int, ...], step: Step, product: fx.Node, values: Values) -> bool:
     """Whether a factor of logits is the same for all keys, so that the queries can be multiplied by it as well."""
+    # Logits are (..., N, M). A factor that differs between the M keys cannot be moved to the queries (..., N, d).
     if shape[-1:] not in ((), (1,)):
         return False
     if values[step.logits].shape != values[product].shape and math.prod(shape) != 1:
@@ -159,6 +162,7 @@ def _may_scale_queries(shape: tuple[int, ...], step: Step, product: fx.Node, val
 
 def _folded(query: fx.Node, sources: set[fx.Node], values: Values) -> Scale:
     """The number that queries are multiplied by at last, and what it multiplies."""
+    # A scale in front of the product may stand before or behind a transpose: (q * s).mT and q.mT * s are one.
     scaled, transposed = query, False
     while is_matrix_transpose(scaled, values):
         scaled, transposed = scaled.all_input_nodes[0], not transposed

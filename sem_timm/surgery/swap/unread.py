@@ -32,6 +32,7 @@ def unread_parameters(reader: Reader, placements: dict[str, Placement]) -> tuple
         before, after = _graphs_before(placement), placement.graphs_after
         names = [parameter for parameter, _ in module.named_parameters(remove_duplicate=False)]
         read = _read(module, names, after.values())
+        # What no graph read before the swap either is none of its doing.
         dead = [parameter for parameter in names if parameter not in read]
         if before is not None:
             were_read = _read(module, names, before.values())

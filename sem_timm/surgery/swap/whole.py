@@ -15,9 +15,9 @@ from sem_timm.surgery.plan import AttentionSite, Swap
 from sem_timm.surgery.reading import Reader, Reading, bound_arguments
 from sem_timm.surgery.rewrite import Edit
 from sem_timm.surgery.source import graph_source
-from sem_timm.surgery.swap.edit import Swapping, calling, guards_for_unread
-from sem_timm.surgery.swap.trial import num_parameters_of
+from sem_timm.surgery.swap.edit import SwappedGraphs, calling, guards_for_unread
 from sem_timm.surgery.trace import Trace, forward_signature
+from sem_timm.surgery.trial import try_swap
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ def place_whole(reader: Reader, operation: Swap, name: str) -> Placement:
     (attribute,) = free_names(module, operation.attribute)
     first: Tensor = next(iter(values.values()))
     shape, heads = tuple(first.shape), getattr(module, 'num_heads', 1)
+    # timm names the number of heads so; where it is none, one head is as good as any.
     num_heads = heads if isinstance(heads, int) and heads > 0 and shape[2] % heads == 0 else 1
     masked = 'attn_mask' in values
     site = WholeSite(
@@ -62,16 +63,17 @@ def place_whole(reader: Reader, operation: Swap, name: str) -> Placement:
         attn_drop=_rate(module, 'attn_drop'),
         proj_drop=_rate(module, 'proj_drop'),
     )
-    site = replace(site, num_parameters=num_parameters_of(operation, site, values.get('attn_mask')))
+    site = replace(site, num_parameters=try_swap(operation, site, values.get('attn_mask')))
     graph = calling(attribute, list(values), masked)
     trace = Trace(forward_signature(type(module)), values, {True: graph, False: graph}, (), frozenset())
     guards = tuple(guards_for_unread(Reading(trace, {}, {}), trace.graphs))
     source, bindings = graph_source(type(module), replace(trace, guards=guards), trace.graphs)
     edit = compiled(Edit(type(module), source, bindings, (attribute,), 'core', operation))
-    return Placement((site,), edit, None, Swapping({}, trace.graphs))
+    return Placement((site,), edit, None, SwappedGraphs({}, trace.graphs))
 
 
 def _check_contract(values: dict[str, Any], call: Call) -> None:
+    # What takes the place of a whole module sees tokens, and perhaps a mask of them, and nothing else.
     first, *others = values.items()
     layout = layout_of(first[1])
     if layout is None or first[1].ndim != 3 or layout.channel != 2 or layout.batch != 0:
