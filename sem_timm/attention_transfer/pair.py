@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +20,7 @@ from sem_timm.meta import shadow, weightless
 from sem_timm.surgery import (
     Edit,
     Original,
+    Swap,
     check_model,
     check_not_compact,
     edit_of,
@@ -215,7 +217,7 @@ def _layers(
 ) -> tuple[SwappedLayer, ...]:
     """The swapped layers, each with the graph of its old attention, by planning its swap again."""
     found: dict[str, SwappedLayer] = {}
-    for operation in dict.fromkeys(edit.operation for edit in edits.values()):
+    for operation in dict.fromkeys(cast(Swap, edit.operation) for edit in edits.values()):
         names = {name for name, edit in edits.items() if edit.operation == operation}
         skeleton = weightless(model)
         _put_back(skeleton)

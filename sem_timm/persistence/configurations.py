@@ -28,9 +28,6 @@ _INSERTIONS: dict[str, type[InsertionConfig]] = {
 }
 _ATTENTION = 'attention'
 
-# Options that files of older versions do not have; their defaults are what those did.
-_ADDED_LATER = ('decision',)
-
 _MAX_NUMBER = 2**20  # of anything an option counts
 _MAX_ENTRIES = 64
 
@@ -100,7 +97,7 @@ def config_from_json(found: Field) -> Config:
             raise parts['options'].error("'attention' names the attention, such as 'external'.")
     else:
         known = [field.name for field in fields(cls)]
-        parts['options'].fields(name for name in known if name in options or name not in _ADDED_LATER)
+        parts['options'].fields(known)
         for name, field in options.items():
             _check_like(field, values[name], name)
     try:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import sem_timm
 from sem_timm.errors import ModelError, OptionError
-from sem_timm.operations import InsertionConfig
+from sem_timm.operations import AttentionConfig, InsertionConfig
 from sem_timm.persistence.fingerprint import fingerprint, fingerprints, is_compared
 from sem_timm.persistence.parts import Parts, parts_of
 from sem_timm.persistence.record import PARTS, Base, PatchRecord, Step, site_record, tensor_record
@@ -119,10 +119,8 @@ def steps_of(model: nn.Module) -> tuple[Step, ...]:
         raise ModelError(f'its patch cannot be saved: {error}') from error
     steps: dict[Any, Step] = {}
     for part in sorted(patched_modules(model), key=lambda part: part.number):
-        if part.inserted and not part.sites:
-            raise ModelError(f'{part.name} was patched by an older sem_timm, which noted no sites; patch it anew.')
         for site in part.sites:
-            config = part.operation
+            config = cast('InsertionConfig | AttentionConfig', part.operation)
             if isinstance(config, InsertionConfig) and site.position == 'output':
                 # Asked for by the name of a sequence, 'auto' takes the output of its last block; by that block's own
                 # name it would take the branch.

@@ -96,11 +96,6 @@ class Field:
             raise self.error(f'{self.value} is out of range: from {low} to {high}.')
         return self.value
 
-    def flag(self) -> bool:
-        """True or false."""
-        self._check_type(bool, 'true or false')
-        return bool(self.value)
-
     def optional(self, read: Callable[[Field], Read]) -> Read | None:
         """None for null, else what ``read`` makes of the field."""
         return None if self.value is None else read(self)

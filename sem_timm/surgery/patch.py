@@ -19,9 +19,9 @@ from sem_timm.errors import ModelError, PlanError, SwapWarning
 from sem_timm.meta.skeleton import dtype_of
 from sem_timm.random_state import preserved_random_state
 from sem_timm.surgery.freeze import check_not_compact, freeze, unfreeze
-from sem_timm.surgery.plan import AttentionSite, Plan, Site
+from sem_timm.surgery.plan import AttentionSite, Operation, Plan, Site
 from sem_timm.surgery.planning import check_model, structure_of
-from sem_timm.surgery.rewrite import edit_of, note_of, put_back, put_in
+from sem_timm.surgery.rewrite import Note, edit_of, note_of, put_back, put_in
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class PatchedModule:
         inserted: Names of the children it got.
         position: Where they act: 'residual', 'output' or 'core'.
         operation: The configuration they were made from.
-        sites: The sites of the plan in this module; none if the module only lost what nobody reads any more.
+        sites: The sites of the plan in this module.
         input_size: Shape (C, H, W) of the plan's probe.
         number: Which patch of the model it belongs to, counted from 0.
     """
@@ -43,8 +43,8 @@ class PatchedModule:
     class_name: str
     inserted: tuple[str, ...]
     position: str
-    operation: Any
-    sites: tuple[Any, ...] = field(default=(), repr=False)
+    operation: Operation
+    sites: tuple[Site | AttentionSite, ...] = field(default=(), repr=False)
     input_size: tuple[int, ...] = field(default=(), repr=False)
     number: int = field(default=0, repr=False)
 
@@ -94,7 +94,7 @@ def apply_plan(model: nn.Module, plan: Plan, prepare: Callable[[list[Built]], No
             number = 1 + max((earlier.number for earlier in patched_modules(model)), default=-1)
             for name, edit in plan.edits.items():
                 sites = tuple(site for site in plan if site.name == name)
-                put_in(modules[name], edit, (number, plan.input_size, sites))
+                put_in(modules[name], edit, Note(number, plan.input_size, sites))
     except BaseException:
         for name, edit in plan.edits.items():
             put_back(modules[name], edit)
@@ -148,9 +148,9 @@ def patched_modules(model: nn.Module) -> tuple[PatchedModule, ...]:
     for name, module in model.named_modules():
         edit = edit_of(module)
         if edit is not None:
-            number, input_size, sites = note_of(module) or (0, (), ())
+            note = note_of(module)
             part = (name, edit.base.__name__, edit.inserted, edit.position, edit.operation)
-            found.append(PatchedModule(*part, sites, input_size, number))
+            found.append(PatchedModule(*part, note.sites, note.input_size, note.number))
     return tuple(found)
 
 

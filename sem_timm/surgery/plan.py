@@ -22,8 +22,20 @@ POSITIONS = ('auto', 'residual', 'output')
 BRANCHES = ('last', 'all')
 
 
-class Insertion(Protocol):
-    """What the surgery asks of an operation: where it goes, and how to build the module that is put there."""
+class Operation(Protocol):
+    """What the surgery asks of every operation."""
+
+    @property
+    def attribute(self) -> str:
+        """Name of the new child in its module."""
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the outputs stay bit for bit what they were."""
+
+
+class Insertion(Operation, Protocol):
+    """What the surgery asks of an operation that inserts modules: where it goes, and how to build what is put there."""
 
     @property
     def position(self) -> str:
@@ -34,27 +46,15 @@ class Insertion(Protocol):
         """One of `BRANCHES`."""
 
     @property
-    def attribute(self) -> str:
-        """Name of the new child in its block."""
-
-    @property
     def fuses_shortcut(self) -> bool:
         """Whether the module takes ``(branch, shortcut, shortcut_first=False)`` and returns their sum."""
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether the module, as built, returns its input bit for bit."""
 
     def build(self, site: Site, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """Builds the module for a site."""
 
 
-class Swap(Protocol):
+class Swap(Operation, Protocol):
     """What the surgery asks of an operation that puts another attention core, or module, in place of the old."""
-
-    @property
-    def attribute(self) -> str:
-        """Name of the new child in its module."""
 
     @property
     def reads_keys(self) -> bool:
@@ -71,10 +71,6 @@ class Swap(Protocol):
     @property
     def replaces_module(self) -> bool:
         """Whether it takes the place of all that the attention module computes, not of its core alone."""
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether the outputs stay what they were."""
 
     def build(self, site: AttentionSite, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """Builds the new child for a site."""

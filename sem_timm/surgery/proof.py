@@ -65,7 +65,9 @@ def prove_insertion(reading: Reading, module: nn.Module, edit: Edit) -> None:
                 raise TraceError('rewritten, it computes something else')
 
 
-def prove_swap(reading: Reading, module: nn.Module, edit: Edit, cores: Mapping[bool, dict[str, Core]]) -> None:
+def prove_swap(
+    reading: Reading, module: nn.Module, edit: Edit, cores: Mapping[bool, dict[str, Core]], reads_keys: bool
+) -> None:
     """Compares the swapped forward with that of the module's own class: all but the cores must be as before.
 
     Args:
@@ -73,6 +75,7 @@ def prove_swap(reading: Reading, module: nn.Module, edit: Edit, cores: Mapping[b
         module: The module, of a weightless copy.
         edit: The edit.
         cores: The cores that were replaced, by the names of the new children, for either mode.
+        reads_keys: Whether the new cores take keys and values beside queries.
 
     Raises:
         TraceError: If they differ in more than the cores, or one of them cannot be run by itself.
@@ -91,7 +94,7 @@ def prove_swap(reading: Reading, module: nn.Module, edit: Edit, cores: Mapping[b
             new = proof.run(patched_class(edit), stand_ins)
             _check_around(old, new, values[_output(reading.trace.graphs[training])])
             for name, core in cores[training].items():
-                _check_core(core, values, seen[name], edit.operation.reads_keys)
+                _check_core(core, values, seen[name], reads_keys)
 
 
 def prove_output(module: nn.Module, call: Call, edit: Edit) -> None:

@@ -15,12 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
 from torch import nn
 
 from sem_timm.errors import ModelError
+
+if TYPE_CHECKING:
+    from sem_timm.surgery.plan import AttentionSite, Operation, Site
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Edit:
 
     Attributes:
         base: The module's own class.
-        source: Source code of the new forward, or of other methods.
+        source: Source code of the new forward.
         bindings: Global names that the source uses, with what they stand for.
         inserted: Names of the new children.
         position: Where they act: 'residual', 'output' or 'core'.
@@ -41,7 +44,21 @@ class Edit:
     bindings: tuple[tuple[str, Any], ...]
     inserted: tuple[str, ...]
     position: str
-    operation: Any
+    operation: Operation
+
+
+class Note(NamedTuple):
+    """What is kept on a patched module of one of its edits.
+
+    Attributes:
+        number: Which patch of the model it belongs to, counted from 0.
+        input_size: Shape (C, H, W) of the plan's probe.
+        sites: The sites of the plan in this module.
+    """
+
+    number: int
+    input_size: tuple[int, ...]
+    sites: tuple[Site | AttentionSite, ...]
 
 
 def edit_of(module: nn.Module, *, inherited: bool = False) -> Edit | None:
@@ -54,7 +71,7 @@ def edit_of(module: nn.Module, *, inherited: bool = False) -> Edit | None:
 _NOTES = '_surgery_notes'
 
 
-def put_in(module: nn.Module, edit: Edit, note: Any) -> None:
+def put_in(module: nn.Module, edit: Edit, note: Note) -> None:
     """Puts an edit in force in a module that has its new children, and keeps a note of it there."""
     module.__class__ = patched_class(edit)
     module.__dict__[_NOTES] = (*module.__dict__.get(_NOTES, ()), note)
@@ -72,9 +89,9 @@ def put_back(module: nn.Module, edit: Edit) -> None:
             delattr(module, name)
 
 
-def note_of(module: nn.Module) -> Any:
-    """What was noted of the last edit of a module; None if nothing was."""
-    return module.__dict__.get(_NOTES, (None,))[-1]
+def note_of(module: nn.Module) -> Note:
+    """What was noted of the last edit of a patched module."""
+    return Note(*module.__dict__[_NOTES][-1])
 
 
 # Kept on a module whose patch is switched off for the moment.
@@ -134,9 +151,8 @@ def _compiled(edit: Edit) -> dict[str, Callable[..., Any]]:
     exec(compile(edit.source, filename, 'exec', flags=flags, dont_inherit=True), scope, methods)
     for name, method in methods.items():
         original = getattr(edit.base, name)
-        if edit.inserted:  # else it takes any arguments, and returns nothing
-            method.__defaults__, method.__kwdefaults__ = original.__defaults__, original.__kwdefaults__
-            method.__annotations__ = dict(original.__annotations__)
+        method.__defaults__, method.__kwdefaults__ = original.__defaults__, original.__kwdefaults__
+        method.__annotations__ = dict(original.__annotations__)
         method.__module__ = edit.base.__module__
         method.__qualname__ = f'Patched{edit.base.__qualname__}.{name}'
     return methods

@@ -68,9 +68,3 @@ CONFIGS = st.one_of(
 @given(CONFIGS)
 def test_every_option(config: Any) -> None:
     assert there_and_back(config) == config
-
-
-def test_files_from_before_there_were_decisions_to_choose_mean_the_published_one() -> None:
-    written = config_to_json(SEMConfig(8))
-    assert written['options'].pop('decision') == 'sigmoid'
-    assert config_from_json(Field(Path('patch.json'), 'operations[0]', written)) == SEMConfig(8)

@@ -11,7 +11,7 @@ from torch import nn
 
 import sem_timm
 from sem_timm.random_state import preserved_random_state, random_states
-from sem_timm.surgery.rewrite import Edit, edit_of, note_of, put_back, put_in
+from sem_timm.surgery.rewrite import Edit, Note, edit_of, note_of, put_back, put_in
 from tests.families import FAMILIES
 from tests.refusals import refused
 
@@ -65,13 +65,13 @@ def test_edits_are_taken_back_one_by_one_with_their_children_and_notes() -> None
     before = dict(module.__dict__)
     first = edit(nn.Identity, 'first')
     module.add_module('first', nn.Identity())
-    put_in(module, first, 'note of the first')
+    put_in(module, first, Note(0, (3, 8, 8), ()))
     second = edit(type(module), 'second')
     module.add_module('second', nn.Identity())
-    put_in(module, second, 'note of the second')
-    assert module(torch.zeros(())) == 2 and note_of(module) == 'note of the second'
+    put_in(module, second, Note(1, (3, 8, 8), ()))
+    assert module(torch.zeros(())) == 2 and note_of(module).number == 1
     put_back(module, second)
-    assert module(torch.zeros(())) == 1 and note_of(module) == 'note of the first'
+    assert module(torch.zeros(())) == 1 and note_of(module).number == 0
     assert edit_of(module) == first and list(module._modules) == ['first']
     put_back(module, first)
     assert type(module) is nn.Identity and module.__dict__ == before and not module._modules
@@ -80,7 +80,7 @@ def test_edits_are_taken_back_one_by_one_with_their_children_and_notes() -> None
 def test_of_an_edit_that_is_not_in_force_yet_the_children_go() -> None:
     module = nn.Identity()
     first = edit(nn.Identity, 'first')
-    put_in(module, first, 'note')
+    put_in(module, first, Note(0, (3, 8, 8), ()))
     module.add_module('second', nn.Identity())
     put_back(module, edit(type(module), 'second', 'third'))
-    assert not module._modules and edit_of(module) == first and note_of(module) == 'note'
+    assert not module._modules and edit_of(module) == first and note_of(module).number == 0

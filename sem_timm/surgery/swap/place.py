@@ -105,7 +105,8 @@ class Swapper:
     def prove(self, name: str, placement: Placement) -> None:
         """Compares the edited forward with the original in numbers; raises TraceError if they differ."""
         if placement.reading is not None and placement.swapped is not None:
-            prove_swap(placement.reading, self.reader.modules[name], placement.edit, placement.swapped.cores)
+            module, cores = self.reader.modules[name], placement.swapped.cores
+            prove_swap(placement.reading, module, placement.edit, cores, self.operation.reads_keys)
 
     def unreadable(self) -> dict[str, str]:
         """None: what may attend and cannot be read is refused by name."""
