@@ -11,6 +11,7 @@ from torch import nn
 
 import sem_timm
 from tests.families import FAMILIES
+from tests.thorough import first_of_each
 from tests.twins import assert_equal, both, inserted, several, trained
 
 
@@ -134,7 +135,7 @@ def test_reset_classifier(name: str) -> None:
 
 
 @pytest.mark.filterwarnings('ignore::UserWarning')  # timm's resampling of position biases makes torch warn
-@pytest.mark.parametrize('name', ['vit_registers', 'swin'])
+@pytest.mark.parametrize('name', first_of_each(['vit_registers', 'swin']))
 def test_set_input_size(name: str) -> None:
     fixed = {'dynamic_img_size': False} if name == 'vit_registers' else {}
     base, model, _ = both(name, **fixed)
@@ -152,7 +153,10 @@ def test_set_input_size(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    'architecture', ['repghostnet_050', 'mobileone_s0', 'fastvit_t8', 'lcnetv2_base', 'shvit_s1', 'efficientvim_m1']
+    'architecture',
+    first_of_each(
+        ['repghostnet_050', 'mobileone_s0', 'fastvit_t8', 'lcnetv2_base', 'shvit_s1', 'efficientvim_m1'], count=2
+    ),
 )
 def test_reparameterization_is_right_or_refused(architecture: str) -> None:
     """timm folds branches into one convolution; where that removes a patched sum, the gate must not go unnoticed."""

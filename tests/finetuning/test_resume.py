@@ -15,6 +15,7 @@ from sem_timm.errors import OptionError
 from sem_timm.finetuning import CheckpointError, StoppedError, finetune
 from sem_timm.finetuning.checkpoints import Checkpoints, find_checkpoint
 from tests.finetuning.small_runs import column, run_small, stop_small
+from tests.thorough import first_of_each
 
 EVERYTHING_RANDOM = {
     'model_options': {'drop_rate': 0.3, 'drop_path_rate': 0.2},
@@ -43,7 +44,7 @@ def forget() -> None:
     torch.manual_seed(77)
 
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case', first_of_each(CASES))
 def test_resumed_run_has_the_losses_and_weights_of_the_uninterrupted_one(
     case: str, images: Path, tmp_path: Path
 ) -> None:

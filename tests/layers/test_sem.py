@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sem_timm.errors import OptionError
 from sem_timm.layers import SEM, ChannelGate, Excitation
+from tests.thorough import thorough
 
 Gate = TypeVar('Gate', bound=ChannelGate)
 
@@ -316,6 +317,7 @@ def test_compiles_whole_and_exports_with_a_free_batch() -> None:
     torch.testing.assert_close(program(x[:2], shortcut[:2]), sem(x[:2], shortcut[:2]))
 
 
+@thorough
 @pytest.mark.filterwarnings('ignore:TF32 acceleration:UserWarning')  # of any change of oneDNN's flags
 @pytest.mark.filterwarnings('ignore:dynamo_pgo force disabled:UserWarning')  # of caches turned off
 def test_one_compiled_training_step_serves_all_batches() -> None:

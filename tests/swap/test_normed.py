@@ -18,6 +18,7 @@ from tests.snapshot import assert_same, snapshot
 from tests.swap.classes import CLASSES
 from tests.swap.swapping import assert_all_learn, backward, outputs, swap, swapped, tensors
 from tests.swap.test_cost import calls_of, flops
+from tests.thorough import first_of_each
 
 # Whose packed projection is a linear layer or convolution with a batch norm: a site, the projection's child, all its
 # rows, and those read.
@@ -32,7 +33,7 @@ NORMED = {
         16,
     ),
 }
-normed = pytest.mark.parametrize('name', NORMED)
+normed = pytest.mark.parametrize('name', first_of_each(NORMED))
 
 
 def packed_child(model: nn.Module, name: str) -> Any:
