@@ -47,6 +47,7 @@ def test_module_runs_too() -> None:
     assert '1 loop' in done.stdout
 
 
+@thorough
 def test_script_that_is_not_there_is_an_error() -> None:
     done = run('nowhere.py')
     assert done.returncode == 2

@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import sem_timm
-from tests.thorough import first_of_each
+from tests.thorough import first_of_each, thorough
 from tests.twins import SEVERAL, assert_equal, both, inserted, several, trained
 
 
@@ -42,7 +42,8 @@ def test_compile_without_graph_breaks(name: str) -> None:
         assert_equal(model(family.images()), compiled(family.images()))
 
 
-@pytest.mark.parametrize(('name', 'block'), first_of_each([('resnet', 'layer1.0'), ('vit_registers', 'blocks.0')]))
+@thorough
+@pytest.mark.parametrize(('name', 'block'), [('resnet', 'layer1.0'), ('vit_registers', 'blocks.0')])
 def test_compile_with_inductor(name: str, block: str) -> None:
     _, model, _ = both(name)
     module = trained(model).get_submodule(block)

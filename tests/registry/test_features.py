@@ -22,18 +22,22 @@ from sem_timm import (
     patch_model,
 )
 from tests.registry.models import assert_equal, gates, image, outputs, train
+from tests.thorough import first_of_each
 
 
 @pytest.mark.parametrize(
     ('base', 'feature_cls'),
-    [
-        *[('test_resnet', name) for name in (None, 'list', 'dict', 'hook', 'getter', 'fx')],
-        *[('test_efficientnet', name) for name in (None, 'hook', 'getter', 'fx')],
-        *[('test_convnext', name) for name in (None, 'list', 'hook', 'getter')],
-        *[('test_vit', name) for name in (None, 'hook', 'getter')],
-        ('mobilenetv3_small_050', None),
-        ('test_nfnet', None),
-    ],
+    first_of_each(
+        [
+            *[('test_resnet', name) for name in (None, 'list', 'dict', 'hook', 'getter', 'fx')],
+            *[('test_efficientnet', name) for name in (None, 'hook', 'getter', 'fx')],
+            *[('test_convnext', name) for name in (None, 'list', 'hook', 'getter')],
+            *[('test_vit', name) for name in (None, 'hook', 'getter')],
+            ('mobilenetv3_small_050', None),
+            ('test_nfnet', None),
+        ],
+        lambda base, feature_cls: base,
+    ),
 )
 def test_features_are_those_of_the_base(base: str, feature_cls: str | None) -> None:
     kwargs: dict[str, Any] = dict(features_only=True, feature_cls=feature_cls, out_indices=(0, 2))
