@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,10 @@ from sem_timm import (
     MultiHeadExternalAttention,
     patch_model,
 )
+from tests.lively import lively
 from tests.registry.models import assert_equal, gates, image, outputs, train
 from tests.thorough import first_of_each
+from tests.twins import trained
 
 
 @pytest.mark.parametrize(
@@ -135,9 +138,11 @@ def test_models_around_attention_cores_are_traced_for_features(kind: type[Attent
 
 
 def test_models_with_blocks_of_external_attention_are_traced_for_features() -> None:
-    model = patch_model(timm.create_model('test_resnet').eval(), 'external2d')
+    plain = lively(timm.create_model('test_resnet')).eval()
+    model = trained(patch_model(copy.deepcopy(plain), 'external2d'))
     assert any(isinstance(module, ExternalAttention2d) for module in model.modules())
     with torch.no_grad():
         features = create_feature_extractor(model, {'layer2': 'stage', 'fc': 'logits'})(image())
         assert features['stage'].dim() == 4
         assert_equal([features['logits']], [model(image())])
+        assert not torch.equal(features['logits'], plain(image()))
