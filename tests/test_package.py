@@ -127,6 +127,7 @@ def test_set_up_is_two_commands_and_checks_run_the_second_word_for_word() -> Non
     assert tests.endswith('pytest -n auto')
     checks = (ROOT / '.ci' / 'run').read_text(encoding='utf-8').splitlines()
     assert [line for line in checks if line.startswith(tests)] == [f'{tests} || exit 1']
+    assert '.venv/bin/python -m pytest -n auto -m thorough' in checks  # what the command leaves out
 
 
 def test_readme_uses_only_public_names() -> None:
