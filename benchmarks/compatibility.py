@@ -1,4 +1,4 @@
-"""Runs all cells of the matrix of timm's and torch's API, slow ones too, and writes what they gave as a page.
+"""Runs all cells of the matrix of timm's and torch's API, not only those of every run, and writes what came out.
 
     python benchmarks/compatibility.py
     python benchmarks/compatibility.py -k 'onnx or distributed'
@@ -52,7 +52,7 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))
     status = 0
     if not arguments.page_only:
-        # No deselection of slow cells; the page itself is checked by the fast tests, once it is there.
+        # No deselection of any cell; the page itself is checked by the tests of every run, once it is there.
         cells = ['tests/compatibility', '-m', '', '--deselect', 'tests/compatibility/test_table.py', '-q']
         status = pytest.main(['--rootdir', str(ROOT), *cells, *rest], plugins=[Recorder(outcomes)])
 

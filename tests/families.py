@@ -9,16 +9,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from tests.lively import lively
+
 
 def create(architecture: str, **options: Any) -> nn.Module:
     """A model in inference, with the same random weights each time, norms and layer scales included."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = timm.create_model(architecture, **options)
-        for parameter in model.parameters():
-            # Layer scales, last norms and heads start at zero in some families, which would hide every branch.
-            if parameter.ndim <= 1 or not parameter.any():
-                nn.init.uniform_(parameter, 0.5, 1.0)
+        model: nn.Module = lively(timm.create_model(architecture, **options))
     return model.eval()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import sem_timm
+from tests.thorough import thorough
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(sem_timm.__file__).parent
@@ -114,6 +115,7 @@ def run_there(folder: Path, *command: str) -> str:
     return result.stdout
 
 
+@thorough
 def test_how_tos_pass_the_tests_they_name(copy_with_how_tos: tuple[Path, list[str]]) -> None:
     folder, touched = copy_with_how_tos
     assert len(touched) == 12

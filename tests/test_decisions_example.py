@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.thorough import thorough
+
 EXAMPLE = Path(__file__).parents[1] / 'examples' / 'decisions.py'
 
 
+@thorough
 def test_example_learns_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = importlib.util.spec_from_file_location('decisions_example', EXAMPLE)
     assert spec is not None and spec.loader is not None

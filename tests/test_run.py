@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.thorough import thorough
+
 SCRIPT = """
 import sys
 import timm
@@ -28,6 +30,7 @@ def test_script_runs_as_by_itself_with_the_variants_there(tmp_path: Path) -> Non
     assert done.stdout == "__main__ ['test_resnet_sem', '--lr', '1'] PatchedBasicBlock 7\n"
 
 
+@thorough
 def test_script_behind_a_link_has_the_folder_of_the_script(tmp_path: Path) -> None:
     (tmp_path / 'real').mkdir()
     (tmp_path / 'real' / 'train.py').write_text(SCRIPT)
@@ -37,18 +40,21 @@ def test_script_behind_a_link_has_the_folder_of_the_script(tmp_path: Path) -> No
     assert done.returncode == 3, done.stderr
 
 
+@thorough
 def test_module_runs_too() -> None:
     done = run('-m', 'timeit', '-n', '1', '-r', '1', 'import timm; timm.create_model("test_resnet_sem")')
     assert done.returncode == 0, done.stderr
     assert '1 loop' in done.stdout
 
 
+@thorough
 def test_script_that_is_not_there_is_an_error() -> None:
     done = run('nowhere.py')
     assert done.returncode == 2
     assert "there is no script 'nowhere.py'" in done.stderr
 
 
+@thorough
 def test_script_runs_under_torchrun(tmp_path: Path) -> None:
     (tmp_path / 'train.py').write_text(
         'import os, sys, timm\n'

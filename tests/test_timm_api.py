@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
-from torch import nn
 
 import sem_timm
 from tests.families import FAMILIES
+from tests.lively import lively
+from tests.thorough import first_of_each
 from tests.twins import assert_equal, both, inserted, several, trained
 
 
@@ -134,7 +137,7 @@ def test_reset_classifier(name: str) -> None:
 
 
 @pytest.mark.filterwarnings('ignore::UserWarning')  # timm's resampling of position biases makes torch warn
-@pytest.mark.parametrize('name', ['vit_registers', 'swin'])
+@pytest.mark.parametrize('name', first_of_each(['vit_registers', 'swin']))
 def test_set_input_size(name: str) -> None:
     fixed = {'dynamic_img_size': False} if name == 'vit_registers' else {}
     base, model, _ = both(name, **fixed)
@@ -154,16 +157,16 @@ def test_set_input_size(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    'architecture', ['repghostnet_050', 'mobileone_s0', 'fastvit_t8', 'lcnetv2_base', 'shvit_s1', 'efficientvim_m1']
+    'architecture',
+    first_of_each(
+        ['repghostnet_050', 'mobileone_s0', 'fastvit_t8', 'lcnetv2_base', 'shvit_s1', 'efficientvim_m1'], count=2
+    ),
 )
 def test_reparameterization_is_right_or_refused(architecture: str) -> None:
     """timm folds branches into one convolution; where that removes a patched sum, the gate must not go unnoticed."""
     torch.manual_seed(0)
-    model = timm.create_model(architecture, num_classes=10).eval()
+    model = lively(timm.create_model(architecture, num_classes=10)).eval()
     size = 128 if architecture == 'efficientvim_m1' else 64
-    for parameter in model.parameters():
-        if parameter.ndim <= 1:
-            nn.init.uniform_(parameter, 0.5, 1.0)
     trained(sem_timm.patch_model(model, input_size=(3, size, size)))
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
@@ -180,9 +183,14 @@ def test_reparameterization_is_right_or_refused(architecture: str) -> None:
 def test_other_conversions_of_timm() -> None:
     base, model, family = both('resnet')
     with torch.no_grad():
+        gated = trained(copy.deepcopy(model))
+        expected = gated(family.images())
         for convert in (timm.layers.freeze_batch_norm_2d, timm.layers.unfreeze_batch_norm_2d):
-            base, model = convert(base), convert(model)
+            base, model, gated = convert(base), convert(model), convert(gated).eval()
             assert_equal(base(family.images()), model(family.images()))
+            # Frozen norms round differently, and norms that are frozen no more are new ones in training mode.
+            torch.testing.assert_close(gated(family.images()), expected, rtol=1e-5, atol=1e-5)
+        assert not torch.equal(expected, base(family.images()))
     timm.utils.freeze(model, 'layer1')
     assert not any(p.requires_grad for n, p in inserted(model).items() if n.startswith('layer1.'))
     assert all(p.requires_grad for n, p in inserted(model).items() if not n.startswith('layer1.'))

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
 import sem_timm
-from tests.twins import assert_equal, both, inserted, several, trained
+from tests.thorough import first_of_each, thorough
+from tests.twins import SEVERAL, assert_equal, both, inserted, several, trained
 
 
-@several
+@pytest.mark.parametrize('name', first_of_each([*SEVERAL, 'dla', 'vgg', 'coat']))
 def test_copy_and_pickle(name: str) -> None:
     base, model, family = both(name)
     trained(model)
@@ -24,11 +26,12 @@ def test_copy_and_pickle(name: str) -> None:
             assert sem_timm.patched_modules(other) == sem_timm.patched_modules(model)
             assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
             assert_equal(expected, other(family.images()))
-        twin = copy.deepcopy(model)
-        assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in model.parameters()}
-        sem_timm.unpatch_model(twin)
-        assert_equal(base(family.images()), twin(family.images()))
-        assert_equal(expected, model(family.images()))
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), ModelEmaV3(model).module):
+            assert_equal(expected, twin(family.images()))
+            assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in model.parameters()}
+            sem_timm.unpatch_model(twin)
+            assert_equal(base(family.images()), twin(family.images()))
+            assert_equal(expected, model(family.images()))
 
 
 @several
@@ -39,6 +42,7 @@ def test_compile_without_graph_breaks(name: str) -> None:
         assert_equal(model(family.images()), compiled(family.images()))
 
 
+@thorough
 @pytest.mark.parametrize(('name', 'block'), [('resnet', 'layer1.0'), ('vit_registers', 'blocks.0')])
 def test_compile_with_inductor(name: str, block: str) -> None:
     _, model, _ = both(name)
@@ -78,7 +82,7 @@ def test_autocast_and_half_precision(name: str) -> None:
     assert {p.dtype for p in inserted(later).values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize('name', ['resnet', 'efficientnet', 'convnext', 'regnet'])
+@pytest.mark.parametrize('name', first_of_each(['resnet', 'efficientnet', 'convnext', 'regnet']))
 def test_channels_last(name: str) -> None:
     base, model, family = both(name)
     for each in (base, model):

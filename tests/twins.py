@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 import sem_timm
 from tests.families import FAMILIES, Family
+from tests.thorough import first_of_each
 
-several = pytest.mark.parametrize('name', ['resnet', 'efficientnet', 'convnext', 'vit_registers', 'swin'])
+SEVERAL = ('resnet', 'efficientnet', 'convnext', 'vit_registers', 'swin')
+several = pytest.mark.parametrize('name', first_of_each(SEVERAL))
 
 
 def both(name: str, **options: Any) -> tuple[Any, Any, Family]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import sem_timm
 from tests.outputs import outputs
 from tests.snapshot import assert_same, snapshot
+from tests.twins import trained
 from tests.zoo_subject import Step, Subject
 
 GRADIENT_TOLERANCE = 1e-10  # of the norm, in double precision
@@ -138,8 +139,9 @@ class Comparison:
             assert _same(tensor, new[name]), f'{name} changed'
 
     def copy(self) -> None:
-        """A deep copy computes the same."""
-        for first, second in _pairs(self.outputs, outputs(self.twin.eval(), self.subject.images)):
+        """A deep copy computes the same, with new modules that are no identity any more."""
+        model = trained(copy.deepcopy(self.model))
+        for first, second in _pairs(*(outputs(each, self.subject.images) for each in (model, copy.deepcopy(model)))):
             assert _same(first, second), f'off by {_difference(first, second)}'
 
     def gradients(self) -> None:

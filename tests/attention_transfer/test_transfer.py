@@ -20,6 +20,7 @@ from sem_timm.attention_transfer.pair import make_pair
 from sem_timm.surgery.rewrite import note_of
 from tests.attention_transfer.small_transformer import SIZE, batches, create, labelled, swapped
 from tests.snapshot import snapshot
+from tests.thorough import thorough
 from tests.twins import assert_equal, inserted
 
 
@@ -238,6 +239,7 @@ def test_unread_parameters_of_a_transferred_model_can_be_dropped() -> None:
     assert_equal(expected, sem_timm.drop_unread_parameters(model)(images))
 
 
+@thorough
 def test_importing_the_package_does_not_import_the_room() -> None:
     code = 'import sys, sem_timm; print("sem_timm.attention_transfer" in sys.modules, "transfer" in dir(sem_timm))'
     printed = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120, check=True)

@@ -20,6 +20,7 @@ from sem_timm.finetuning.checkpoints import find_checkpoint, read_state
 from sem_timm.finetuning.comparison import options_without
 from sem_timm.operations import operation_names
 from tests.finetuning.small_runs import write_images
+from tests.thorough import first_of_each, thorough
 
 COMMANDS = ('list', 'plan', 'finetune', 'decisions', 'transfer', 'bench')
 SMALL = ['finetune', 'test_resnet', '--no-pretrained', '--image-size', '16', '--batch-size', '8', '--epochs', '1']
@@ -40,7 +41,9 @@ def test_without_a_command_the_help_is_all_that_is_printed(capsys: pytest.Captur
     assert ' finetune ' in printed.out and printed.err == ''
 
 
-@pytest.mark.parametrize('command', [['-m', 'sem_timm'], ['-c', 'import sem_timm.command_line as c; exit(c.main())']])
+@pytest.mark.parametrize(
+    'command', first_of_each([['-m', 'sem_timm'], ['-c', 'import sem_timm.command_line as c; exit(c.main())']])
+)
 def test_command_is_the_same_as_a_module_and_as_an_entry_point(command: list[str]) -> None:
     done = subprocess.run([sys.executable, *command, 'plan', 'resnett18'], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, '')
@@ -48,6 +51,7 @@ def test_command_is_the_same_as_a_module_and_as_an_entry_point(command: list[str
     assert done.stderr.count('\n') == 1
 
 
+@thorough
 @pytest.mark.parametrize(('number', 'code'), [('SIGINT', 130), ('SIGTERM', 143)])
 def test_signal_ends_a_command_without_a_word(number: str, code: int) -> None:
     script = (
@@ -219,6 +223,7 @@ def test_benchmarks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert 'gate ' in printed and 'measuring' not in printed
 
 
+@thorough
 def test_one_command_measures_all_that_has_a_goal(tmp_path: Path) -> None:
     assert main(['bench', '--quick', '--zoo', '--out', str(tmp_path)]) == 0
     (file,) = (path for path in tmp_path.glob('*.json'))

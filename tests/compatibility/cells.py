@@ -12,6 +12,7 @@ import pytest
 
 from tests.compatibility.exceptions import EXCEPTIONS, CannotWork, DoesNotApply
 from tests.compatibility.families import OPERATIONS, columns_of
+from tests.thorough import first_of_each
 
 # The rooms of the capabilities, in the order of the table.
 SUBJECTS = {
@@ -64,31 +65,39 @@ class Cell:
         return found
 
 
-def capability(title: str, *, operations: tuple[str, ...] = OPERATIONS, slow: bool = False) -> Callable[[Any], Any]:
+def capability(
+    title: str, *, operations: tuple[str, ...] = OPERATIONS, shown_by: str = '', slow: bool = False
+) -> Callable[[Any], Any]:
     """Makes a test a row of the matrix: it runs with the twins of each cell that applies.
+
+    Every run has the first cell of each operation that works, and the first that cannot; the others are `thorough`.
 
     Args:
         title: What the row is called in the table.
         operations: The operations that the row makes sense for.
+        shown_by: The column that every run has, where the row shows nothing in the first one.
         slow: Whether its cells take long.
     """
 
     def mark(check: Any) -> Any:
         row = Capability(check.__name__.removeprefix('test_'), title, operations)
         check.capability = row
-        parameters = []
-        for cell in cells_of(row):
-            exception = cell.exception
-            if isinstance(exception, DoesNotApply):
-                continue
-            marks = []
-            if exception is not None:
-                marks = [pytest.mark.xfail(strict=True, reason=exception.reason, raises=exception.raises)]
-            parameters.append(pytest.param(cell, id=cell.id, marks=marks))
-        check = pytest.mark.parametrize('twins', parameters, indirect=True)(check)
-        return pytest.mark.slow(check) if slow else check
+        cells = [_parameter(cell) for cell in cells_of(row) if not isinstance(cell.exception, DoesNotApply)]
+        if slow:
+            return pytest.mark.slow(pytest.mark.parametrize('twins', cells, indirect=True)(check))
+        cells.sort(key=lambda parameter: parameter.values[0].column != shown_by)
+        cells = first_of_each(cells, lambda cell: (cell.operation, cell.exception is None))
+        return pytest.mark.parametrize('twins', cells, indirect=True)(check)
 
     return mark
+
+
+def _parameter(cell: Cell) -> Any:
+    exception = cell.exception
+    if exception is None:
+        return pytest.param(cell, id=cell.id)
+    expected = pytest.mark.xfail(strict=True, reason=exception.reason, raises=exception.raises)
+    return pytest.param(cell, id=cell.id, marks=expected)
 
 
 def cells_of(row: Capability) -> list[Cell]:

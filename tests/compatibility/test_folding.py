@@ -81,7 +81,7 @@ def test_weight_pruning(twins: Twins) -> None:
     assert_equal(outputs(other, twins.images()), found)
 
 
-@capability('`reparameterize_model`, patched afterwards')
+@capability('`reparameterize_model`, patched afterwards', shown_by='repvgg')
 def test_patched_after_reparameterization(twins: Twins) -> None:
     with unpatched():
         base = reparameterize_model(twins.base).eval()

@@ -40,6 +40,11 @@ def test_reset_classifier(twins: Twins) -> None:
         twins.same(use)
     expected = gradients(twins.base, images)
     assert_same_gradients(twins, expected, gradients(twins.model, images))
+    model = twins.moved()
+    features = outputs(model.forward_features, images)
+    assert not torch.equal(features[0], outputs(twins.model.forward_features, images)[0])
+    model.reset_classifier(7)
+    assert_equal(outputs(model.forward_features, images), features)
 
 
 @capability('`get_classifier`')

@@ -10,6 +10,7 @@ import pytest
 from sem_timm.finetuning.checkpoints import find_checkpoint, read_state
 from tests.finetuning.processes import arguments, finish, resume
 from tests.finetuning.small_runs import column
+from tests.thorough import thorough
 
 # Sums in another order: float32 keeps 7 digits, and the loss of a few steps loses one or two of them.
 TOLERANCE = 2e-5
@@ -28,7 +29,9 @@ def vit(command: list[str]) -> list[str]:
     return ['test_vit' if word == 'test_resnet' else word for word in command]
 
 
-@pytest.mark.parametrize('case', ['plain', pytest.param('stages', marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    'case', [pytest.param('plain', marks=thorough), pytest.param('stages', marks=pytest.mark.slow)]
+)
 def test_two_processes_have_the_losses_of_one(case: str, images: Path, tmp_path: Path) -> None:
     """On a transformer, which has no batch norm: that would see the images of its own process only."""
     one, two = tmp_path / 'one', tmp_path / 'two'

@@ -16,9 +16,10 @@ from sem_timm.finetuning.checkpoints import find_checkpoint, read_state
 from sem_timm.finetuning.stopping import StopRequest
 from tests.finetuning.processes import arguments, finish, resume, start, wait_for_rows
 from tests.finetuning.small_runs import column, run_small, stop_small
+from tests.thorough import first_of_each, thorough
 
 
-@pytest.mark.parametrize(('number', 'code'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(('number', 'code'), first_of_each([(signal.SIGINT, 130), (signal.SIGTERM, 143)]))
 def test_signal_saves_and_stops_and_the_run_goes_on_exactly(
     number: signal.Signals, code: int, images: Path, tmp_path: Path
 ) -> None:
@@ -42,6 +43,7 @@ def test_signal_saves_and_stops_and_the_run_goes_on_exactly(
     assert column(run, 'loss') == column(tmp_path / 'whole', 'loss')
 
 
+@thorough
 @pytest.mark.parametrize(
     ('first', 'second'),
     [(signal.SIGINT, signal.SIGTERM), (signal.SIGINT, signal.SIGINT)],
@@ -101,6 +103,7 @@ def test_run_that_is_killed_at_any_moment_goes_on(images: Path, tmp_path: Path) 
     assert column(run, 'loss') == column(whole, 'loss')
 
 
+@thorough
 def test_full_disk_is_named_and_the_last_checkpoint_is_whole(images: Path, tmp_path: Path) -> None:
     """The limit of file sizes makes the system refuse the bytes that do not fit, as a full disk does."""
     run = tmp_path / 'run'

@@ -11,6 +11,7 @@ import pytest
 
 from tests.finetuning.processes import arguments, finish, resume
 from tests.finetuning.small_runs import CLASSES, NUM_TRAIN, NUM_VALIDATION, column
+from tests.thorough import thorough
 
 
 @pytest.fixture(scope='module')
@@ -50,6 +51,7 @@ def test_shards_are_learned_and_gone_on_with(shards: Path, tmp_path: Path) -> No
     assert column(tmp_path / 'run', 'step') == [str(step) for step in range(1, 13)]
 
 
+@thorough
 @pytest.mark.parametrize(
     ('given', 'part'),
     [

@@ -12,6 +12,7 @@ from torch.func import functional_call, jvp, vmap
 
 from sem_timm.layers.attention_cores import attention_core_class
 from tests.layers.attention_inputs import NAMES, OPTIONS, TOKENS, build, close, in_forward_mode, inputs
+from tests.thorough import first_of_each
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -71,7 +72,10 @@ def test_derivatives_in_forward_mode_are_the_numerical_ones(name: str, frozen: b
     torch.testing.assert_close(derivative, numerical, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(('name', 'grad'), [('external', True), *((name, False) for name in NAMES)])
+@pytest.mark.parametrize(
+    ('name', 'grad'),
+    first_of_each([('external', True), *((name, False) for name in NAMES)], lambda name, grad: grad),
+)
 def test_compiles_whole(name: str, grad: bool) -> None:
     torch.compiler.reset()
     core = build(name, num_heads=3)
@@ -83,7 +87,7 @@ def test_compiles_whole(name: str, grad: bool) -> None:
             close(compiled(*arguments, attn_mask=given), core(*arguments, attn_mask=given))
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', first_of_each(NAMES))
 @pytest.mark.parametrize('grad', [False, True])
 def test_exports_with_a_free_batch(name: str, grad: bool) -> None:
     core = build(name, num_heads=3)
@@ -96,7 +100,7 @@ def test_exports_with_a_free_batch(name: str, grad: bool) -> None:
             close(program(*(x[:size] for x in arguments)), core(*(x[:size] for x in arguments)))
 
 
-@pytest.mark.parametrize('name', [name for name in NAMES if name != 'halo'])
+@pytest.mark.parametrize('name', first_of_each(name for name in NAMES if name != 'halo'))
 @pytest.mark.parametrize('grad', [False, True])
 def test_exports_with_a_free_number_of_tokens(name: str, grad: bool) -> None:
     core = build(name, num_heads=3)
@@ -109,7 +113,7 @@ def test_exports_with_a_free_number_of_tokens(name: str, grad: bool) -> None:
             close(program(*(x[:, :, :count] for x in arguments)), core(*(x[:, :, :count] for x in arguments)))
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', first_of_each(NAMES))
 def test_exports_with_a_mask(name: str) -> None:
     core = build(name, num_heads=3)
     arguments = inputs(core, 3, 3, queries=TOKENS)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from sem_timm.errors import OptionError
 from sem_timm.layers import SEM, ChannelGate, Excitation
+from tests.lively import lively
+from tests.thorough import thorough
 
 Gate = TypeVar('Gate', bound=ChannelGate)
 
@@ -316,6 +318,7 @@ def test_compiles_whole_and_exports_with_a_free_batch() -> None:
     torch.testing.assert_close(program(x[:2], shortcut[:2]), sem(x[:2], shortcut[:2]))
 
 
+@thorough
 @pytest.mark.filterwarnings('ignore:TF32 acceleration:UserWarning')  # of any change of oneDNN's flags
 @pytest.mark.filterwarnings('ignore:dynamo_pgo force disabled:UserWarning')  # of caches turned off
 def test_one_compiled_training_step_serves_all_batches() -> None:
@@ -348,11 +351,14 @@ def test_copies_pickles_and_meta_work() -> None:
 def test_timm_builds_it_as_attn_layer(layer: type[ChannelGate]) -> None:
     model = timm.create_model('resnet50', block_args=dict(attn_layer=layer), num_classes=3).eval()
     assert sum(isinstance(module, layer) for module in model.modules()) == 16
-    plain = timm.create_model('resnet50', num_classes=3).eval()
-    plain.load_state_dict(model.state_dict(), strict=False)
+    plain = lively(timm.create_model('resnet50', num_classes=3)).eval()
+    model.load_state_dict(plain.state_dict(), strict=False)
     x = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         assert torch.equal(model(x), plain(x))
+        for gate in [module for module in model.modules() if isinstance(module, layer)]:
+            trained(gate)
+        assert not torch.equal(model(x), plain(x))
 
 
 @pytest.mark.parametrize(('options', 'message'), [

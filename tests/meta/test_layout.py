@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import sem_timm
 from sem_timm import ExcitationConfig
+from tests.lively import lively
 from tests.surgery.gates_by_hand import assert_gated_by_hand, instance_enhancement, vision_transformer
 
 
@@ -241,7 +242,8 @@ def test_the_batch_axis_is_followed_through_reshapes(architecture: str) -> None:
 def test_gates_do_not_mix_samples_where_tokens_are_folded_into_the_batch() -> None:
     """MobileViT runs its transformer once for each pixel of a patch, with those pixels folded into the batch."""
     torch.manual_seed(0)
-    model = sem_timm.patch_model(timm.create_model('mobilevit_xxs', num_classes=10), input_size=(3, 64, 64)).eval()
+    model = lively(timm.create_model('mobilevit_xxs', num_classes=10)).eval()
+    sem_timm.patch_model(model, input_size=(3, 64, 64))
     assert {record.class_name for record in sem_timm.patched_modules(model)} == {'Block', 'BottleneckBlock'}
     for name, parameter in model.named_parameters():
         if '.sem.' in name:

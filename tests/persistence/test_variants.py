@@ -18,6 +18,7 @@ from sem_timm import ModelError
 from sem_timm.registry import base_architecture
 from tests.refusals import refused
 from tests.registry.models import image, train
+from tests.twins import trained
 
 
 def pair(variant: str, **options: Any) -> tuple[Any, Any]:
@@ -111,7 +112,7 @@ def test_options_that_change_nothing_are_no_difference(
     base, fresh = pair(variant)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', sem_timm.SwapWarning)
-        sem_timm.patch_model(base, operation, **default)
+        trained(sem_timm.patch_model(base, operation, **default))
     sem_timm.save_patch(base, tmp_path)
     sem_timm.load_patch(fresh, tmp_path, check_base='error')
     assert torch.equal(run(fresh), run(base))

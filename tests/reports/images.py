@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import sem_timm
+from tests.lively import lively
 from tests.twins import trained
 
 
@@ -16,10 +17,7 @@ def decided(architecture: str = 'test_resnet', **options: Any) -> nn.Module:
     """A model with SEM everywhere, and weights with which it decides differently for each image."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = timm.create_model(architecture, num_classes=10)
-        for parameter in model.parameters():
-            if parameter.ndim <= 1:  # last norms and layer scales start at zero, and hide their branch
-                nn.init.uniform_(parameter, 0.5, 1.0)
+        model = lively(timm.create_model(architecture, num_classes=10))
     return trained(sem_timm.patch_model(model, 'sem', **options)).eval()
 
 

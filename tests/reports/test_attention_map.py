@@ -17,6 +17,7 @@ import sem_timm
 from sem_timm.errors import ModelError, NoMatchError, OptionError, RefusedError
 from tests.refusals import refused
 from tests.snapshot import assert_same, snapshot
+from tests.thorough import first_of_each
 
 pytestmark = pytest.mark.filterwarnings('ignore::sem_timm.SwapWarning')
 
@@ -98,14 +99,17 @@ def test_heads_that_share_a_memory_are_averaged_unless_chosen() -> None:
 
 @pytest.mark.parametrize(
     ('architecture', 'options', 'layer', 'grid'),
-    [
-        ('deit_tiny_distilled_patch16_224', {'img_size': 64, 'depth': 1}, 0, (4, 4)),
-        ('vit_tiny_patch16_224', {'dynamic_img_size': True, 'depth': 1}, 0, (4, 6)),
-        ('pvt_v2_b0', {}, 0, (16, 24)),
-        ('pvt_v2_b0', {}, -1, (2, 3)),
-        ('test_coatnet', {'img_size': 64}, 0, (4, 4)),
-        ('beit_base_patch16_224', {'img_size': 64, 'depth': 1}, 0, (4, 4)),
-    ],
+    first_of_each(
+        [
+            ('deit_tiny_distilled_patch16_224', {'img_size': 64, 'depth': 1}, 0, (4, 4)),
+            ('vit_tiny_patch16_224', {'dynamic_img_size': True, 'depth': 1}, 0, (4, 6)),
+            ('pvt_v2_b0', {}, 0, (16, 24)),
+            ('pvt_v2_b0', {}, -1, (2, 3)),
+            ('test_coatnet', {'img_size': 64}, 0, (4, 4)),
+            ('beit_base_patch16_224', {'img_size': 64, 'depth': 1}, 0, (4, 4)),
+        ],
+        count=2,
+    ),
 )
 def test_grid_is_that_of_the_tokens(
     architecture: str, options: dict[str, Any], layer: int, grid: tuple[int, int]
@@ -133,11 +137,14 @@ def test_windows_are_refused_and_a_window_that_covers_all_is_not() -> None:
 
 @pytest.mark.parametrize(
     ('architecture', 'options', 'operation', 'layer', 'part'),
-    [
-        ('mobilevit_xxs', {}, 'external2d', -1, '4 windows of 4 tokens'),
-        ('mobilevitv2_050', {}, 'external2d', 'stages.3.1.transformer.0', 'lie as 4 × 16'),  # places × patches
-        ('nest_tiny', {'img_size': 112}, 'external', -1, 'lie as 1 × 49'),
-    ],
+    first_of_each(
+        [
+            ('mobilevit_xxs', {}, 'external2d', -1, '4 windows of 4 tokens'),
+            ('mobilevitv2_050', {}, 'external2d', 'stages.3.1.transformer.0', 'lie as 4 × 16'),  # places × patches
+            ('nest_tiny', {'img_size': 112}, 'external', -1, 'lie as 1 × 49'),
+        ],
+        count=2,
+    ),
 )
 def test_feature_maps_that_are_windows_are_refused(
     architecture: str, options: dict[str, Any], operation: str, layer: int | str, part: str

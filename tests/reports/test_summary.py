@@ -16,6 +16,7 @@ from sem_timm.errors import ModelError, OptionError
 from tests.families import FAMILIES
 from tests.refusals import refused
 from tests.snapshot import assert_same, snapshot
+from tests.thorough import first_of_each
 
 pytestmark = pytest.mark.filterwarnings('ignore::sem_timm.SwapWarning')
 
@@ -38,13 +39,16 @@ def kept_bytes(model: nn.Module, images: Tensor) -> int:
 
 @pytest.mark.parametrize(
     ('name', 'operation'),
-    [
-        ('resnet', 'sem'),
-        ('convnext', 'sem'),
-        ('efficientnet', 'timm_cbam'),
-        ('vit_registers', 'external'),
-        ('swin', 'eamlp'),
-    ],
+    first_of_each(
+        [
+            ('resnet', 'sem'),
+            ('convnext', 'sem'),
+            ('efficientnet', 'timm_cbam'),
+            ('vit_registers', 'external'),
+            ('swin', 'eamlp'),
+        ],
+        count=4,
+    ),
 )
 def test_activations_are_those_of_a_real_training_forward(name: str, operation: str) -> None:
     family = FAMILIES[name]
@@ -84,7 +88,7 @@ def resized(model: Any, size: int) -> nn.Module:
     return other
 
 
-@pytest.mark.parametrize('name', ['efficientnet', 'maxvit', 'nfnet', 'vgg', 'deit_distilled'])
+@pytest.mark.parametrize('name', first_of_each(['efficientnet', 'maxvit', 'nfnet', 'vgg', 'deit_distilled']))
 def test_parts_add_up_to_the_whole(name: str) -> None:
     family = FAMILIES[name]
     model = sem_timm.patch_model(family.create(), 'sem', input_size=family.input_size)

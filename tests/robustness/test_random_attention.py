@@ -13,9 +13,10 @@ from tests.robustness.attention_check import Softmax, check_attention
 from tests.robustness.attention_source import random_attention
 from tests.robustness.network_source import describe
 from tests.robustness.test_random_networks import few
+from tests.thorough import first_of_each
 
 
-@pytest.mark.parametrize('operation', [Softmax, 'external', 'linear', 'eamlp'])
+@pytest.mark.parametrize('operation', first_of_each([Softmax, 'external', 'linear', 'eamlp']))
 def test_a_swap_changes_the_attention_alone_or_is_refused(operation: Any) -> None:
     @few
     @given(st.randoms(use_true_random=False))

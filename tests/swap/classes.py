@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
+
 from tests.families import SMALL_SWIN, Family
+from tests.thorough import thorough
 
 _VIT: dict[str, Any] = {'img_size': 64, 'embed_dim': 64, 'depth': 2, 'num_heads': 2}
 _FOUR: dict[str, Any] = {'embed_dims': (32, 64, 96, 128), 'depths': (1, 1, 1, 1)}
@@ -93,6 +97,26 @@ CLASSES = {
     ),
     'models.volo.Attention': Family('volo_d1_224', options={'img_size': 64}, other_size=None),
 }
+
+# How tokens, heads, keys and windows lie: attentions that differ in what a swap has to know of them.
+FORMS = {
+    'class token': 'layers.attention.Attention',
+    'rotary': 'models.eva.EvaAttention',
+    'windows': 'models.swin_transformer.WindowAttention',
+    'channels first': 'models.maxxvit.Attention2d',
+    'fewer keys': 'models.pvt_v2.Attention',
+    'one key for all heads': 'layers.attention2d.MultiQueryAttention2d',
+    'transposed': 'models.shvit.SHSA',
+    'folded heads': 'layers.bottleneck_attn.BottleneckAttn',
+    'windows behind heads': 'models.hiera.MaskUnitAttention',
+    'several cores': 'models.efficientvit_msra.CascadedGroupAttention',
+}
+
+
+def by_form(names: Iterable[str]) -> list[Any]:
+    """Names of classes for `pytest.mark.parametrize`: one class of each form, and the others marked ``thorough``."""
+    return [name if name in FORMS.values() else pytest.param(name, marks=thorough) for name in names]
+
 
 _SHARED: dict[str, Any] = {**_VIT, 'shared_rel_pos': True}
 

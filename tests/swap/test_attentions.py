@@ -15,25 +15,15 @@ from sem_timm import AttentionConfig, AttentionCore, OptionError, RefusedError
 from tests.families import Family
 from tests.refusals import refused
 from tests.snapshot import assert_same, snapshot
-from tests.swap.classes import CLASSES
+from tests.swap.classes import CLASSES, FORMS
 from tests.swap.small_attention import Plain
 from tests.swap.swapping import backward, outputs, shapes, swap, swapped, without_gradient
+from tests.thorough import first_of_each
 from tests.twins import assert_equal, inserted
 
 CORES = ('efficient', 'linear', 'halo', 'catt', 'caam')
 
-MODELS = {
-    'class token': CLASSES['layers.attention.Attention'],
-    'rotary': CLASSES['models.eva.EvaAttention'],
-    'windows': CLASSES['models.swin_transformer.WindowAttention'],
-    'channels first': CLASSES['models.maxxvit.Attention2d'],
-    'fewer keys': CLASSES['models.pvt_v2.Attention'],
-    'one key for all heads': CLASSES['layers.attention2d.MultiQueryAttention2d'],
-    'transposed': CLASSES['models.shvit.SHSA'],
-    'folded heads': CLASSES['layers.bottleneck_attn.BottleneckAttn'],
-    'windows behind heads': CLASSES['models.hiera.MaskUnitAttention'],
-    'several cores': CLASSES['models.efficientvit_msra.CascadedGroupAttention'],
-}
+MODELS = {form: CLASSES[name] for form, name in FORMS.items()}
 
 
 def test_the_attentions() -> None:
@@ -58,7 +48,7 @@ PAIRS += [
 ]
 
 
-@pytest.mark.parametrize(('name', 'operation'), PAIRS)
+@pytest.mark.parametrize(('name', 'operation'), first_of_each(PAIRS, lambda name, operation: operation))
 def test_shapes_gradients_copies_and_undo(name: str, operation: str) -> None:
     family = MODELS[name]
     base, model = family.create(), family.create()
@@ -82,7 +72,7 @@ def test_shapes_gradients_copies_and_undo(name: str, operation: str) -> None:
 
 
 @pytest.mark.parametrize('operation', ['efficient', 'linear', 'catt', 'caam'])
-@pytest.mark.parametrize('name', ['class token', 'windows', 'fewer keys', 'transposed'])
+@pytest.mark.parametrize('name', first_of_each(['class token', 'windows', 'fewer keys', 'transposed']))
 def test_another_resolution(name: str, operation: str) -> None:
     family = MODELS[name]
     model = swapped(family, operation)

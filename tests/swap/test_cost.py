@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sem_timm
 from tests.families import Family
-from tests.swap.classes import CLASSES, SHARED_TABLES
+from tests.swap.classes import CLASSES, SHARED_TABLES, by_form
 from tests.swap.swapping import outputs, swap, swapped
 from tests.twins import assert_equal
 
@@ -54,7 +54,7 @@ def names_read(model: nn.Module, family: Family) -> set[str]:
     return {name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if counted.of(tensor)}
 
 
-@pytest.mark.parametrize('name', [n for n in CLASSES if n not in SAME_MODEL])
+@pytest.mark.parametrize('name', by_form(n for n in CLASSES if n not in SAME_MODEL))
 def test_no_operation_reads_what_the_plan_calls_unread(name: str) -> None:
     family = CLASSES[name]
     model = family.create()
@@ -97,7 +97,7 @@ TABLES = {
 }
 
 
-@pytest.mark.parametrize('name', TABLES)
+@pytest.mark.parametrize('name', by_form(TABLES))
 def test_keys_values_and_positions_are_not_computed(name: str) -> None:
     family = {**CLASSES, **SHARED_TABLES}[name]
     for table in TABLES[name]:
@@ -209,7 +209,7 @@ PACKED = (
 )
 
 
-@pytest.mark.parametrize('name', PACKED)
+@pytest.mark.parametrize('name', by_form(PACKED))
 def test_a_packed_projection_costs_a_third_and_the_core_is_linear(name: str) -> None:
     """FLOPs of a module: queries, two products with the memories, and the last projection; nothing else."""
     family, memory = CLASSES[name], 16

@@ -11,6 +11,7 @@ from torch import multiprocessing, nn
 
 import sem_timm
 from tests.swap.classes import CLASSES
+from tests.thorough import thorough
 
 VIT, SWIN = 'layers.attention.Attention', 'models.swin_transformer.WindowAttention'
 CASES = {
@@ -51,6 +52,7 @@ def two_steps(rank: int, name: str, operation: str, options: dict[str, Any]) -> 
     return {'losses': losses, 'weights': model.state_dict()}
 
 
+@thorough
 def test_two_processes_learn_the_same_weights(tmp_path: Path) -> None:
     """All cases in one test, since starting processes takes longer than training."""
     multiprocessing.spawn(train, (str(tmp_path),), nprocs=2)

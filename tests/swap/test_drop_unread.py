@@ -13,7 +13,7 @@ import sem_timm
 from sem_timm import ModelError
 from tests.families import FAMILIES
 from tests.refusals import refused
-from tests.swap.classes import CLASSES, SHARED_TABLES
+from tests.swap.classes import CLASSES, SHARED_TABLES, by_form
 from tests.swap.swapping import backward, outputs, swap, swapped, without_gradient
 from tests.twins import assert_equal
 
@@ -23,20 +23,22 @@ VIT = CLASSES['layers.attention.Attention']
 
 @pytest.mark.parametrize(
     'name',
-    [
-        'layers.attention2d.MultiQueryAttention2d',
-        'layers.halo_attn.HaloAttn',
-        'models.efficientformer_v2.Attention2dDownsample',
-        'models.gemma4_vit.Gemma4Attention',
-        'models.levit.Attention',
-        'models.maxxvit.AttentionCl',
-        'models.mvitv2.MultiScaleAttention',
-        'models.pvt_v2.Attention',
-        'models.swin_transformer.WindowAttention',
-        'models.swin_transformer_v2.WindowAttention',
-        'models.tnt.Attention',
-        *SHARED_TABLES,
-    ],
+    by_form(
+        [
+            'layers.attention2d.MultiQueryAttention2d',
+            'layers.halo_attn.HaloAttn',
+            'models.efficientformer_v2.Attention2dDownsample',
+            'models.gemma4_vit.Gemma4Attention',
+            'models.levit.Attention',
+            'models.maxxvit.AttentionCl',
+            'models.mvitv2.MultiScaleAttention',
+            'models.pvt_v2.Attention',
+            'models.swin_transformer.WindowAttention',
+            'models.swin_transformer_v2.WindowAttention',
+            'models.tnt.Attention',
+            *SHARED_TABLES,
+        ]
+    ),
 )
 def test_outputs_stay_and_parameters_go(name: str) -> None:
     family = {**CLASSES, **SHARED_TABLES}[name]

@@ -15,6 +15,7 @@ from tests.snapshot import assert_same, snapshot
 from tests.swap.classes import CLASSES
 from tests.swap.small_attention import WIDTH, Model, Projected
 from tests.swap.swapping import assert_all_learn, backward, outputs, swap, swapped
+from tests.thorough import first_of_each
 
 # A site, and its child that is a linear layer or convolution with a batch norm.
 NORMED = {
@@ -22,7 +23,7 @@ NORMED = {
     'models.shvit.SHSA': ('stages.1.blocks.0.mixer.m', 'qkv'),
     'models.efficientvit_msra.CascadedGroupAttention': ('stages.0.blocks.0.mixer.m.attn', 'qkvs.1'),
 }
-normed = pytest.mark.parametrize('name', NORMED)
+normed = pytest.mark.parametrize('name', first_of_each(NORMED))
 
 
 def images_of(family: Family) -> Tensor:

@@ -15,6 +15,7 @@ from tests.swap.classes import CLASSES, SHARED_TABLES
 from tests.swap.small_attention import WIDTH, Model, Projected
 from tests.swap.swapping import backward, outputs, swap, swapped, tensors
 from tests.swap.test_cost import names_read
+from tests.thorough import first_of_each
 
 JOINED = ('models.beit.Attention', 'models.eva.EvaAttention', 'models.swin_transformer_v2.WindowAttention')
 
@@ -31,7 +32,9 @@ def only_zero(model: nn.Module, family: Family) -> set[str]:
 
 
 @pytest.mark.parametrize('training', [False, True])
-@pytest.mark.parametrize('name', [*JOINED, *NORMED, 'beit shared', 'models.mvitv2.MultiScaleAttention'])
+@pytest.mark.parametrize(
+    'name', first_of_each([*JOINED, *NORMED, 'beit shared', 'models.mvitv2.MultiScaleAttention'], count=2)
+)
 def test_no_weight_is_trained_that_has_only_gradients_of_zero(name: str, training: bool) -> None:
     """An optimizer with weight decay would shrink it."""
     family = {**CLASSES, **SHARED_TABLES}[name]

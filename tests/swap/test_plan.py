@@ -14,8 +14,9 @@ from sem_timm import AttentionConfig, PlanError, SwapWarning
 from tests.families import Family
 from tests.refusals import refused
 from tests.snapshot import assert_same, snapshot
-from tests.swap.classes import CLASSES, SHARED_TABLES
+from tests.swap.classes import CLASSES, SHARED_TABLES, by_form
 from tests.swap.swapping import swap
+from tests.thorough import first_of_each
 
 VIT = CLASSES['layers.attention.Attention']
 SWIN = CLASSES['models.swin_transformer.WindowAttention']
@@ -38,7 +39,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('name', by_form(FAMILIES))
 def test_planning_is_pure(name: str) -> None:
     family = FAMILIES[name]
     model = family.create()
@@ -62,7 +63,7 @@ def test_planning_other_attentions_is_pure(operation: str) -> None:
 @pytest.mark.parametrize(
     'config', [AttentionConfig('external', memory=8), AttentionConfig('eamlp'), AttentionConfig('catt')]
 )
-@pytest.mark.parametrize('name', ['models.swin_transformer_v2.WindowAttention', 'models.convit.MHSA'])
+@pytest.mark.parametrize('name', first_of_each(['models.swin_transformer_v2.WindowAttention', 'models.convit.MHSA']))
 def test_a_plan_is_data(config: AttentionConfig, name: str) -> None:
     family = CLASSES[name]
     model = family.create()
@@ -203,7 +204,7 @@ def test_the_record_of_a_swap() -> None:
     assert torch.is_tensor(model.blocks[1].attn.core2.mk)
 
 
-@pytest.mark.parametrize('architecture', ['vit_relpos_small_patch16_224', 'test_maxvit', 'test_vit'])
+@pytest.mark.parametrize('architecture', first_of_each(['vit_relpos_small_patch16_224', 'test_maxvit', 'test_vit']))
 def test_the_sites_do_not_depend_on_how_attention_is_spelled(architecture: str) -> None:
     with torch.device('meta'):
         fused = sem_timm.plan_model(timm.create_model(architecture), 'external')

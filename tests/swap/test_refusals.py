@@ -18,6 +18,7 @@ from tests.swap import small_attention
 from tests.swap.classes import CLASSES
 from tests.swap.small_attention import WIDTH, Model, Projected
 from tests.swap.swapping import assert_all_learn, backward, outputs, swap
+from tests.thorough import first_of_each
 
 _VIT: dict[str, Any] = {'img_size': 64, 'embed_dim': 64, 'depth': 2, 'num_heads': 2}
 _CAIT = Family('cait_xxs24_224', options={'img_size': 64, 'depth': 1})
@@ -78,7 +79,7 @@ def model_of(name: str) -> nn.Module:
     return REFUSED[name][0].create()
 
 
-@pytest.mark.parametrize('name', REFUSED)
+@pytest.mark.parametrize('name', first_of_each(REFUSED, lambda name: REFUSED[name][2]))
 def test_a_module_asked_for_by_name_is_refused_with_its_reason(name: str) -> None:
     family, module, reason = REFUSED[name]
     model = model_of(name)
@@ -122,7 +123,9 @@ def test_a_model_of_which_nothing_can_be_swapped(name: str) -> None:
 
 
 @pytest.mark.parametrize('operation', ['efficient', 'linear', 'catt', 'caam', 'halo'])
-@pytest.mark.parametrize('name', ['xcit.XCA', 'cait.ClassAttn', 'convit.GPSA', 'csatv2.SpatialTransformerBlock'])
+@pytest.mark.parametrize(
+    'name', first_of_each(['xcit.XCA', 'cait.ClassAttn', 'convit.GPSA', 'csatv2.SpatialTransformerBlock'])
+)
 def test_other_attentions_are_refused_there_too(name: str, operation: str) -> None:
     family, module, reason = REFUSED[name]
     model = model_of(name)

@@ -12,6 +12,7 @@ import sem_timm
 from tests.families import Family
 from tests.swap.classes import CLASSES
 from tests.swap.swapping import backward, outputs, shapes, swap, swapped, without_gradient
+from tests.thorough import first_of_each
 from tests.twins import assert_equal, inserted
 
 VIT = CLASSES['layers.attention.Attention']
@@ -24,7 +25,7 @@ SEVERAL = (
     'models.pvt_v2.Attention',
     'models.swin_transformer.WindowAttention',
 )
-several = pytest.mark.parametrize('name', SEVERAL)
+several = pytest.mark.parametrize('name', first_of_each(SEVERAL))
 
 
 @several
@@ -111,7 +112,7 @@ def test_a_vit_can_be_resized() -> None:
 
 
 @pytest.mark.filterwarnings('ignore::UserWarning')  # in timm's resampling of tables
-@pytest.mark.parametrize('name', ['swin_transformer', 'swin_transformer_v2', 'swin_transformer_v2_cr'])
+@pytest.mark.parametrize('name', first_of_each(['swin_transformer', 'swin_transformer_v2', 'swin_transformer_v2_cr']))
 @pytest.mark.parametrize('operation', ['external', 'catt'])
 def test_a_swin_can_be_resized(name: str, operation: str) -> None:
     """Which of its blocks shift their windows, and so get a mask, changes with the size."""

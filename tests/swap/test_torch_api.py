@@ -13,6 +13,7 @@ import sem_timm
 from tests.families import Family
 from tests.swap.classes import CLASSES
 from tests.swap.swapping import backward, outputs, swap, swapped, tensors, without_gradient
+from tests.thorough import first_of_each
 from tests.twins import assert_equal, inserted
 
 FIVE = (
@@ -27,7 +28,7 @@ SHORT: dict[str, dict[str, Any]] = {
     'models.swin_transformer.WindowAttention': {'depths': (2, 1), 'num_heads': (3, 6)},
 }
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-five = pytest.mark.parametrize('name', FIVE)
+five = pytest.mark.parametrize('name', first_of_each(FIVE))
 
 
 # A block of each, which compiles faster than the model.
@@ -62,7 +63,7 @@ def assert_compiles(block: nn.Module, call: Call) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', BLOCKS)
+@pytest.mark.parametrize('name', first_of_each(BLOCKS))
 def test_compile_without_graph_breaks(name: str) -> None:
     assert_compiles(*block_of(name))
 
@@ -72,7 +73,9 @@ def test_compile_other_attentions(operation: str) -> None:
     assert_compiles(*block_of('layers.attention.Attention', operation))
 
 
-@pytest.mark.parametrize('name', ['layers.attention.Attention', 'models.swin_transformer.WindowAttention'])
+@pytest.mark.parametrize(
+    'name', first_of_each(['layers.attention.Attention', 'models.swin_transformer.WindowAttention'])
+)
 def test_compile_whole_models(name: str) -> None:
     family = CLASSES[name]
     model, images = swapped(family, create=SHORT[name]), family.images()

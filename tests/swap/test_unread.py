@@ -14,9 +14,10 @@ from torch import Tensor, nn
 import sem_timm
 from tests.families import Family
 from tests.snapshot import assert_same, snapshot
-from tests.swap.classes import CLASSES, SHARED_TABLES
+from tests.swap.classes import CLASSES, SHARED_TABLES, by_form
 from tests.swap.small_attention import WIDTH, Model, Plain
 from tests.swap.swapping import assert_all_learn, backward, outputs, swap, swapped, without_gradient
+from tests.thorough import first_of_each
 
 FAMILIES = {
     **SHARED_TABLES,
@@ -57,14 +58,15 @@ def assert_the_plan_agrees_with_autograd(family: Family, operation: str, **optio
     return plan.unread
 
 
-@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('name', by_form(FAMILIES))
 def test_the_plan_names_the_parameters_that_autograd_no_longer_reaches(name: str) -> None:
     unread = assert_the_plan_agrees_with_autograd(FAMILIES[name], 'external')
     assert unread
 
 
 @pytest.mark.parametrize(
-    'name', ['models.swin_transformer_v2.WindowAttention', 'models.mvitv2.MultiScaleAttention', 'beit shared']
+    'name',
+    first_of_each(['models.swin_transformer_v2.WindowAttention', 'models.mvitv2.MultiScaleAttention', 'beit shared']),
 )
 @pytest.mark.parametrize('operation', ['efficient', 'linear', 'catt', 'caam'])
 def test_where_keys_are_read_only_position_biases_are_not(name: str, operation: str) -> None:
