@@ -160,9 +160,8 @@ class Swapper:
         key = (self.operation, attributes, nodes, of_sites, shapes, self._tables(type(module)))
         edits = reading.trace.edits
         if key not in edits:
-            edits[key] = self._edited(name, reading, attributes)
-        edit, swapping = edits[key]
-        return Placement(sites, edit, reading, swapping)
+            edits[key] = self._edited(name, reading, cores, attributes)
+        return Placement(sites, edits[key][0], reading, edits[key][1])
 
     def _pools(self, name: str, reading: Reading) -> bool:
         output = reading.values[False][next(iter(reversed(reading.trace.graphs[False].nodes)))]
@@ -210,7 +209,9 @@ class Swapper:
     def _mask(self, core: Core, module: nn.Module, values: Values) -> Extra | None:
         return mask_of(core, module, values, self.operation, self._buffers)
 
-    def _edited(self, name: str, reading: Reading, attributes: tuple[str, ...]) -> tuple[Edit, SwappedGraphs]:
+    def _edited(
+        self, name: str, reading: Reading, cores: list[Core], attributes: tuple[str, ...]
+    ) -> tuple[Edit, SwappedGraphs]:
         module, trace = self.reader.modules[name], reading.trace
         graphs: dict[bool, fx.Graph] = {}
         found: dict[bool, dict[str, Core]] = {}
@@ -220,7 +221,8 @@ class Swapper:
             if mode and trace.graphs[True] is trace.graphs[False]:
                 graphs[True], found[True] = graphs[False], found[False]
                 continue
-            cores, _ = find_cores(trace.graphs[mode], module, reading.values[mode])
+            if mode:
+                cores, _ = find_cores(trace.graphs[True], module, reading.values[True])
             if len(cores) != len(attributes):
                 raise Refused('its forward attends differently in training and in eval mode')
             found[mode] = dict(zip(attributes, cores))
