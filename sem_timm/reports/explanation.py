@@ -88,6 +88,7 @@ class Explanation:
     def __repr__(self) -> str:
         size = f' at {" x ".join(map(str, self.input_size))}' if self.input_size else ''
         times = {0: 'not called', 1: 'called once'}.get(self.num_calls, f'called {self.num_calls} times')
+        times = times if size else 'of a model that does not run'
         noun = Inserter.noun if self.looked_at == 'sums' else Swapper.noun
         text = [
             f'{self.operation} in {self.name} ({self.class_name}) of {self.model_name}{size}',

@@ -24,7 +24,7 @@ class Line:
     Attributes:
         code: The statement; for an argument its name.
         value: What it gives: shape and layout of a tensor, where B is the batch.
-        place: File and line in the model's own code; empty for arguments.
+        place: File and line in the model's own code; empty for arguments, and where it is torch's or in no file.
     """
 
     code: str
@@ -70,13 +70,14 @@ class Listing:
 def place_of(node: fx.Node) -> str:
     """File and line that a node was traced from, as 'timm/models/vision_transformer.py:100'."""
     place = node.meta.get('place')
-    return f'{from_package(place[0])}:{place[1]}' if place else ''
+    is_file = place is not None and not place[0].startswith('<')  # a patched forward is in none
+    return f'{from_package(place[0])}:{place[1]}' if is_file else ''
 
 
 def line_of(node: fx.Node) -> str:
     """The same with the line's code behind it."""
-    place = node.meta.get('place')
-    return f'{place_of(node)}: {linecache.getline(*place).strip()}' if place else ''
+    place = place_of(node)
+    return f'{place}: {linecache.getline(*node.meta["place"]).strip()}' if place else ''
 
 
 def described(value: Any, batch_size: int) -> str:
