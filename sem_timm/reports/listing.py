@@ -69,9 +69,8 @@ class Listing:
 
 def place_of(node: fx.Node) -> str:
     """File and line that a node was traced from, as 'timm/models/vision_transformer.py:100'."""
-    place = node.meta.get('place')
-    is_file = place is not None and not place[0].startswith('<')  # a patched forward is in none
-    return f'{from_package(place[0])}:{place[1]}' if is_file else ''
+    file, number = node.meta.get('place') or ('', 0)
+    return f'{from_package(file)}:{number}' if file and not file.startswith('<') else ''  # a patched forward has none
 
 
 def line_of(node: fx.Node) -> str:
