@@ -182,7 +182,6 @@ def _explained(told: Explanation, reader: Reader, config: Any) -> Explanation:
     placer: Any = Swapper(reader, config) if swaps else Inserter(reader, config)
     placement, error = _placed(placer, told.name)
     reading, unread = _reading(reader, placer, told.name)
-    verdicts: list[Verdict[Any]] = []
     told = replace(
         told,
         input_size=reader.probe.input_size,
@@ -191,22 +190,33 @@ def _explained(told: Explanation, reader: Reader, config: Any) -> Explanation:
         looked_at='softmaxes' if swaps else 'sums',
         traced=unread,
     )
+    verdicts: list[Verdict[Any]] = []
     if reading is not None:
         module = reader.modules[told.name]
-        listing = Listing(reading, _batch_size(reader))
-        if swaps:
-            verdicts = _verdicts(placer, told.name, reading, module)
-            findings = findings_of_softmaxes(verdicts, placer, module, listing)
-        else:
-            findings = findings_of_sums(reading, module, listing)
-        guards = tuple(guard.condition for guard in reading.trace.guards)
-        told = replace(told, traced=_how(reading, module), guards=guards, lines=listing.lines, findings=findings)
+        verdicts = _verdicts(placer, told.name, reading, module) if swaps else []
+        told = _with_listing(told, reading, module, verdicts, placer)
     if placement is not None:
         error = _rehearsed(placer, placement)  # last, for it may use the weightless copy up
-    if error is not None or placement is None:
+    if placement is None or error is not None:
         assert error is not None
         return replace(told, refusal=reason_of(error, verdicts))
     return replace(told, sites=placement.sites, code=placement.edit.source)
+
+
+def _with_listing(
+    told: Explanation, reading: Reading, module: nn.Module, verdicts: list[Verdict[Any]], placer: Any
+) -> Explanation:
+    """An explanation with a reading written out, and what became of its sums or softmaxes."""
+    try:
+        listing = Listing(reading, _batch_size(placer.reader))
+    except SyntaxError as error:  # a child named by a keyword, say
+        return replace(told, traced=f'{_how(reading, module)}, but it cannot be written as code: {error}')
+    if isinstance(placer, Swapper):
+        findings = findings_of_softmaxes(verdicts, placer, module, listing)
+    else:
+        findings = findings_of_sums(reading, module, listing)
+    guards = tuple(guard.condition for guard in reading.trace.guards)
+    return replace(told, traced=_how(reading, module), guards=guards, lines=listing.lines, findings=findings)
 
 
 def _placed(placer: Any, name: str) -> tuple[Placement | None, Exception | None]:
