@@ -57,7 +57,10 @@ if TYPE_CHECKING:
         plan_model,
     )
     from sem_timm.persistence import load_patch, save_patch
-    from sem_timm.reports import AttentionMap, Decisions, Summary, attention_map, decisions, summary
+    from sem_timm.reports.attention_map import AttentionMap, attention_map
+    from sem_timm.reports.decisions import Decisions, decisions
+    from sem_timm.reports.explanation import Explanation, explain
+    from sem_timm.reports.summary import Summary, summary
     from sem_timm.surgery import (
         AttentionSite,
         PatchedModule,
@@ -87,6 +90,7 @@ __all__ = [
     'EfficientAttention',
     'Excitation',
     'ExcitationConfig',
+    'Explanation',
     'ExternalAttention',
     'ExternalAttention2d',
     'ExternalAttention2dConfig',
@@ -122,6 +126,7 @@ __all__ = [
     'disabled',
     'drop_unread_parameters',
     'excitation_names',
+    'explain',
     'finetune',
     'load_patch',
     'open_run',
@@ -158,7 +163,16 @@ _LAZY = {
         'plan_model',
     ),
     'sem_timm.persistence': ('load_patch', 'save_patch'),
-    'sem_timm.reports': ('AttentionMap', 'Decisions', 'Summary', 'attention_map', 'decisions', 'summary'),
+    'sem_timm.reports': (
+        'AttentionMap',
+        'Decisions',
+        'Explanation',
+        'Summary',
+        'attention_map',
+        'decisions',
+        'explain',
+        'summary',
+    ),
     'sem_timm.surgery': (
         'AttentionSite',
         'PatchedModule',

@@ -82,8 +82,16 @@ def place_of(error: Exception) -> str:
 def line_of(frames: traceback.StackSummary) -> str:
     """The innermost of some frames that is neither torch's nor one that reads a model, as 'file:line: code'."""
     for frame in reversed(frames):
-        own = any(f'/sem_timm/{room}/' in frame.filename for room in ('surgery', 'meta'))
-        if '/torch/' not in frame.filename and not own and frame.line:
-            # From the package on: the code is shown to people, and the place of site-packages is nobody's business.
-            return f'{frame.filename.rsplit("site-packages/", 1)[-1]}:{frame.lineno}: {frame.line}'
+        if not is_between(frame.filename) and frame.line:
+            return f'{from_package(frame.filename)}:{frame.lineno}: {frame.line}'
     return ''
+
+
+def is_between(file: str) -> bool:
+    """Whether a file is torch's, or one of those that read a model: what runs between a forward and a graph."""
+    return '/torch/' in file or '/sem_timm/surgery/' in file or '/sem_timm/meta/' in file
+
+
+def from_package(file: str) -> str:
+    """A file from its package on: it is shown to people, and the place of site-packages is nobody's business."""
+    return file.rsplit('site-packages/', 1)[-1]

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 import sem_timm
+from sem_timm.command_line import main
+from tests.refusal_wordings import wordings
 from tests.thorough import thorough
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +79,24 @@ def test_rooms_above_enter_surgery_and_meta_by_their_doors() -> None:
     inner = re.compile(r'^\s*(?:from|import) sem_timm\.(?:surgery|meta)\.', re.MULTILINE)
     above = [path for path in PACKAGE.rglob('*.py') if not any(room in path.parents for room in INNER)]
     assert [path.name for path in above if inner.search(path.read_text(encoding='utf-8'))] == []
+
+
+def test_table_of_refusals_is_what_the_code_says() -> None:
+    rows = re.findall(r'^\| `([^`]+)` \| `(surgery/[\w/]+\.py)` \| \S.*\|$', GUIDE, re.MULTILINE)
+    assert len(rows) == len(set(rows)) > 90
+    assert wordings() - set(rows) == set(), 'refusals without a row'
+    assert set(rows) - wordings() == set(), 'rows without a refusal'
+
+
+def without_numbers_of_lines(printed: str) -> list[str]:
+    """The words of an explanation; the numbers are those of one version of timm, and tables are as wide as they are."""
+    return re.sub(r'(?<=py:)[\d-]+|^ *\d+(?=  |:)|[- ]{2,}', ' ', printed, flags=re.MULTILINE).split()
+
+
+def test_example_of_a_refusal_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    ((command, shown),) = re.findall(r'^\$ sem-timm (explain .*)\n```\n\n```text\n([^`]*)```', GUIDE, re.MULTILINE)
+    assert main(command.split()) == 0
+    assert without_numbers_of_lines(capsys.readouterr().out) == without_numbers_of_lines(shown)
 
 
 def follow(folder: Path) -> list[str]:

@@ -3,14 +3,21 @@
 from sem_timm.surgery.disable import disabled
 from sem_timm.surgery.evaluate import first_tensor
 from sem_timm.surgery.freeze import check_not_compact, drop_unread_parameters, trainable_parameters, unread_parameters
+from sem_timm.surgery.graphs import Values, Verdict, own_methods_called
+from sem_timm.surgery.insert import Inserter
 from sem_timm.surgery.patch import Built, PatchedModule, apply_plan, check_undoable, patched_modules, unpatch_model
+from sem_timm.surgery.placement import Placement, Refused
 from sem_timm.surgery.plan import BRANCHES, POSITIONS, AttentionSite, Insertion, Plan, Refusal, Site, Swap, check_choice
-from sem_timm.surgery.planning import check_model, plan_insertion, plan_swap
-from sem_timm.surgery.reading import bound_arguments
+from sem_timm.surgery.planning import check_model, plan_insertion, plan_swap, reading_of
+from sem_timm.surgery.reading import Reader, Reading, bound_arguments
+from sem_timm.surgery.residual import ResidualAdd, judged_sums, last_of_each_output
 from sem_timm.surgery.rewrite import Edit, edit_of, patched_class, put_back
 from sem_timm.surgery.select import Target
+from sem_timm.surgery.source import statements
+from sem_timm.surgery.swap import Core, NotACore, Swapper, heads_of, judged_softmaxes
 from sem_timm.surgery.swap.original import Computed, Original
 from sem_timm.surgery.swap.whole import WholeSite
+from sem_timm.surgery.tracers import own_methods
 
 __all__ = [
     'BRANCHES',
@@ -18,15 +25,26 @@ __all__ = [
     'AttentionSite',
     'Built',
     'Computed',
+    'Core',
     'Edit',
+    'Inserter',
     'Insertion',
+    'NotACore',
     'Original',
     'PatchedModule',
+    'Placement',
     'Plan',
+    'Reader',
+    'Reading',
     'Refusal',
+    'Refused',
+    'ResidualAdd',
     'Site',
     'Swap',
+    'Swapper',
     'Target',
+    'Values',
+    'Verdict',
     'WholeSite',
     'apply_plan',
     'bound_arguments',
@@ -38,11 +56,19 @@ __all__ = [
     'drop_unread_parameters',
     'edit_of',
     'first_tensor',
+    'heads_of',
+    'judged_softmaxes',
+    'judged_sums',
+    'last_of_each_output',
+    'own_methods',
+    'own_methods_called',
     'patched_class',
     'patched_modules',
     'plan_insertion',
     'plan_swap',
     'put_back',
+    'reading_of',
+    'statements',
     'trainable_parameters',
     'unpatch_model',
     'unread_parameters',

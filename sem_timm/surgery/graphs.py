@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
@@ -12,6 +13,25 @@ from torch.utils._pytree import tree_leaves
 from sem_timm.meta.layout import layout_of
 
 Values = dict[fx.Node, Any]
+
+_Found = TypeVar('_Found', covariant=True)
+
+
+@dataclass(frozen=True)
+class Verdict(Generic[_Found]):
+    """What became of one node that was looked at.
+
+    Attributes:
+        node: The node, such as a sum.
+        found: What it is, such as a residual add; None if it is none.
+        reason: Why it is none.
+        cause: The exception that said so, if it was one.
+    """
+
+    node: fx.Node
+    found: _Found | None = None
+    reason: str = ''
+    cause: Exception | None = None
 
 
 def ancestors(nodes: Iterable[fx.Node], values: Mapping[fx.Node, Any] | None = None) -> set[fx.Node]:

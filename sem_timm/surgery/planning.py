@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import prod
 from threading import RLock
@@ -93,8 +93,7 @@ def _planned(
 ) -> Plan:
     wanted = None if target is None else select(model, target)
     unwanted = _excluded(model, exclude)
-    with _PLANNING, preserved_random_state(on_gpus=False), _on_cpu():
-        reader = Reader(probe(model, input_size))
+    with reading_of(model, input_size) as reader:
         placer = placer_of(reader, operation)
         found = [name for name in placer.candidates if name not in unwanted]
         work = _Work(placer)
@@ -125,6 +124,13 @@ def _planned(
         computed=tuple(after.computed),
         originals=after.originals,
     )
+
+
+@contextmanager
+def reading_of(model: nn.Module, input_size: tuple[int, ...] | None) -> Iterator[Reader]:
+    """A reader of a model, while nobody else plans, with random numbers and the default device as nobody sees."""
+    with _PLANNING, preserved_random_state(on_gpus=False), _on_cpu():
+        yield Reader(probe(model, input_size))
 
 
 def structure_of(model: nn.Module) -> dict[str, Hashable]:

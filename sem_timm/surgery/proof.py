@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
-from sem_timm.errors import TraceError
+from sem_timm.errors import TraceError, from_package
 from sem_timm.meta.layout_mode import LayoutMode
 from sem_timm.meta.skeleton import Call
 from sem_timm.meta.state import outline, plain
@@ -185,7 +185,7 @@ class _explained:
 
 def _named(module: nn.Module) -> str:
     code = inspect.unwrap(type(module).forward).__code__
-    return f'{type(module).__name__}.forward ({code.co_filename.rsplit("site-packages/", 1)[-1]}:{code.co_firstlineno})'
+    return f'{type(module).__name__}.forward ({from_package(code.co_filename)}:{code.co_firstlineno})'
 
 
 def _outlines(module: nn.Module, cls: type) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from sem_timm.meta.layout import Layout, layout_of
 from sem_timm.meta.vocabulary import NORM_LAYERS, Kind, kind_of, operation_name, word_of, writes_into
 from sem_timm.surgery.effects import is_written_after
-from sem_timm.surgery.graphs import Values, ancestors, is_data
+from sem_timm.surgery.graphs import Values, Verdict, ancestors, is_data
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,12 @@ class ResidualAdd:
 
 
 def residual_adds(graph: fx.Graph, module: nn.Module, values: Values) -> list[ResidualAdd]:
-    """The residual adds of a graph whose results carry the module's output, in the order they are executed.
+    """The residual adds of a graph whose results carry the module's output, in the order they are executed."""
+    return [verdict.found for verdict in judged_sums(graph, module, values) if verdict.found is not None]
+
+
+def judged_sums(graph: fx.Graph, module: nn.Module, values: Values) -> Iterator[Verdict[ResidualAdd]]:
+    """What became of every sum of a graph, in the order they are executed.
 
     Args:
         graph: The graph.
@@ -55,23 +60,29 @@ def residual_adds(graph: fx.Graph, module: nn.Module, values: Values) -> list[Re
     weights = _WeightCounter(module)
     sizes = {value.numel() for value in _leaves(values[_output(graph)]) if isinstance(value, Tensor)}
     reached = _carried(_output(graph), values)
-    found = []
     for node in graph.nodes:
-        operands = _operands(node)
-        if operands is None or node not in reached or not _equal_tensors(values, node, *operands):
-            continue
-        pair = _branch_and_shortcut(*operands, weights, values)
-        if pair is None:
-            continue
-        branch, shortcut = pair
-        whole = _before_slices(branch, values)
-        if any(_changed_in_place(operand, node) for operand in {branch, shortcut, whole}):
-            continue
-        if is_written_after(node, branch, module, values):  # which the new module keeps for its gradient
-            continue
-        if sizes & {values[node].numel(), values[whole].numel()} or _rejoined(node, operands, values, graph):
-            found.append(ResidualAdd(node, whole, shortcut, whole is not branch))
-    return found
+        if kind_of(node) is Kind.SUM:
+            judged = _residual(node, weights, values, sizes) if node in reached else 'it does not reach the output'
+            yield Verdict(node, reason=judged) if isinstance(judged, str) else Verdict(node, judged)
+
+
+def _residual(node: fx.Node, weights: _WeightCounter, values: Values, sizes: set[int]) -> ResidualAdd | str:
+    """The residual add that a sum is, or the reason why it is none; ``sizes`` are those of the output's tensors."""
+    operands = _operands(node)
+    if operands is None:
+        return 'it is not plainly the sum of two values'
+    pair = _unequal(values, node, *operands) or _branch_and_shortcut(*operands, weights, values)
+    if isinstance(pair, str):
+        return pair
+    branch, shortcut = pair
+    whole = _before_slices(branch, values)
+    if any(_changed_in_place(operand, node) for operand in {branch, shortcut, whole}):
+        return 'an operand is changed in place'
+    if is_written_after(node, branch, weights.module, values):  # which the new module keeps for its gradient
+        return 'its branch is written into afterwards'
+    if sizes & {values[node].numel(), values[whole].numel()} or _rejoined(node, operands, values):
+        return ResidualAdd(node, whole, shortcut, whole is not branch)
+    return 'it does not reach the output as a whole'
 
 
 def last_of_each_output(graph: fx.Graph, adds: list[ResidualAdd]) -> list[ResidualAdd]:
@@ -144,19 +155,22 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return first, second
 
 
-def _equal_tensors(values: Values, add: fx.Node, first: fx.Node, second: fx.Node) -> bool:
+def _unequal(values: Values, add: fx.Node, first: fx.Node, second: fx.Node) -> str:
+    """Why the operands of a sum are not two tensors of equal shape with data; empty where they are."""
     tensors = [values[node] for node in (add, first, second)]
     if not all(isinstance(tensor, Tensor) and layout_of(tensor) is not None for tensor in tensors):
-        return False
-    return first is not second and tensors[0].shape == tensors[1].shape == tensors[2].shape
+        return "its operands are not both tensors computed from the module's input"
+    if first is second:
+        return 'its operands are one and the same'
+    return '' if tensors[0].shape == tensors[1].shape == tensors[2].shape else 'its operands are of unequal shape'
 
 
 def _branch_and_shortcut(
     first: fx.Node, second: fx.Node, weights: _WeightCounter, values: Values
-) -> tuple[fx.Node, fx.Node] | None:
-    """Tells the branch from the shortcut, or returns None if this is some other sum."""
+) -> tuple[fx.Node, fx.Node] | str:
+    """Tells the branch from the shortcut, or why this is some other sum."""
     if _is_one_of_several_inputs(first, values) or _is_one_of_several_inputs(second, values):
-        return None
+        return 'it fuses tensors of a list that the module is given'
     common = ancestors([first], values) & ancestors([second], values)
     depth_first, touched_first = weights.along(first, common)
     depth_second, touched_second = weights.along(second, common)
@@ -173,7 +187,11 @@ def _branch_and_shortcut(
         return first, second
     if depth_second > depth_first >= 1:
         return second, first
-    return None
+    if not common:
+        return 'its operands have no data in common'
+    if not touched_first and not touched_second:
+        return 'neither operand went through layers that the other did not'
+    return f'neither operand is untouched: they went through {depth_first} and {depth_second} layers of weights'
 
 
 def _carries(node: fx.Node, common: set[fx.Node], weights: _WeightCounter, values: Values) -> bool:
@@ -216,9 +234,9 @@ def _is_slice(node: fx.Node) -> bool:
     return node.op == 'call_function' and operation_name(node) in ('getitem', 'narrow')
 
 
-def _rejoined(add: fx.Node, operands: tuple[fx.Node, fx.Node], values: Values, graph: fx.Graph) -> bool:
+def _rejoined(add: fx.Node, operands: tuple[fx.Node, fx.Node], values: Values) -> bool:
     """Whether the output joins the sum with the rest of a tensor of which an operand is a slice (DPN's dual paths)."""
-    result = _output(graph).args[0]
+    result = _output(add.graph).args[0]
     if not isinstance(result, fx.Node) or kind_of(result) is not Kind.JOIN or add not in result.all_input_nodes:
         return False
     wholes = {_before_slices(operand, values) for operand in operands} - set(operands)

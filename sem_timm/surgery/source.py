@@ -114,6 +114,19 @@ def _guard_lines(base: type, guards: tuple[Guard, ...]) -> Iterator[str]:
 
 def _body(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
     """The statements of a graph's code, and the globals they need."""
+    written, globals_ = _written(graph)
+    return '\n'.join(text for _, text in written if text), globals_
+
+
+def statements(graph: fx.Graph) -> list[tuple[str, str]]:
+    """How the value of each node of a graph is called in its code, and the statement that makes it, if there is one."""
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    return _written(copy)[0]
+
+
+def _written(graph: fx.Graph) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+    """Name and statement of each node, and the globals they need; fx's own names of the nodes are lost."""
     own = _own_functions(graph)
     names = _human_names(graph, {*_RESERVED, *own.values()})
     for index, node in enumerate(graph.nodes):
@@ -124,13 +137,19 @@ def _body(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
     # What is used once is read where it is used.
     attributes = {node.name for node in graph.nodes if node.op == 'get_attr' and len(node.users) == 1}
     read_at_use = {node.targets[0].id: ast.unparse(node.value) for node in function.body if _assigns(node, attributes)}
-    renamed = _Rename({**written, **{node.name: name for node, name in names.items()}, **read_at_use})
+    renamed = {**written, **{node.name: name for node, name in names.items()}, **read_at_use}
+    texts: dict[str, list[str]] = {node.name: [] for node in graph.nodes}
+    made = next(reversed(texts))  # the output, by the last statement; one that makes nothing goes with the next
     # fx sets each variable to None after its last use; reusing names has the same effect and reads better.
-    statements = [renamed.visit(node) for node in function.body if not _clears(node)]
-    text = '\n'.join(ast.unparse(node) for node in statements if not _assigns_to_itself(node))
+    for statement in reversed([node for node in function.body if not _clears(node)]):
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) in texts:
+            made = ast.unparse(statement.targets[0])
+        statement = _Rename(renamed).visit(statement)
+        texts[made] = [*([] if _assigns_to_itself(statement) else [ast.unparse(statement)]), *texts[made]]
     used = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
     globals_ = {written.get(name, name): value for name, value in code.globals.items()}
-    return text, {name: value for name, value in globals_.items() if name in used}
+    by_node = [(renamed.get(name, ''), '\n'.join(lines)) for name, lines in texts.items()]
+    return by_node, {name: value for name, value in globals_.items() if name in used}
 
 
 def _own_functions(graph: fx.Graph) -> dict[FunctionType, str]:

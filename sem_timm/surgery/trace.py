@@ -52,6 +52,7 @@ class Trace:
         graphs: The graph in training and in eval mode; the same object twice where they agree.
         guards: What the call must satisfy for the graphs to hold.
         methods: Names of the module's own methods that the graphs call like children.
+        level: Which of `LEVELS` made it; empty for a graph that was not traced.
         edits: What was made of the graphs so far, by what was asked for.
     """
 
@@ -60,6 +61,7 @@ class Trace:
     graphs: dict[bool, fx.Graph]
     guards: tuple[Guard, ...]
     methods: frozenset[str]
+    level: str = ''
     edits: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
@@ -89,11 +91,11 @@ def trace(module: nn.Module, call: Call, *, inline_methods: bool = False) -> Tra
     values = bind(signature, call)
     methods: frozenset[str] = frozenset() if inline_methods else frozenset(own_methods(type(module)))
     failure: Exception | None = None
-    for level in LEVELS:
+    for name, level in LEVELS.items():
         tracers = partial(level, methods=methods)
         try:
             graphs, guards = _both_modes(module, values, signature, tracers)
-            return Trace(signature, values, graphs, guards, methods)
+            return Trace(signature, values, graphs, guards, methods, name)
         except Exception as error:  # whatever the foreign forward raises on a proxy means: this level cannot
             failure = error
     assert failure is not None

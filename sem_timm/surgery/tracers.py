@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from threading import get_ident
@@ -14,7 +15,7 @@ from timm.layers import get_notrace_functions
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from sem_timm.errors import GuardError, TraceError, line_of
+from sem_timm.errors import GuardError, TraceError, is_between, line_of
 from sem_timm.meta.state import State
 from sem_timm.meta.vocabulary import DEVICE_QUESTIONS
 from sem_timm.random_state import random_states
@@ -69,7 +70,10 @@ class LevelTracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _mode() != self.mode:
             raise TraceError('the forward switches gradients or autocast on or off, which a graph cannot show')
-        return super().create_node(*args, **kwargs)
+        node = super().create_node(*args, **kwargs)
+        if node.op not in ('placeholder', 'output'):
+            node.meta['place'] = _place(sys._getframe(1))
+        return node
 
     def run(self, module: nn.Module) -> fx.Graph:
         """Traces a module; calling one of its own methods in ``methods`` records a node, as calling a child does."""
@@ -211,12 +215,26 @@ def _with_notrace_functions(values: dict[str, Any], symbolic: frozenset[str], me
     return LevelTracer(values, symbolic, methods, tuple(get_notrace_functions()))
 
 
-LEVELS = (_plain, _with_notrace_functions, _GuidedTracer)
+# By what is said of a module that was traced so.
+LEVELS: dict[str, Callable[..., LevelTracer]] = {
+    'plainly': _plain,
+    "with timm's notrace functions kept whole": _with_notrace_functions,
+    'guided by values': _GuidedTracer,
+}
 
 
 def is_unpacked(value: Any) -> bool:
     """Whether an argument is handed on as a tuple of proxies: a forward may ask if it is one, and what is in it."""
     return type(value) is tuple and any(isinstance(entry, torch.Tensor) for entry in value)
+
+
+def _place(frame: Any) -> tuple[str, int] | None:
+    """File and line of the traced statement that a frame works for; None where the traced forward is torch's own."""
+    while is_between(frame.f_code.co_filename):
+        if frame.f_code is LevelTracer.run.__code__:
+            return None
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
 
 
 def _mode() -> tuple[bool, ...]:

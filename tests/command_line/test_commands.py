@@ -22,7 +22,7 @@ from sem_timm.operations import operation_names
 from tests.finetuning.small_runs import write_images
 from tests.thorough import first_of_each, thorough
 
-COMMANDS = ('list', 'plan', 'finetune', 'decisions', 'transfer', 'bench')
+COMMANDS = ('list', 'plan', 'explain', 'finetune', 'decisions', 'transfer', 'bench')
 SMALL = ['finetune', 'test_resnet', '--no-pretrained', '--image-size', '16', '--batch-size', '8', '--epochs', '1']
 
 
@@ -107,6 +107,18 @@ def test_plan_prints_table_json_and_code(capsys: pytest.CaptureFixture[str]) -> 
     assert 'self.core' in capsys.readouterr().out
 
 
+def test_explain_prints_text_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ['explain', 'cait_xxs24_224', 'blocks_token_only.0.attn', '-o', 'external', '--set', 'memory=8']
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert 'single query token' in printed and 'surgery/swap/queries.py' in printed and 'self.q(' in printed
+    assert main([*arguments, '--json']) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data['refusal']['decided_by'] == 'surgery/swap/queries.py' and data['refusal']['text'] in printed
+    assert main(['explain', 'test_resnet', 'layer1.0', '--image-size', '64', '--model-options', 'in_chans=1']) == 0
+    assert 'It is a site' in (printed := capsys.readouterr().out) and '1 x 64 x 64' in printed
+
+
 @pytest.mark.parametrize(
     ('arguments', 'shape'),
     [
@@ -136,6 +148,8 @@ def test_plan_takes_the_images_that_finetune_takes(
         (['plan', 'resnet18', '--code', 'conv1'], "'conv1' is not a site"),
         (['plan', 'test_vit', '-o', 'semm'], "operation 'semm' is unknown"),
         (['plan'], 'Missing argument'),
+        (['explain', 'resnet18', 'layer9.0'], "'layer9.0' is no module of ResNet. Close: layer"),
+        (['explain', 'resnett18', 'layer1.0'], "model 'resnett18' is unknown. Close: resnet18"),
         (['plam'], 'No such command'),
         (['finetune', '--epochs', 'many'], "Invalid value for '--epochs'"),
         (['finetune', '--epochs', '0'], 'epochs=0 is out of range'),

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated
 
-import timm
-import torch
 import typer
-from torch import nn
 
 from sem_timm.command_line.arguments import OperationOptions, Targets
+from sem_timm.command_line.networks import create_on_meta
 from sem_timm.command_line.values import complete_model, complete_operation, parse_pairs, parse_target
-from sem_timm.errors import OptionError, closest
 from sem_timm.finetuning.models import input_size, model_arguments
 from sem_timm.operations import plan_model
 
@@ -46,7 +43,7 @@ def command(
     `sem-timm plan resnet50 --target 'layer[34].*' --code layer3.0`.
     """
     arguments = model_arguments(model, parse_pairs(model_options, '--model-options'), image_size)
-    network = _create(model, arguments)
+    network = create_on_meta(model, arguments)
     plan = plan_model(
         network,
         operation,
@@ -59,13 +56,3 @@ def command(
         print(plan.code(code).rstrip())
     else:
         print(json.dumps(plan.to_dict(), indent=1) if as_json else plan)
-
-
-def _create(name: str, options: dict[str, Any]) -> nn.Module:
-    if not timm.is_model(name.split('.')[0]):
-        raise OptionError(f'model {name!r} is unknown. {closest(name, timm.list_models())}')
-    try:
-        with torch.device('meta'):
-            return timm.create_model(name, **options)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise OptionError(f'model {name!r} cannot be created: {error}') from error

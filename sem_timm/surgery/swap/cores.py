@@ -12,6 +12,7 @@ is the core of ``q``, ``k`` and ``v``, with a scale and with ``bias`` as an extr
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from sem_timm.meta.vocabulary import Kind, kind_of, looks_up, operation_name
-from sem_timm.surgery.graphs import Values
+from sem_timm.surgery.graphs import Values, Verdict
 from sem_timm.surgery.swap.nodes import (
     is_matrix_transpose,
     is_over_last_axis,
@@ -83,18 +84,21 @@ class NotACore(Exception):
     """A softmax that is no core of self-attention; the message says what it is."""
 
 
-def find_cores(graph: fx.Graph, module: nn.Module, values: Values) -> tuple[list[Core], list[str]]:
-    """The cores of a graph in the order they are executed, and the reasons why other softmaxes are none."""
-    cores, reasons = [], []
+def cores_of(verdicts: Iterable[Verdict[Core]]) -> list[Core]:
+    """The cores among what became of softmaxes."""
+    return [verdict.found for verdict in verdicts if verdict.found is not None]
+
+
+def judged_softmaxes(graph: fx.Graph, module: nn.Module, values: Values) -> Iterator[Verdict[Core]]:
+    """What became of every softmax and call of attention of a graph, in the order they are executed."""
     for node in graph.nodes:
         if node.target is F.scaled_dot_product_attention:
-            cores.append(_called(node, values))
+            yield Verdict(node, _called(node, values))
         elif is_softmax(node, module):
             try:
-                cores.append(_spelled_out(node, module, values))
-            except NotACore as reason:
-                reasons.append(str(reason))
-    return cores, list(dict.fromkeys(reasons))
+                yield Verdict(node, _spelled_out(node, module, values))
+            except NotACore as error:
+                yield Verdict(node, reason=str(error), cause=error)
 
 
 _ARGUMENTS = ('query', 'key', 'value', 'attn_mask', 'dropout_p', 'is_causal', 'scale', 'enable_gqa')

@@ -16,7 +16,7 @@ from sem_timm.errors import TraceError
 from sem_timm.meta.layout import layout_of
 from sem_timm.meta.vocabulary import Kind, names_of
 from sem_timm.surgery.bytecode import names_called
-from sem_timm.surgery.graphs import Values, ancestors
+from sem_timm.surgery.graphs import Values, Verdict, ancestors
 from sem_timm.surgery.placement import (
     Placement,
     Refused,
@@ -32,12 +32,13 @@ from sem_timm.surgery.proof import prove_swap
 from sem_timm.surgery.reading import Reader, Reading, bound_arguments
 from sem_timm.surgery.rewrite import Edit, edit_of
 from sem_timm.surgery.source import graph_source
-from sem_timm.surgery.swap.cores import Core, Extra, find_cores
+from sem_timm.surgery.swap.cores import Core, Extra, cores_of, judged_softmaxes
 from sem_timm.surgery.swap.edit import SwappedGraphs, guards_for_unread, swapped, unread_arguments
 from sem_timm.surgery.swap.grids import Grids
 from sem_timm.surgery.swap.queries import check_sources, heads_of, mask_of
 from sem_timm.surgery.swap.rehearsal import rehearse_swap
 from sem_timm.surgery.swap.rows import Rows
+from sem_timm.surgery.swap.scale import check_scale
 from sem_timm.surgery.swap.whole import CAUSAL, place_whole
 from sem_timm.surgery.trial import try_swap
 
@@ -84,6 +85,8 @@ class Swapper:
         self._buffers = {id(buffer) for buffer in reader.probe.skeleton.buffers()}
         self._tables_of: dict[type, frozenset[str]] = {}
         self._heads: dict[tuple[fx.Node, tuple[int, ...]], tuple[int, int]] = {}
+        # The readings of each module in which cores were looked for, and what became of the softmaxes there.
+        self.judged: dict[str, list[tuple[Reading, list[Verdict[Core]]]]] = {}
 
     def place(self, name: str) -> Placement:
         """Finds the cores of one module.
@@ -118,25 +121,28 @@ class Swapper:
 
     def _read(self, name: str) -> tuple[Reading, list[Core]]:
         """The reading of a module in which its cores can be seen."""
-        reasons: list[str] = []
+        reasons: list[Exception] = []
         # First with own methods as single nodes, which is quicker and keeps them whole in the new forward.
         for inline_methods in (False, True):
             try:
                 reading = self.reader.read_with(name, inline_methods=inline_methods)
             except TraceError as error:
-                reasons.append(str(error))
+                reasons.append(error)
                 continue
-            cores, others = find_cores(reading.trace.graphs[False], self.reader.modules[name], reading.values[False])
+            graph, module = reading.trace.graphs[False], self.reader.modules[name]
+            verdicts = list(judged_softmaxes(graph, module, reading.values[False]))
+            self.judged.setdefault(name, []).append((reading, verdicts))
+            cores = cores_of(verdicts)
             # One of its own methods in front of the queries hides how their axes came about.
             hidden = any(node.target in reading.trace.methods for node in ancestors([core.query for core in cores]))
             if cores and not (hidden and not inline_methods):
                 return reading, cores
             # That a softmax is none of a core says more than that the forward could not be traced.
-            reasons = others or reasons
+            reasons = [verdict.cause for verdict in verdicts if verdict.cause is not None] or reasons
             if not reading.trace.methods:
                 break
         if reasons:
-            raise Refused(reasons[0])
+            raise Refused(str(reasons[0])) from reasons[0]
         raise NoCore(self._no_core(name))
 
     def _no_core(self, name: str) -> str:
@@ -175,8 +181,8 @@ class Swapper:
             raise Refused(f'its queries are of {query.dtype}')
         if core.is_causal:
             raise Refused(CAUSAL)
-        if self.operation.reads_keys and core.scale.refusal:
-            raise Refused(core.scale.refusal)
+        if self.operation.reads_keys:
+            check_scale(core.scale)
         check_sources(core, values, self.operation)
         found = core.query, tuple(query.shape)
         if found not in self._heads:
@@ -188,7 +194,7 @@ class Swapper:
         layout = layout_of(tokens)
         as_tokens = layout is not None and tokens.ndim == 3 and tokens.shape[1] == query.shape[-2]
         prefix = layout.prefix if layout is not None and as_tokens else 0
-        mask = self._mask(core, module, values)
+        mask = self.mask(core, module, values)
         site = AttentionSite(
             name=name,
             class_name=type(module).__name__,
@@ -206,7 +212,8 @@ class Swapper:
         given_mask = None if mask is None else values[mask.node]
         return replace(site, num_parameters=try_swap(self.operation, site, given_mask))
 
-    def _mask(self, core: Core, module: nn.Module, values: Values) -> Extra | None:
+    def mask(self, core: Core, module: nn.Module, values: Values) -> Extra | None:
+        """What of a core's extras the new core is handed, or raises Refused."""
         return mask_of(core, module, values, self.operation, self._buffers)
 
     def _edited(
@@ -222,12 +229,12 @@ class Swapper:
                 graphs[True], found[True] = graphs[False], found[False]
                 continue
             if mode:
-                cores, _ = find_cores(trace.graphs[True], module, reading.values[True])
+                cores = cores_of(judged_softmaxes(trace.graphs[True], module, reading.values[True]))
             if len(cores) != len(attributes):
                 raise Refused('its forward attends differently in training and in eval mode')
             found[mode] = dict(zip(attributes, cores))
             values = reading.values[mode]
-            masks = [self._mask(core, module, values) for core in cores]
+            masks = [self.mask(core, module, values) for core in cores]
             graphs[mode], sliced, computed = swapped(
                 trace.graphs[mode], found[mode], masks, self.operation, module, values
             )

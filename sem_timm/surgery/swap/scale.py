@@ -22,6 +22,7 @@ from torch import Tensor, fx
 
 from sem_timm.meta.vocabulary import Kind, kind_of, looks_up, operation_name, writes_into
 from sem_timm.surgery.graphs import Values
+from sem_timm.surgery.placement import Refused
 from sem_timm.surgery.swap.nodes import is_matrix_transpose
 
 
@@ -105,6 +106,12 @@ class Scale:
             query = calls.mul(query, factor if number == 1 else calls.mul(factor, number))
             number = 1.0
         return query if number == 1 else calls.mul(query, number)
+
+
+def check_scale(scale: Scale) -> None:
+    """Raises Refused if queries cannot be multiplied by a scale in place of logits."""
+    if scale.refusal:
+        raise Refused(scale.refusal)
 
 
 def scale_of_call(query: fx.Node, key: fx.Node, given: Any, values: Values) -> Scale:
