@@ -72,6 +72,12 @@ def closest(name: str, known: Iterable[str]) -> str:
     return f'There are: {listed}.' if known else 'There are none.'
 
 
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises OptionError if an option is not one of its choices."""
+    if value not in choices:
+        raise OptionError(f'{name}={value!r} is unknown. There are: {", ".join(map(repr, choices))}.')
+
+
 def place_of(error: Exception) -> str:
     """The text of an error with the line of other people's code that caused it."""
     where = line_of(traceback.extract_tb(error.__traceback__))

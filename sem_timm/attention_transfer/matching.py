@@ -21,7 +21,7 @@ from sem_timm.attention_transfer.options import TransferOptions
 from sem_timm.attention_transfer.pair import Pair, SwappedLayer
 from sem_timm.batches import Loader
 from sem_timm.errors import OptionError, closest
-from sem_timm.surgery import first_tensor
+from sem_timm.surgery import tensors_in
 
 SCHEDULES = ('cosine', 'constant', 'multistep', 'poly', 'rsqrt', 'step', 'tanh', 'wsd')
 
@@ -99,7 +99,7 @@ def match(
 
     def learn(layer: SwappedLayer, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: Tensor) -> None:
         with torch.enable_grad():
-            given = first_tensor(layer.student(*args, **kwargs))
+            given = tensors_in(layer.student(*args, **kwargs))[0]
             loss = _missed_part(layer, given, wanted, variances[layer.name])
             loss.backward()
         collected.append(loss.detach())

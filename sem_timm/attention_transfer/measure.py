@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sem_timm.attention_transfer.pair import Pair, SwappedLayer
-from sem_timm.surgery import first_tensor
+from sem_timm.surgery import tensors_in
 
 Visit = Callable[[SwappedLayer, tuple[Any, ...], dict[str, Any], Tensor], None]
 
@@ -23,7 +23,7 @@ def visiting(pair: Pair, visit: Visit) -> Iterator[nn.Module]:
     for layer in pair.layers:
 
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any, layer: SwappedLayer = layer) -> None:
-            visit(layer, args, kwargs, first_tensor(output))
+            visit(layer, args, kwargs, tensors_in(output)[0])
 
         handles.append(layer.teacher.register_forward_hook(hook, with_kwargs=True))
     try:
@@ -75,7 +75,7 @@ def spreads(pair: Pair, batches: Iterable[Tensor]) -> dict[str, list[Spread]]:
     found: dict[str, list[Spread]] = {layer.name: [Spread(), Spread()] for layer in pair.layers}
 
     def visit(layer: SwappedLayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        given = layer.token_groups(first_tensor(layer.student(*args, **kwargs)))
+        given = layer.token_groups(tensors_in(layer.student(*args, **kwargs))[0])
         for spread, wanted, tokens in zip(found[layer.name], layer.token_groups(output), given):
             spread.add(wanted, tokens)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sem_timm.errors import OptionError, closest
+from sem_timm.errors import OptionError, check_choice, closest
 from sem_timm.layers import (
     SEM,
     TIMM_PREFIX,
@@ -20,7 +20,7 @@ from sem_timm.layers import (
     timm_attention,
     timm_attention_names,
 )
-from sem_timm.surgery import BRANCHES, POSITIONS, Site, check_choice
+from sem_timm.surgery import BRANCHES, POSITIONS, Site
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sem_timm.errors import SwapWarning
 from sem_timm.meta import Call, dtype_of, shadow
 from sem_timm.operations.attention import AttentionConfig
-from sem_timm.surgery import Built, Edit, Original, Plan, bound_arguments, first_tensor, patched_class
+from sem_timm.surgery import Built, Edit, Original, Plan, bound_arguments, patched_class, tensors_in
 
 # Biases and nonlinear layers behind a core make its scale and that of the module's output differ, so the latter is
 # corrected step by step, until the standard deviations agree to this part.
@@ -73,12 +73,12 @@ class _Matching:
             for attribute, old in self.original.compute(module, arguments).items():
                 inputs = (old.query, old.key, old.value) if self.operation.reads_keys else (old.query,)
                 self._scale([new[attribute]], new[attribute](*inputs), old.output)
-        before = first_tensor(module.forward(*args, **kwargs))
+        before = tensors_in(module.forward(*args, **kwargs))[0]
         module.__class__ = patched_class(self.edit)
         for attribute, child in new.items():
             module.add_module(attribute, child)
         for _ in range(CORRECTIONS):
-            factor = self._scale(list(new.values()), first_tensor(module.forward(*args, **kwargs)), before)
+            factor = self._scale(list(new.values()), tensors_in(module.forward(*args, **kwargs))[0], before)
             if abs(factor - 1) < TOLERANCE:
                 break
         module.__class__ = self.edit.base

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sem_timm.errors import ModelError, PatchFileError, SemTimmError, SwapWarning, closest
+from sem_timm.errors import ModelError, PatchFileError, SemTimmError, SwapWarning, check_choice, closest
 from sem_timm.layers.operators import registered_name
 from sem_timm.meta import probe
 from sem_timm.operations import AttentionConfig, ExcitationConfig, SEMConfig, plan_model
@@ -24,7 +24,7 @@ from sem_timm.persistence.record import PARTS, RECORD_NAME, PatchRecord, SiteRec
 from sem_timm.persistence.save import base_of, steps_of
 from sem_timm.persistence.weights_file import read_tensors
 from sem_timm.random_state import preserved_random_state
-from sem_timm.surgery import Plan, apply_plan, check_choice, check_model, patched_modules, unpatch_model
+from sem_timm.surgery import Plan, apply_plan, check_model, patched_modules, unpatch_model
 
 CHECKS = ('warn', 'error', 'ignore')
 

@@ -1,13 +1,13 @@
 """Finds places in models and edits them; knows nothing of what is put there."""
 
+from sem_timm.surgery.aliasing import tensors_in
 from sem_timm.surgery.disable import disabled
-from sem_timm.surgery.evaluate import first_tensor
 from sem_timm.surgery.freeze import check_not_compact, drop_unread_parameters, trainable_parameters, unread_parameters
 from sem_timm.surgery.graphs import Values, Verdict, own_methods_called
 from sem_timm.surgery.insert import Inserter
 from sem_timm.surgery.patch import Built, PatchedModule, apply_plan, check_undoable, patched_modules, unpatch_model
 from sem_timm.surgery.placement import Placement, Refused
-from sem_timm.surgery.plan import BRANCHES, POSITIONS, AttentionSite, Insertion, Plan, Refusal, Site, Swap, check_choice
+from sem_timm.surgery.plan import BRANCHES, POSITIONS, AttentionSite, Insertion, Plan, Refusal, Site, Swap
 from sem_timm.surgery.planning import check_model, plan_insertion, plan_swap, reading_of
 from sem_timm.surgery.reading import Reader, Reading, bound_arguments
 from sem_timm.surgery.residual import ResidualAdd, judged_sums, last_of_each_output
@@ -48,14 +48,12 @@ __all__ = [
     'WholeSite',
     'apply_plan',
     'bound_arguments',
-    'check_choice',
     'check_model',
     'check_not_compact',
     'check_undoable',
     'disabled',
     'drop_unread_parameters',
     'edit_of',
-    'first_tensor',
     'heads_of',
     'judged_softmaxes',
     'judged_sums',
@@ -69,6 +67,7 @@ __all__ = [
     'put_back',
     'reading_of',
     'statements',
+    'tensors_in',
     'trainable_parameters',
     'unpatch_model',
     'unread_parameters',

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from sem_timm.meta.layout_mode import LayoutMode
 from sem_timm.meta.skeleton import Call
 from sem_timm.surgery.aliasing import linked, passed_on, passed_on_in_either_mode
 from sem_timm.surgery.bytecode import may_write
-from sem_timm.surgery.effects import needed_for, writes_in
+from sem_timm.surgery.effects import writes_in
 from sem_timm.surgery.graphs import Values
 from sem_timm.surgery.trace import Trace
 
@@ -73,9 +73,6 @@ class Partial(fx.Interpreter):
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.arguments[str(target)]
 
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return operator.attrgetter(str(target))(self.module)(*args, **kwargs)
-
 
 def run_part(
     runner: fx.Interpreter, nodes: Collection[fx.Node], part: Collection[fx.Node], at_first: Collection[fx.Node] = ()
@@ -100,13 +97,3 @@ def run_part(
                 if node in at_first:
                     copies[node] = tree_map_only(torch.Tensor, torch.clone, runner.env[node])
     return {node: copies.get(node, runner.env[node]) for node in nodes}
-
-
-def run_needed(runner: fx.Interpreter, nodes: list[fx.Node], values: Values) -> Values:
-    """As `run_part`, with the part found from the values of the graph."""
-    return run_part(runner, nodes, needed_for(nodes, runner.module, values))
-
-
-def first_tensor(output: Any) -> torch.Tensor:
-    """The first tensor of what a module returns."""
-    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor))

@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from sem_timm.meta.layout import layout_of
+from sem_timm.meta.vocabulary import looks_up, word_of
 
 Values = dict[fx.Node, Any]
 
@@ -45,6 +46,29 @@ def ancestors(nodes: Iterable[fx.Node], values: Mapping[fx.Node, Any] | None = N
         found.add(node)
         waiting += node.all_input_nodes
     return found
+
+
+def read_by(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Nodes and all whose numbers they are computed from, past questions for a shape or a type.
+
+    Of ``q = self.q(x) * self.k(x).shape[-1] ** -0.5`` the keys are an ancestor, and are not read.
+    """
+    found: set[fx.Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node in found:
+            continue
+        found.add(node)
+        word = word_of(node)
+        lends = word is not None and word.lends
+        waiting += () if looks_up(node) else node.all_input_nodes[:1] if lends else node.all_input_nodes
+    return found
+
+
+def output_of(graph: fx.Graph) -> fx.Node:
+    """The node of what a graph returns."""
+    return next(iter(reversed(graph.nodes)))
 
 
 def is_data(value: Any) -> bool:

@@ -18,7 +18,6 @@ from sem_timm.surgery.placement import (
     Refused,
     Rehearsal,
     check_editable,
-    check_hashable,
     check_methods,
     compiled,
     free_names,
@@ -41,7 +40,6 @@ class Inserter:
     def __init__(self, reader: Reader, operation: Insertion) -> None:
         self.reader = reader
         self.operation = operation
-        check_hashable(operation)
         self.candidates = find_blocks(reader)
 
     def place(self, name: str) -> Placement:

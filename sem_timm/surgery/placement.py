@@ -5,11 +5,10 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, field
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import fx, nn
 
-from sem_timm.errors import OptionError
 from sem_timm.surgery.bytecode import method_iterates_children
 from sem_timm.surgery.graphs import own_methods_called
 from sem_timm.surgery.plan import AttentionSite, Site
@@ -92,14 +91,6 @@ class Placer(Protocol):
 
     def rehearse(self, placements: dict[str, Placement]) -> Rehearsal:
         """Looks at what all placements together change; the weightless copy may be used up by it."""
-
-
-def check_hashable(operation: Any) -> None:
-    """Raises OptionError unless the operation can be looked up by value."""
-    try:
-        hash(operation)
-    except TypeError as error:
-        raise OptionError(f'{operation}: {error}; options of an operation are hashable, such as tuples.') from error
 
 
 def check_methods(module: nn.Module, graph: fx.Graph) -> None:

@@ -295,9 +295,3 @@ def _few(names: tuple[str, ...]) -> str:
 
 
 _NUMBERS = ('channels', 'heads', 'tokens', 'new parameters')
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises OptionError if an option is not one of its choices."""
-    if value not in choices:
-        raise OptionError(f'{name}={value!r} is unknown. There are: {", ".join(map(repr, choices))}.')

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sem_timm.errors import ModelError, RefusedError, TraceError
+from sem_timm.errors import ModelError, OptionError, RefusedError, TraceError
 from sem_timm.meta.skeleton import dtype_of, probe
 from sem_timm.random_state import preserved_random_state
 from sem_timm.surgery.insert import Inserter
@@ -91,6 +91,10 @@ def _planned(
     exclude: Target | None,
     input_size: tuple[int, ...] | None,
 ) -> Plan:
+    try:
+        hash(operation)  # plans and edits are looked up by it
+    except TypeError as error:
+        raise OptionError(f'{operation}: {error}; options of an operation are hashable, such as tuples.') from error
     wanted = None if target is None else select(model, target)
     unwanted = _excluded(model, exclude)
     with reading_of(model, input_size) as reader:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ from sem_timm.surgery.aliasing import tensors_in
 from sem_timm.surgery.bytecode import names_called, surroundings
 from sem_timm.surgery.effects import needed_for
 from sem_timm.surgery.evaluate import Partial, run_part
-from sem_timm.surgery.graphs import Values
+from sem_timm.surgery.graphs import Values, output_of
 from sem_timm.surgery.reading import Reading
 from sem_timm.surgery.rewrite import Edit, patched_class
 from sem_timm.surgery.stand_in import StandIns, cloned, shell_of
@@ -92,7 +93,7 @@ def prove_swap(
             seen: dict[str, tuple[Any, ...]] = {}
             stand_ins = {name: _core_stand_in(name, core, values, seen) for name, core in cores[training].items()}
             new = proof.run(patched_class(edit), stand_ins)
-            _check_around(old, new, values[_output(reading.trace.graphs[training])])
+            _check_around(old, new, values[output_of(reading.trace.graphs[training])])
             for name, core in cores[training].items():
                 _check_core(core, values, seen[name], reads_keys)
 
@@ -161,26 +162,21 @@ class _Proof:
         stand_ins = self.stand_ins
         graph, known = reading.trace.graphs[stand_ins.training], reading.values[stand_ins.training]
         outputs = [core.output for core in cores.values()]
-        wanted = [_output(graph), *chain.from_iterable(map(_nodes, cores.values()))]
+        wanted = [output_of(graph), *chain.from_iterable(map(_nodes, cores.values()))]
         module, _ = stand_ins.build(type(stand_ins.module))
         runner = Partial(module, graph, cloned(stand_ins.arguments))
         return run_part(runner, wanted, needed_for(wanted, stand_ins.module, known), outputs)
 
 
-class _explained:
+@contextmanager
+def _explained(module: nn.Module) -> Iterator[None]:
     """Says of whatever goes wrong in which forward it does, as a TraceError."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, TraceError):
-            raise TraceError(f'{_named(self.module)}: {error}') from error
-        if isinstance(error, Exception):  # the forward needs something of its children that stand-ins do not have
-            raise TraceError(f'{_named(self.module)} cannot be checked by itself: {error}') from error
+    try:
+        yield
+    except TraceError as error:
+        raise TraceError(f'{_named(module)}: {error}') from error
+    except Exception as error:  # the forward needs something of its children that stand-ins do not have
+        raise TraceError(f'{_named(module)} cannot be checked by itself: {error}') from error
 
 
 def _named(module: nn.Module) -> str:
@@ -198,10 +194,6 @@ def _identity(x: Tensor, shortcut: Tensor | None = None, shortcut_first: bool = 
     if shortcut is None:
         return x.clone()  # a new tensor, as of any module, so that a change in place shows
     return shortcut + x if shortcut_first else x + shortcut
-
-
-def _output(graph: fx.Graph) -> fx.Node:
-    return next(iter(reversed(graph.nodes)))
 
 
 def _nodes(core: Core) -> Iterator[fx.Node]:
@@ -238,7 +230,8 @@ def _check_core(core: Core, values: Values, inputs: tuple[Any, ...], reads_keys:
     expected = [query]
     if reads_keys:
         factors = [values[factor] for factor, _ in core.scale.factors]
-        expected = [core.scale.of_queries(values[core.scale.query], factors, query.shape[-1]), key, value]
+        unscaled = values[core.scale.query].mT if core.scale.transposed else values[core.scale.query]
+        expected = [core.scale.of_queries(unscaled, factors, query.shape[-1]), key, value]
     if not _alike(list(inputs[: len(expected)]), expected, SWAP_TOLERANCE):
         raise TraceError('swapped, its core gets something else')
     if reads_keys and not core.extras:

@@ -16,15 +16,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from sem_timm.meta.layout import Layout, layout_of
-from sem_timm.meta.vocabulary import NORM_LAYERS, Kind, kind_of, operation_name, word_of, writes_into
+from sem_timm.meta.vocabulary import NORM_LAYERS, Kind, kind_of, operation_name, writes_into
 from sem_timm.surgery.effects import is_written_after
-from sem_timm.surgery.graphs import Values, Verdict, ancestors, is_data
+from sem_timm.surgery.graphs import Values, Verdict, ancestors, is_data, output_of, read_by
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ def judged_sums(graph: fx.Graph, module: nn.Module, values: Values) -> Iterator[
         values: The value of every node.
     """
     weights = _WeightCounter(module)
-    sizes = {value.numel() for value in _leaves(values[_output(graph)]) if isinstance(value, Tensor)}
-    reached = _carried(_output(graph), values)
+    sizes = {value.numel() for value in tree_leaves(values[output_of(graph)]) if isinstance(value, Tensor)}
+    reached = read_by([output_of(graph)])
     for node in graph.nodes:
         if kind_of(node) is Kind.SUM:
             judged = _residual(node, weights, values, sizes) if node in reached else 'it does not reach the output'
@@ -89,7 +88,7 @@ def last_of_each_output(graph: fx.Graph, adds: list[ResidualAdd]) -> list[Residu
     """Of several residual adds in a row only the last; one for each tensor the forward returns."""
     order = {node: index for index, node in enumerate(graph.nodes)}
     kept: dict[fx.Node, ResidualAdd] = {}
-    for result in _nodes(_output(graph).args[0]):
+    for result in output_of(graph).all_input_nodes:
         reached = ancestors([result])
         before = [add for add in adds if add.add in reached]
         if before:
@@ -105,42 +104,6 @@ def site_layout(add: ResidualAdd, values: Values) -> Layout | None:
         return own or trunk
     channel = own.channel if trunk.channel is None else trunk.channel
     return Layout(channel, max(own.prefix, trunk.prefix), trunk.batch)
-
-
-def _output(graph: fx.Graph) -> fx.Node:
-    return next(iter(reversed(graph.nodes)))
-
-
-def _carried(output: fx.Node, values: Values) -> set[fx.Node]:
-    """The nodes that an output is computed from, but for those of which only the size or type is asked."""
-    found: set[fx.Node] = set()
-    waiting = [output]
-    while waiting:
-        node = waiting.pop()
-        if node not in found and not isinstance(values[node], _LOOKED_UP):
-            found.add(node)
-            word = word_of(node)
-            lends = word is not None and word.lends
-            waiting += node.all_input_nodes[:1] if lends else node.all_input_nodes
-    return found
-
-
-_LOOKED_UP = (int, float, str, torch.Size, torch.dtype, torch.device)
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, (tuple, list)):
-        for entry in value:
-            yield from _leaves(entry)
-    elif isinstance(value, dict):
-        for entry in value.values():
-            yield from _leaves(entry)
-    else:
-        yield value
-
-
-def _nodes(value: Any) -> Iterator[fx.Node]:
-    return (leaf for leaf in _leaves(value) if isinstance(leaf, fx.Node))
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -236,7 +199,7 @@ def _is_slice(node: fx.Node) -> bool:
 
 def _rejoined(add: fx.Node, operands: tuple[fx.Node, fx.Node], values: Values) -> bool:
     """Whether the output joins the sum with the rest of a tensor of which an operand is a slice (DPN's dual paths)."""
-    result = _output(add.graph).args[0]
+    result = output_of(add.graph).args[0]
     if not isinstance(result, fx.Node) or kind_of(result) is not Kind.JOIN or add not in result.all_input_nodes:
         return False
     wholes = {_before_slices(operand, values) for operand in operands} - set(operands)

@@ -8,7 +8,7 @@ numbers, needs no weights, and shows in its result whatever it does to data on t
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from itertools import count
 from math import isfinite, nan, sin
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from sem_timm.meta.skeleton import Call
 from sem_timm.meta.state import INFRASTRUCTURE
@@ -186,17 +186,13 @@ def cloned(value: Any) -> Any:
 def _sample(value: Any) -> float:
     """A number that depends on a few hundred entries of each tensor, on where they are, and on its place in memory."""
     total = 0.0
-    for tensor in _floats(value):
+    for tensor in (t for t in tensors_in(value) if t.is_floating_point() and t.numel()):
         entries = tensor.reshape(-1)[:: max(1, tensor.numel() // 251)].double()
         weights = torch.linspace(0.5, 1.5, len(entries), dtype=torch.float64)
         total += float(entries @ weights) / len(entries)
         # A layer may add up in another order if its input lies differently in memory.
         total += 1e-3 * sum(stride / (axis + 2) for axis, stride in enumerate(tensor.stride()))
     return total
-
-
-def _floats(value: Any) -> Iterator[Tensor]:
-    yield from (t for t in tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point() and t.numel())
 
 
 def _scaled(value: Any, factor: float) -> Any:

@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sem_timm.meta.layout import layout_of
 from sem_timm.meta.vocabulary import Kind, kind_of
-from sem_timm.surgery.evaluate import run_needed
+from sem_timm.surgery.effects import needed_for
+from sem_timm.surgery.evaluate import run_part
 from sem_timm.surgery.graphs import Values, called_module
 
 Counted = Literal['channel', 'batch']
@@ -51,10 +52,11 @@ def run_on_indices(
 ) -> dict[fx.Node, Tensor]:
     """The values of nodes when every layer returns the index of each channel or sample instead of features."""
     wanted = list(nodes)
+    graph, part = wanted[0].graph, needed_for(wanted, module, values)
     try:
-        return run_needed(_Indices(module, wanted[0].graph, values, counted, in_full=False), wanted, values)
+        return run_part(_Indices(module, graph, values, counted, in_full=False), wanted, part)
     except RuntimeError:  # what is written into, or viewed as one axis where it was two, must be there in memory
-        return run_needed(_Indices(module, wanted[0].graph, values, counted, in_full=True), wanted, values)
+        return run_part(_Indices(module, graph, values, counted, in_full=True), wanted, part)
 
 
 class _Indices(fx.Interpreter):

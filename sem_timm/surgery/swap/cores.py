@@ -20,14 +20,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from sem_timm.meta.vocabulary import Kind, kind_of, looks_up, operation_name
+from sem_timm.meta.vocabulary import KEEPS_PLACES, Kind, kind_of, looks_up, operation_name
 from sem_timm.surgery.graphs import Values, Verdict
 from sem_timm.surgery.swap.nodes import (
     is_matrix_transpose,
     is_over_last_axis,
-    is_product,
     is_softmax,
-    keeps_places,
     only_adds,
     passes,
 )
@@ -125,7 +123,7 @@ def _spelled_out(softmax: fx.Node, module: nn.Module, values: Values) -> Core:
     current, transposed = softmax, False
     while True:
         users = list(current.users)
-        product = next((user for user in users if is_product(user)), None)
+        product = next((user for user in users if kind_of(user) is Kind.MATRIX_PRODUCT), None)
         if product is not None:
             _check_read_by(product, users)
             break
@@ -160,12 +158,12 @@ def _product_behind(softmax: fx.Node, module: nn.Module, values: Values) -> tupl
     for _ in range(64):
         if not isinstance(current, fx.Node) or not isinstance(values[current], Tensor):
             break
-        if is_product(current):
+        if kind_of(current) is Kind.MATRIX_PRODUCT:
             if moved:
                 raise NotACore(_mixed('its logits are', moved))
             return current, steps
         operands = [o for o in current.all_input_nodes if isinstance(values[o], Tensor)]
-        if keeps_places(current) and operands:
+        if kind_of(current) in KEEPS_PLACES and operands:
             shape = values[current].shape
             whole = [o for o in operands if values[o].shape == shape] or operands[:1]
             main = next((o for o in whole if _leads_to_product(o, module, values)), whole[0])
@@ -209,9 +207,9 @@ def _is_lowest(fill: Any, values: Values) -> bool:
 
 
 def _leads_to_product(node: fx.Node, module: nn.Module, values: Values) -> bool:
-    if is_product(node):
+    if kind_of(node) is Kind.MATRIX_PRODUCT:
         return True
-    leads = keeps_places(node) or kind_of(node) in (Kind.RESHAPE, Kind.PERMUTATION)
+    leads = kind_of(node) in KEEPS_PLACES or kind_of(node) in (Kind.RESHAPE, Kind.PERMUTATION)
     if not (leads or only_adds(node, module, values)):
         return False
     sources = [source for source in node.all_input_nodes if isinstance(values[source], Tensor)]

@@ -20,7 +20,6 @@ from sem_timm.surgery.swap.nodes import is_matrix_transpose
 from sem_timm.surgery.swap.packed import slice_packed
 from sem_timm.surgery.swap.prune import prune
 from sem_timm.surgery.swap.rows import Rows
-from sem_timm.surgery.swap.scale import Arithmetic
 from sem_timm.surgery.trace import Guard
 
 
@@ -64,11 +63,10 @@ def swapped(
     edited.output(edited.graph_copy(graph, copies))
     known = {copies[node]: value for node, value in values.items() if node in copies}
     # In the copy each core becomes a call of the new child; what only the old one read has no reader any more then.
-    nodes = _Nodes(edited, known)
     for (attribute, core), mask in zip(cores.items(), masks, strict=True):
         output = copies[core.output]
         with edited.inserting_before(output):
-            arguments = list(_arguments(nodes, core, copies, operation.reads_keys))
+            arguments = list(_arguments(known, core, copies, operation.reads_keys))
             if mask is not None:
                 arguments.append(_mask(edited, mask, copies))
             new = edited.call_module(attribute, tuple(arguments))
@@ -111,36 +109,27 @@ def _twin_behind(tensor: fx.Node, like: fx.Node, module: nn.Module) -> fx.Node:
     return like
 
 
-class _Nodes(Arithmetic):
-    """Arithmetic as nodes of a graph; what only moves data gets a value too, for those who follow it."""
-
-    def __init__(self, graph: fx.Graph, known: Values) -> None:
-        self.graph, self.known = graph, known
-
-    def mul(self, first: Any, second: Any) -> fx.Node:
-        return self.graph.call_function(operator.mul, (first, second))
-
-    def truediv(self, first: Any, second: Any) -> fx.Node:
-        return self.graph.call_function(operator.truediv, (first, second))
-
-    def transpose(self, tensor: fx.Node) -> fx.Node:
-        if is_matrix_transpose(tensor, self.known):  # there and back
-            return tensor.all_input_nodes[0]
-        node = self.graph.call_method('transpose', (tensor, -2, -1))
-        with LayoutMode():
-            self.known[node] = self.known[tensor].transpose(-2, -1)
-        return node
-
-
-def _arguments(nodes: _Nodes, core: Core, copies: dict[fx.Node, fx.Node], reads_keys: bool) -> Iterator[fx.Node]:
+def _arguments(known: Values, core: Core, copies: dict[fx.Node, fx.Node], reads_keys: bool) -> Iterator[fx.Node]:
+    """The queries, and keys and values, that the new core is handed, as nodes of the copy."""
     if not reads_keys:
         yield copies[core.query]
         return
     scale, key, value = core.scale, copies[core.key], copies[core.value]
-    factors = [copies[factor] for factor, _ in scale.factors]
-    yield scale.of_queries(copies[scale.query], factors, nodes.known[copies[core.query]].shape[-1], nodes)
-    yield nodes.transpose(key) if core.key_transposed else key
-    yield nodes.transpose(value) if core.transposed else value
+    query = _transposed(copies[scale.query], known) if scale.transposed else copies[scale.query]
+    factors = [fx.Proxy(copies[factor]) for factor, _ in scale.factors]
+    yield scale.of_queries(fx.Proxy(query), factors, known[copies[core.query]].shape[-1]).node
+    yield _transposed(key, known) if core.key_transposed else key
+    yield _transposed(value, known) if core.transposed else value
+
+
+def _transposed(tensor: fx.Node, known: Values) -> fx.Node:
+    """A node with the last two axes swapped; it gets a value, for those who follow what only moves."""
+    if is_matrix_transpose(tensor, known):  # there and back
+        return tensor.all_input_nodes[0]
+    node = tensor.graph.call_method('transpose', (tensor, -2, -1))
+    with LayoutMode():
+        known[node] = known[tensor].transpose(-2, -1)
+    return node
 
 
 def _mask(graph: fx.Graph, mask: Extra, copies: dict[fx.Node, fx.Node]) -> fx.Node:

@@ -11,13 +11,8 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map_only
 
 from sem_timm.meta.skeleton import filled
-from sem_timm.meta.vocabulary import KEEPS_PLACES, PASSING_LAYERS, Kind, kind_of, order_of
+from sem_timm.meta.vocabulary import PASSING_LAYERS, Kind, kind_of, order_of
 from sem_timm.surgery.graphs import Values, called_module
-
-
-def is_product(node: fx.Node) -> bool:
-    """Whether a node multiplies matrices."""
-    return kind_of(node) is Kind.MATRIX_PRODUCT
 
 
 def is_softmax(node: fx.Node, module: nn.Module) -> bool:
@@ -36,11 +31,6 @@ def is_over_last_axis(softmax: fx.Node, module: nn.Module, values: Values) -> bo
         axis = softmax.args[1] if len(softmax.args) > 1 else softmax.kwargs.get('dim')
     axis = values[axis] if isinstance(axis, fx.Node) else axis
     return isinstance(axis, int) and axis % values[softmax].ndim == values[softmax].ndim - 1
-
-
-def keeps_places(node: fx.Node) -> bool:
-    """Whether a node leaves each logit in its place, as scales, biases and masks do."""
-    return kind_of(node) in KEEPS_PLACES
 
 
 def passes(node: fx.Node, module: nn.Module) -> bool:

@@ -22,7 +22,6 @@ from sem_timm.surgery.placement import (
     Refused,
     Rehearsal,
     check_editable,
-    check_hashable,
     check_methods,
     compiled,
     free_names,
@@ -79,7 +78,6 @@ class Swapper:
     def __init__(self, reader: Reader, operation: Swap) -> None:
         self.reader = reader
         self.operation = operation
-        check_hashable(operation)
         self.candidates = attention_modules(reader)
         self._grids = Grids(reader, self.candidates)
         self._buffers = {id(buffer) for buffer in reader.probe.skeleton.buffers()}

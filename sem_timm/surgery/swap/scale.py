@@ -44,22 +44,6 @@ class Step:
         return kind_of(self.node) in (Kind.PRODUCT, Kind.QUOTIENT)
 
 
-class Arithmetic:
-    """What is done to queries, on tensors."""
-
-    def mul(self, first: Any, second: Any) -> Any:
-        """The product of two."""
-        return first * second
-
-    def truediv(self, first: Any, second: Any) -> Any:
-        """The quotient of two."""
-        return first / second
-
-    def transpose(self, tensor: Any) -> Any:
-        """One with its last two axes swapped."""
-        return tensor.transpose(-2, -1)
-
-
 @dataclass(frozen=True)
 class Scale:
     """What a core's logits are, ``query`` times keys times ``number``, times and over some ``factors``.
@@ -85,27 +69,24 @@ class Scale:
         """The number by which the products of the core's own queries and keys are multiplied."""
         return self.number / self.folded
 
-    def of_queries(self, query: Any, factors: Iterable[Any], width: int, calls: Arithmetic | None = None) -> Any:
+    def of_queries(self, query: Any, factors: Iterable[Any], width: int) -> Any:
         """Queries of a width for a core that divides by its root.
 
         Args:
-            query: What stands for `query`: its value, or its copy in another graph.
+            query: What stands for `query`, (..., N, d): a tensor, or a proxy in another graph.
             factors: What stands for the nodes of `factors`.
             width: The width d of queries.
-            calls: How it is done, where not on tensors.
         """
-        calls = calls or Arithmetic()
-        query = calls.transpose(query) if self.transposed else query
         number = self.number * math.sqrt(width)
         # The usual scale and the division by the root of the width cancel, and nothing is multiplied at all.
         number = 1.0 if math.isclose(number, 1.0, rel_tol=1e-6) else number
         for (_, divides), factor in zip(self.factors, factors, strict=True):
             if divides:
-                query = calls.truediv(query, factor)
+                query = query / factor
                 continue
-            query = calls.mul(query, factor if number == 1 else calls.mul(factor, number))
+            query = query * (factor if number == 1 else factor * number)
             number = 1.0
-        return query if number == 1 else calls.mul(query, number)
+        return query if number == 1 else query * number
 
 
 def check_scale(scale: Scale) -> None:

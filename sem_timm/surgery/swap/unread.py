@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from sem_timm.meta.layout import layout_of
-from sem_timm.meta.vocabulary import looks_up, word_of
 from sem_timm.surgery.aliasing import tensors_in
 from sem_timm.surgery.bytecode import names_called_by
+from sem_timm.surgery.graphs import read_by
 from sem_timm.surgery.placement import Placement
 from sem_timm.surgery.reading import Reader, bound_arguments
 from sem_timm.surgery.swap.edit import unread_arguments
@@ -97,22 +97,10 @@ def _graphs_before(placement: Placement) -> dict[bool, fx.Graph] | None:
 
 
 def _reached(graphs: Iterable[fx.Graph]) -> set[str]:
-    """Names of the children, methods and tensors whose numbers graphs read, not only their shapes or types.
-
-    Of ``q = self.q(x) * self.k(x).shape[-1] ** -0.5`` these are 'q' alone.
-    """
-    found: set[fx.Node] = set()
+    """Names of the children, methods and tensors whose numbers graphs read, not only their shapes or types."""
     # A check asks for a length or a number, never for what is in a tensor.
-    waiting = [node for graph in graphs for node in graph.nodes if not node.users and node.target is not check]
-    while waiting:
-        node = waiting.pop()
-        if node in found:
-            continue
-        found.add(node)
-        word = word_of(node)
-        lends = word is not None and word.lends
-        waiting += () if looks_up(node) else node.all_input_nodes[:1] if lends else node.all_input_nodes
-    return {str(node.target) for node in found if node.op in ('call_module', 'get_attr')}
+    ends = [node for graph in graphs for node in graph.nodes if not node.users and node.target is not check]
+    return {str(node.target) for node in read_by(ends) if node.op in ('call_module', 'get_attr')}
 
 
 def _read(module: nn.Module, names: list[str], graphs: Iterable[fx.Graph]) -> set[str]:
