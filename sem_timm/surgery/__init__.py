@@ -6,13 +6,14 @@ from sem_timm.surgery.freeze import check_not_compact, drop_unread_parameters, t
 from sem_timm.surgery.graphs import Values, Verdict, own_methods_called
 from sem_timm.surgery.insert import Inserter
 from sem_timm.surgery.patch import Built, PatchedModule, apply_plan, check_undoable, patched_modules, unpatch_model
-from sem_timm.surgery.placement import Placement, Refused
-from sem_timm.surgery.plan import BRANCHES, POSITIONS, AttentionSite, Insertion, Plan, Refusal, Site, Swap
+from sem_timm.surgery.placement import Placement
+from sem_timm.surgery.plan import Plan
 from sem_timm.surgery.planning import check_model, plan_insertion, plan_swap, reading_of
 from sem_timm.surgery.reading import Reader, Reading, bound_arguments
 from sem_timm.surgery.residual import ResidualAdd, judged_sums, last_of_each_output
 from sem_timm.surgery.rewrite import Edit, edit_of, patched_class, put_back
 from sem_timm.surgery.select import Target
+from sem_timm.surgery.sites import BRANCHES, POSITIONS, AttentionSite, Insertion, Refusal, Refused, Site, Swap
 from sem_timm.surgery.source import statements
 from sem_timm.surgery.swap import Core, NotACore, Swapper, heads_of, judged_softmaxes
 from sem_timm.surgery.swap.original import Computed, Original

@@ -15,19 +15,19 @@ from sem_timm.surgery.blocks import find_blocks
 from sem_timm.surgery.bytecode import iterates_children
 from sem_timm.surgery.placement import (
     Placement,
-    Refused,
     Rehearsal,
     check_editable,
     check_methods,
     compiled,
     free_names,
+    written,
 )
-from sem_timm.surgery.plan import Insertion, Site
 from sem_timm.surgery.proof import prove_insertion, prove_output
 from sem_timm.surgery.reading import Reader, Reading
 from sem_timm.surgery.residual import ResidualAdd, last_of_each_output, site_layout
 from sem_timm.surgery.rewrite import Edit
-from sem_timm.surgery.source import graph_source, output_source
+from sem_timm.surgery.sites import Insertion, Refused, Site
+from sem_timm.surgery.source import output_source
 from sem_timm.surgery.trace import forward_signature
 from sem_timm.surgery.trial import shape_text, try_insertion
 
@@ -128,27 +128,20 @@ class Inserter:
             layout = site_layout(add, reading.values[False])
             sites.append(self._site(name, 'residual', attribute, tensor, layout))
         # Which sums are residual depends on shapes, which the trace does not.
-        edits, key = reading.trace.edits, (self.operation, attributes, *self._chosen(reading, numbers))
+        in_mode = {mode: tuple(reading.adds[mode][number] for number in numbers) for mode in (False, True)}
+        edits, key = reading.trace.edits, (self.operation, attributes, *in_mode.values())
         if key not in edits:
-            graphs = self._edited(reading, numbers, attributes)
-            try:
-                source, bindings = graph_source(type(module), reading.trace, graphs)
-            except SyntaxError as error:  # a child named by a keyword, say
-                raise Refused(f'its forward cannot be written as code: {error}') from error
-            edit = Edit(type(module), source, bindings, attributes, 'residual', self.operation)
-            edits[key] = compiled(edit)
+            graphs = self._edited(reading.trace.graphs, in_mode, attributes)
+            edits[key] = written(type(module), reading.trace, graphs, attributes, 'residual', self.operation)
         return Placement(tuple(sites), edits[key], reading)
 
-    def _chosen(self, reading: Reading, numbers: list[int]) -> tuple[tuple[ResidualAdd, ...], ...]:
-        """The sums that get a new child, in eval and in training mode."""
-        return tuple(tuple(reading.adds[mode][number] for number in numbers) for mode in (False, True))
-
-    def _edited(self, reading: Reading, numbers: list[int], attributes: tuple[str, ...]) -> dict[bool, fx.Graph]:
-        graphs, fuses = reading.trace.graphs, self.operation.fuses_shortcut
-        for_eval, for_training = self._chosen(reading, numbers)
-        edited = insert_modules(graphs[False], for_eval, attributes, fuses)
-        same = graphs[True] is graphs[False]
-        return {False: edited, True: edited if same else insert_modules(graphs[True], for_training, attributes, fuses)}
+    def _edited(
+        self, graphs: dict[bool, fx.Graph], adds: dict[bool, tuple[ResidualAdd, ...]], attributes: tuple[str, ...]
+    ) -> dict[bool, fx.Graph]:
+        modes = (False,) if graphs[True] is graphs[False] else (False, True)
+        fuses = self.operation.fuses_shortcut
+        edited = {mode: insert_modules(graphs[mode], adds[mode], attributes, fuses) for mode in modes}
+        return {True: edited[False], **edited}
 
     def _site(self, name: str, position: str, attribute: str, tensor: Tensor, layout: Layout | None) -> Site:
         shape = tuple(tensor.shape)

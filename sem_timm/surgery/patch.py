@@ -19,9 +19,10 @@ from sem_timm.errors import ModelError, PlanError, SwapWarning
 from sem_timm.meta.skeleton import dtype_of
 from sem_timm.random_state import preserved_random_state
 from sem_timm.surgery.freeze import check_not_compact, freeze, unfreeze
-from sem_timm.surgery.plan import AttentionSite, Operation, Plan, Site
+from sem_timm.surgery.plan import Plan
 from sem_timm.surgery.planning import check_model, structure_of
 from sem_timm.surgery.rewrite import Note, edit_of, note_of, put_back, put_in
+from sem_timm.surgery.sites import AttentionSite, Operation, Site
 
 
 @dataclass(frozen=True)

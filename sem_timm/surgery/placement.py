@@ -5,24 +5,22 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, field
 from types import FunctionType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import fx, nn
 
 from sem_timm.surgery.bytecode import method_iterates_children
 from sem_timm.surgery.graphs import own_methods_called
-from sem_timm.surgery.plan import AttentionSite, Site
 from sem_timm.surgery.reading import Reader, Reading
 from sem_timm.surgery.rewrite import Edit, edit_of, patched_class
+from sem_timm.surgery.sites import AttentionSite, Refused, Site
+from sem_timm.surgery.source import graph_source
+from sem_timm.surgery.trace import Trace
 
 if TYPE_CHECKING:
     from sem_timm.surgery.swap.edit import SwappedGraphs
     from sem_timm.surgery.swap.original import Original
     from sem_timm.surgery.swap.rows import Rows
-
-
-class Refused(Exception):
-    """A module cannot take the operation; the message is the reason, to be listed or raised by the caller."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +121,15 @@ def free_names(module: nn.Module, base: str, count: int = 1) -> tuple[str, ...]:
             name += '_'
         names[index] = name
     return tuple(names)
+
+
+def written(base: type, trace: Trace, graphs: dict[bool, fx.Graph], *facts: Any) -> Edit:
+    """The edit that makes graphs the forward of a class, with the other facts of an `Edit`; or raises Refused."""
+    try:
+        source, bindings = graph_source(base, trace, graphs)
+    except SyntaxError as error:  # a child named by a keyword, say
+        raise Refused(f'its forward cannot be written as code: {error}') from error
+    return compiled(Edit(base, source, bindings, *facts))
 
 
 def compiled(edit: Edit) -> Edit:

@@ -18,11 +18,12 @@ from sem_timm.errors import ModelError, OptionError, RefusedError, TraceError
 from sem_timm.meta.skeleton import dtype_of, probe
 from sem_timm.random_state import preserved_random_state
 from sem_timm.surgery.insert import Inserter
-from sem_timm.surgery.placement import Placement, Placer, Refused
-from sem_timm.surgery.plan import Insertion, Plan, Refusal, Swap
+from sem_timm.surgery.placement import Placement, Placer
+from sem_timm.surgery.plan import Plan
 from sem_timm.surgery.reading import Reader
 from sem_timm.surgery.rewrite import DISABLED
 from sem_timm.surgery.select import Target, select
+from sem_timm.surgery.sites import Insertion, Refusal, Refused, Swap
 from sem_timm.surgery.swap import NoCore, Swapper, may_attend
 
 # While torch.fx traces, it catches the calls of all modules of the process; and the random generators, which a forward

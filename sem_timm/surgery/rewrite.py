@@ -15,15 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 from torch import nn
 
 from sem_timm.errors import ModelError
-
-if TYPE_CHECKING:
-    from sem_timm.surgery.plan import AttentionSite, Operation, Site
+from sem_timm.surgery.sites import AttentionSite, Operation, Site
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from sem_timm.meta.layout import Layout, set_layout
 from sem_timm.meta.layout_mode import LayoutMode
-from sem_timm.surgery.placement import Refused
-from sem_timm.surgery.plan import AttentionSite, Insertion, Site, Swap
+from sem_timm.surgery.sites import AttentionSite, Insertion, Refused, Site, Swap
 
 _META = torch.device('meta')
 

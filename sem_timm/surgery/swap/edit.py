@@ -12,8 +12,8 @@ from torch import fx, nn
 from sem_timm.meta.layout_mode import LayoutMode
 from sem_timm.meta.vocabulary import MOVES, Kind, kind_of, word_of
 from sem_timm.surgery.graphs import Values, ancestors, called_module
-from sem_timm.surgery.plan import Swap
 from sem_timm.surgery.reading import Reading
+from sem_timm.surgery.sites import Swap
 from sem_timm.surgery.swap.cores import Core, Extra
 from sem_timm.surgery.swap.folding import fold_projections
 from sem_timm.surgery.swap.nodes import is_matrix_transpose

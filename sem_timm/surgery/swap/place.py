@@ -19,18 +19,16 @@ from sem_timm.surgery.bytecode import names_called
 from sem_timm.surgery.graphs import Values, Verdict, ancestors
 from sem_timm.surgery.placement import (
     Placement,
-    Refused,
     Rehearsal,
     check_editable,
     check_methods,
-    compiled,
     free_names,
+    written,
 )
-from sem_timm.surgery.plan import AttentionSite, Swap
 from sem_timm.surgery.proof import prove_swap
 from sem_timm.surgery.reading import Reader, Reading, bound_arguments
 from sem_timm.surgery.rewrite import Edit, edit_of
-from sem_timm.surgery.source import graph_source
+from sem_timm.surgery.sites import AttentionSite, Refused, Swap
 from sem_timm.surgery.swap.cores import Core, Extra, cores_of, judged_softmaxes
 from sem_timm.surgery.swap.edit import SwappedGraphs, guards_for_unread, swapped, unread_arguments
 from sem_timm.surgery.swap.grids import Grids
@@ -240,12 +238,9 @@ class Swapper:
         guards = [*trace.guards, *guards_for_unread(reading, graphs)]
         unread = unread_arguments(trace.values, graphs) & self._tables(type(module))
         guards = [guard for guard in guards if guard.condition.split(' is ')[0] not in unread]
-        try:
-            source, bindings = graph_source(type(module), replace(trace, guards=tuple(dict.fromkeys(guards))), graphs)
-        except SyntaxError as error:
-            raise Refused(f'its forward cannot be written as code: {error}') from error
-        edit = Edit(type(module), source, bindings, attributes, 'core', self.operation)
-        return compiled(edit), SwappedGraphs(found, graphs, sliced, tuple(computed))
+        guarded = replace(trace, guards=tuple(dict.fromkeys(guards)))
+        edit = written(type(module), guarded, graphs, attributes, 'core', self.operation)
+        return edit, SwappedGraphs(found, graphs, sliced, tuple(computed))
 
     def _tables(self, cls: type) -> frozenset[str]:
         """Arguments in which some module of a class gets a table, such as the mask of shifted windows.

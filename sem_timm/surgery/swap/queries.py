@@ -9,8 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from sem_timm.surgery.bytecode import names_called_by
 from sem_timm.surgery.graphs import Values, ancestors, called_module, is_data
-from sem_timm.surgery.placement import Refused
-from sem_timm.surgery.plan import Swap
+from sem_timm.surgery.sites import Refused, Swap
 from sem_timm.surgery.swap.axes import changes_along_axes
 from sem_timm.surgery.swap.cores import Core, Extra
 

@@ -12,9 +12,9 @@ from sem_timm.meta.layout_mode import LayoutMode
 from sem_timm.meta.skeleton import Call
 from sem_timm.surgery.aliasing import tensors_in
 from sem_timm.surgery.placement import Placement, Rehearsal
-from sem_timm.surgery.plan import Swap
 from sem_timm.surgery.reading import Reader
 from sem_timm.surgery.rewrite import patched_class
+from sem_timm.surgery.sites import Swap
 from sem_timm.surgery.swap.original import Original
 from sem_timm.surgery.swap.unread import computed_in_vain, may_lose_others, reached_parameters, unread_parameters
 

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from sem_timm.meta.vocabulary import Kind, kind_of, looks_up, operation_name, writes_into
 from sem_timm.surgery.graphs import Values
-from sem_timm.surgery.placement import Refused
+from sem_timm.surgery.sites import Refused
 from sem_timm.surgery.swap.nodes import is_matrix_transpose
 
 

@@ -10,11 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 from sem_timm.meta.layout import layout_of
 from sem_timm.meta.skeleton import Call
-from sem_timm.surgery.placement import Placement, Refused, compiled, free_names
-from sem_timm.surgery.plan import AttentionSite, Swap
+from sem_timm.surgery.placement import Placement, free_names, written
 from sem_timm.surgery.reading import Reader, Reading, bound_arguments
-from sem_timm.surgery.rewrite import Edit
-from sem_timm.surgery.source import graph_source
+from sem_timm.surgery.sites import AttentionSite, Refused, Swap
 from sem_timm.surgery.swap.edit import SwappedGraphs, calling, guards_for_unread
 from sem_timm.surgery.trace import Trace, forward_signature
 from sem_timm.surgery.trial import try_swap
@@ -67,8 +65,7 @@ def place_whole(reader: Reader, operation: Swap, name: str) -> Placement:
     graph = calling(attribute, list(values), masked)
     trace = Trace(forward_signature(type(module)), values, {True: graph, False: graph}, (), frozenset())
     guards = tuple(guards_for_unread(Reading(trace, {}, {}), trace.graphs))
-    source, bindings = graph_source(type(module), replace(trace, guards=guards), trace.graphs)
-    edit = compiled(Edit(type(module), source, bindings, (attribute,), 'core', operation))
+    edit = written(type(module), replace(trace, guards=guards), trace.graphs, (attribute,), 'core', operation)
     return Placement((site,), edit, None, SwappedGraphs({}, trace.graphs))
 
 
