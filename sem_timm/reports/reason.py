@@ -19,6 +19,7 @@ from sem_timm.reports.listing import line_of
 from sem_timm.surgery import Core, ResidualAdd, Verdict
 
 _PACKAGE = Path(__file__).parents[1]
+_STANDARD_LIBRARY = Path(traceback.__file__).parent
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def _looked_at(error: BaseException) -> fx.Node | None:
 def _foreign_line(error: BaseException) -> str:
     """The innermost line of other people's code that an error came through."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if '/torch/' not in frame.filename and not Path(frame.filename).is_relative_to(_PACKAGE) and frame.line:
+        file = Path(frame.filename)
+        of_python = file.is_relative_to(_STANDARD_LIBRARY) and 'site-packages' not in file.parts
+        if not of_python and '/torch/' not in frame.filename and not file.is_relative_to(_PACKAGE) and frame.line:
             return f'{from_package(frame.filename)}:{frame.lineno}: {frame.line}'
     return ''

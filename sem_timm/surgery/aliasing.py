@@ -12,7 +12,7 @@ evaluated, so that all values of a graph tell the truth about one another.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,9 +26,23 @@ from sem_timm.meta.vocabulary import EITHER, PASSING_LAYERS, word_of
 from sem_timm.surgery.bytecode import names_called, names_called_by
 from sem_timm.surgery.graphs import Values
 
-# For each tensor that a call returned the place of the one whose numbers it shows, or None: among all that was given,
-# followed by the tensors returned before it.
-Passing = Sequence[int | None]
+
+class Shown(NamedTuple):
+    """Whose numbers a tensor that a call returned shows, and which of them.
+
+    Attributes:
+        place: Place of the other tensor among all that was given, followed by the tensors returned before this one.
+        behind: How many numbers behind the first of the other one it begins.
+        stride: Its strides; none where the tensor is the other one itself.
+    """
+
+    place: int
+    behind: int
+    stride: tuple[int, ...]
+
+
+# For each tensor that a call returned what it shows of others, or None.
+Passing = Sequence[Shown | None]
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -54,12 +68,16 @@ def share_memory(first: Tensor, second: Tensor) -> bool:
 def passed_on(call: Call) -> Passing:
     """What a call returned of that which it was given, or returned twice."""
     known: list[Any] = tree_leaves((call.args, call.kwargs))
-    passing: list[int | None] = []
+    passing: list[Shown | None] = []
     for tensor in tensors_in(call.output):
-        earlier = [(index, other) for index, other in enumerate(known) if isinstance(other, Tensor)]
-        itself = (index for index, other in earlier if other is tensor)
-        viewed = (index for index, other in earlier if share_memory(other, tensor))
-        passing.append(next(itself, next(viewed, None)))
+        earlier = [(place, other) for place, other in enumerate(known) if isinstance(other, Tensor)]
+        itself = (each for each in earlier if each[1] is tensor)
+        found = next(itself, next((each for each in earlier if share_memory(each[1], tensor)), None))
+        if found is None:
+            passing.append(None)
+        else:
+            behind = int(tensor.storage_offset() - found[1].storage_offset())
+            passing.append(Shown(found[0], behind, () if found[1] is tensor else tensor.stride()))
         known.append(tensor)
     return passing
 
@@ -107,30 +125,34 @@ def linked(output: Any, passing: Passing, args: Any, kwargs: Any) -> Any:
         args: What is given by place.
         kwargs: What is given by name.
     """
-    if all(index is None for index in passing):
+    if all(entry is None for entry in passing):
         return output
-    known, places = tree_leaves((args, kwargs)), iter(passing)
+    known, entries = tree_leaves((args, kwargs)), iter(passing)
 
     def link(tensor: Tensor) -> Tensor:
-        place = next(places)
-        known.append(tensor if place is None else shown_by(known[place], tensor))
+        entry = next(entries)
+        known.append(tensor if entry is None else _shown_by(known[entry.place], tensor, entry))
         shown: Tensor = known[-1]
         return shown
 
     return tree_map_only(Tensor, link, output)
 
 
-def shown_by(given: Any, like: Tensor) -> Tensor:
-    """A tensor of the form of another that shows numbers of a third, as far as it has as many."""
+def _shown_by(given: Any, like: Tensor, shown: Shown) -> Tensor:
+    """A tensor of the form of another that shows of the numbers of ``given`` those that it should."""
     if not isinstance(given, Tensor) or given.dtype != like.dtype or given.layout is not torch.strided:
         return like
-    if given.shape == like.shape:
+    if not shown.stride and given.shape == like.shape:
         return given
-    needed = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride()))
-    if not like.numel() or given.storage_offset() + needed > given.untyped_storage().nbytes() // given.itemsize:
-        return like
-    view = given.as_strided(like.shape, like.stride())
-    return view if layout_of(like) is None else set_layout(view, layout_of(like) or Layout())
+    available = given.untyped_storage().nbytes() // given.itemsize
+    # Numbers that stand for a slice have no gaps, as it had: then the first ones are shown, to be on the safe side.
+    for stride, behind in ((shown.stride, shown.behind), (like.stride(), 0)):
+        first = given.storage_offset() + behind
+        last = first + sum((size - 1) * step for size, step in zip(like.shape, stride))
+        if len(stride) == like.ndim and like.numel() and first >= 0 and last < available:
+            view = given.as_strided(like.shape, stride, first)
+            return view if layout_of(like) is None else set_layout(view, layout_of(like) or Layout())
+    return like
 
 
 class Memory:

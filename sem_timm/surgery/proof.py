@@ -17,7 +17,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,7 +63,7 @@ def prove_insertion(reading: Reading, module: nn.Module, edit: Edit) -> None:
             old = proof.run(edit.base, {})
             new = proof.run(patched_class(edit), dict.fromkeys(edit.inserted, _identity))
             if not _alike(old, new, 0.0):
-                raise TraceError('rewritten, it computes something else')
+                raise TraceError(f'rewritten, it computes something else: {_first_difference(old, new)}')
 
 
 def prove_swap(
@@ -182,6 +182,22 @@ def _explained(module: nn.Module) -> Iterator[None]:
 def _named(module: nn.Module) -> str:
     code = inspect.unwrap(type(module).forward).__code__
     return f'{type(module).__name__}.forward ({from_package(code.co_filename)}:{code.co_firstlineno})'
+
+
+def _first_difference(old: _Outcome, new: _Outcome) -> str:
+    """What differs first in two runs, in the order of a forward: calls of children, and what comes of them."""
+    for one, other in zip_longest(old.calls, new.calls):
+        if one != other:
+            called = (one or other)[0]
+            return f'{called} is given something else' if one and other else f'{called} is called once more or less'
+    for what, one, other in (
+        ('its result is another', old.result, new.result),
+        ('its arguments are left in another state', old.arguments, new.arguments),
+        ('what it reads is left in another state', old.read, new.read),
+    ):
+        if not _alike(one, other, 0.0):
+            return what
+    return 'it draws other random numbers'
 
 
 def _outlines(module: nn.Module, cls: type) -> dict[str, Any]:

@@ -270,7 +270,7 @@ def test_learned_keys_that_only_lend_their_width_are_unread() -> None:
     backward(model, images)
     assert without_gradient(model) == set()
     expected = outputs(model, images)
-    sem_timm.compact_model(model)  # keeps what is still computed
+    sem_timm.drop_unread_parameters(model)  # keeps what is still computed
     torch.testing.assert_close(outputs(model, images), expected)
 
 
