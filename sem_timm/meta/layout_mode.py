@@ -32,6 +32,7 @@ class LayoutMode(TorchFunctionMode):
             out = in_place(*args, **kwargs) if writes_by_name(name) else word.shape(*args, **kwargs)
         if out is NotImplemented:
             out = func(*args, **kwargs)
+        # What derives from weights alone has no layout, and so is told from data.
         sources = [tensor for tensor in tensors if layout_of(tensor) is not None]
         if sources:
             rule = inherited if word is None else word.layout

@@ -129,6 +129,7 @@ def joined(tensors: Any, dim: int = 0) -> Any:
     first = tensors[0]
     dim %= max(first.ndim, 1)
     sizes = [(*tensor.shape[:dim], *tensor.shape[dim + 1 :]) for tensor in tensors]
+    # torch promotes types and lets an empty tensor of one axis pass; both are left to it.
     alike = all(t.ndim == first.ndim and t.dtype == first.dtype for t in tensors)
     # Maps have a layout in memory that a concatenation keeps.
     plain = first.ndim < 4 or all(tensor.is_contiguous() for tensor in tensors)

@@ -88,6 +88,7 @@ def passed_on_in_either_mode(called: Any, call: Call) -> Passing:
     if not _asks_for_mode(called):
         return passing
     in_training = passed_on(_in_training(called, call))
+    # In training a child may return more, or less: then only what it does in eval mode is known.
     same = len(in_training) == len(passing)
     return [new if old is None else old for old, new in zip(passing, in_training)] if same else passing
 

@@ -82,6 +82,7 @@ def _run_by(cls: type, method: str) -> tuple[tuple[_Scoped, ...], frozenset[str]
     """The code that a method of a class may run, and the names and texts in it."""
     found: list[_Scoped] = []
     waiting, seen = [method], {method}
+    # Whatever name occurs may be a method of the class, and what it runs may steer the forward.
     while waiting:
         for function in _definitions(cls, waiting.pop()):
             for code, scope in _reachable(function):
@@ -158,6 +159,7 @@ def _reachable(function: FunctionType) -> Iterator[_Scoped]:
         visited.add(code)
         yield code, scope
         waiting += [(constant, scope) for constant in code.co_consts if isinstance(constant, CodeType)]
+        # Functions of libraries are known by their names, and what they call is theirs.
         for called in _called(code, scope):
             if isinstance(called, FunctionType) and str(called.__module__).split('.')[0] not in _LIBRARIES:
                 waiting.append((called.__code__, called.__globals__))

@@ -31,6 +31,7 @@ def needed_for(nodes: Iterable[fx.Node], module: nn.Module, values: Values) -> s
     wanted = list(nodes)
     order = {node: position for position, node in enumerate(wanted[0].graph.nodes)}
     writes = writes_in(order, module)
+    # Without writes beside it, what a node is computed from is all that it needs.
     found = ancestors(wanted)
     if not writes.keys() - found:
         return found

@@ -41,6 +41,7 @@ def ancestors(nodes: Iterable[fx.Node], values: Mapping[fx.Node, Any] | None = N
     waiting = list(nodes)
     while waiting:
         node = waiting.pop()
+        # With values, a shape that was computed from data ends the way: it is no data itself.
         if node in found or (values is not None and not is_data(values[node])):
             continue
         found.add(node)
@@ -61,6 +62,7 @@ def read_by(nodes: Iterable[fx.Node]) -> set[fx.Node]:
             continue
         found.add(node)
         word = word_of(node)
+        # x.view_as(y) reads x; of y it takes the shape.
         lends = word is not None and word.lends
         waiting += () if looks_up(node) else node.all_input_nodes[:1] if lends else node.all_input_nodes
     return found

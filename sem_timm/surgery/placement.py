@@ -116,6 +116,7 @@ def check_editable(reader: Reader, name: str) -> None:
 def free_names(module: nn.Module, base: str, count: int = 1) -> tuple[str, ...]:
     """Names for new children that the module does not have yet."""
     names = [base] if count == 1 else [f'{base}{number}' for number in range(1, count + 1)]
+    # A block may have a child of this name of its own: timm has an se in many.
     for index, name in enumerate(names):
         while hasattr(module, name):
             name += '_'

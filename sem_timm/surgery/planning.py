@@ -195,6 +195,7 @@ class _Work:
             trace = None if placement.reading is None else id(placement.reading.trace.graphs)
             forms.setdefault((placement.edit.base, _DIGITS.sub('#', placement.edit.source), trace), []).append(name)
         for names in forms.values():
+            # Arithmetic on the largest stage of a network would cost seconds and show no more.
             smallest = min(names, key=lambda name: sum(prod(site.shape) for site in self.placements[name].sites))
             try:
                 self.placer.prove(smallest, self.placements[smallest])

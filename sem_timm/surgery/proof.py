@@ -152,6 +152,7 @@ class _Proof:
             result = cls.forward(module, **given)
             after = _outlines(module, base)
             drawn = random_states()
+        # A graph has no attributes and no globals: what a forward leaves in them would be lost.
         changed = [name for name, value in after.items() if before.get(name, value) != value]
         if changed:
             raise TraceError(f'it changes {changed[0]}, which a graph cannot show')
@@ -186,6 +187,7 @@ def _named(module: nn.Module) -> str:
 
 def _first_difference(old: _Outcome, new: _Outcome) -> str:
     """What differs first in two runs, in the order of a forward: calls of children, and what comes of them."""
+    # The first child that is given something else stands right behind the first line that differs.
     for one, other in zip_longest(old.calls, new.calls):
         if one != other:
             called = (one or other)[0]

@@ -73,6 +73,7 @@ def _residual(node: fx.Node, weights: _WeightCounter, values: Values, sizes: set
     pair = _unequal(values, node, *operands) or _branch_and_shortcut(*operands, weights, values)
     if isinstance(pair, str):
         return pair
+    # RexNet adds its shortcut to some channels of the branch: the gate goes on all of them.
     branch, shortcut = pair
     whole = _before_slices(branch, values)
     if any(_changed_in_place(operand, node) for operand in {branch, shortcut, whole}):
@@ -134,6 +135,7 @@ def _branch_and_shortcut(
     """Tells the branch from the shortcut, or why this is some other sum."""
     if _is_one_of_several_inputs(first, values) or _is_one_of_several_inputs(second, values):
         return 'it fuses tensors of a list that the module is given'
+    # What both operands are computed from; the layers behind it are what tells the two apart.
     common = ancestors([first], values) & ancestors([second], values)
     depth_first, touched_first = weights.along(first, common)
     depth_second, touched_second = weights.along(second, common)
@@ -199,6 +201,7 @@ def _is_slice(node: fx.Node) -> bool:
 
 def _rejoined(add: fx.Node, operands: tuple[fx.Node, fx.Node], values: Values) -> bool:
     """Whether the output joins the sum with the rest of a tensor of which an operand is a slice (DPN's dual paths)."""
+    # DPN adds to one part of its channels and concatenates the other.
     result = output_of(add.graph).args[0]
     if not isinstance(result, fx.Node) or kind_of(result) is not Kind.JOIN or add not in result.all_input_nodes:
         return False

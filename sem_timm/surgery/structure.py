@@ -41,6 +41,7 @@ class Structures:
     def describe(self, module: nn.Module) -> Hashable:
         """What of a module, of its children and of their attributes can steer its forward."""
         mentioned = names_called(type(module)) - INFRASTRUCTURE
+        # A forward may ask self.norm.eps: attributes of descendants count where its code has their names.
         looked_into = tuple(
             (name, key, _exact(child.__dict__[key]))
             for name, child in module.named_modules()

@@ -41,6 +41,7 @@ def changes_along_axes(node: fx.Node, module: nn.Module, values: Values, counted
 
 def without_repeats(tensor: Tensor) -> Tensor:
     """A tensor with one entry along each axis that repeats one in memory: what an index is mostly made of."""
+    # An expanded index has a stride of zero along all axes but the one that is counted.
     repeated = [axis for axis, stride in enumerate(tensor.stride()) if stride == 0 and tensor.shape[axis] > 1]
     for axis in repeated:
         tensor = tensor.narrow(axis, 0, 1)
@@ -69,6 +70,7 @@ class _Indices(fx.Interpreter):
             return tree_map_only(Tensor, self._counted, self.known[n])
         if n.op == 'get_attr':
             return tree_map_only(Tensor, self._ones, self.known[n])
+        # What has weights computes new features: the number of each channel starts anew, and samples stay apart.
         if (n.op == 'call_module' and not self._is_free(n)) or kind_of(n) in (Kind.LAYER, Kind.NORM):
             inputs = [leaf for leaf in tree_leaves(self.fetch_args_kwargs_from_env(n)) if isinstance(leaf, Tensor)]
             return tree_map_only(Tensor, lambda out: self._handed_on(out, inputs), self.known[n])
@@ -88,6 +90,7 @@ class _Indices(fx.Interpreter):
         layout = layout_of(like)
         if layout is None or not like.is_floating_point():
             return self._ones(like)
+        # Of channels or samples, the one that is not counted repeats itself.
         axis = layout.channel if self.counted == 'channel' else layout.batch
         if axis is None:
             raise RuntimeError(f'the {self.counted} axis of a tensor {tuple(like.shape)} is not known')

@@ -105,6 +105,7 @@ _ARGUMENTS = ('query', 'key', 'value', 'attn_mask', 'dropout_p', 'is_causal', 's
 def _called(node: fx.Node, values: Values) -> Core:
     given: dict[str, Any] = {**dict(zip(_ARGUMENTS, node.args)), **node.kwargs}
     query, key, mask, is_causal = given['query'], given['key'], given.get('attn_mask'), given.get('is_causal')
+    # By the convention of torch True takes part.
     how = 'kept' if isinstance(mask, fx.Node) and getattr(values[mask], 'dtype', None) is torch.bool else 'added'
     extras = (Extra(mask, how),) if isinstance(mask, fx.Node) else ()
     is_causal = values[is_causal] if isinstance(is_causal, fx.Node) else is_causal
@@ -127,6 +128,7 @@ def _spelled_out(softmax: fx.Node, module: nn.Module, values: Values) -> Core:
         if product is not None:
             _check_read_by(product, users)
             break
+        # Dropout, casts and a transpose may stand between weights and values; v @ attention.mT has the weights second.
         following = next((user for user in users if passes(user, module)), None)
         if following is None:
             following = next((user for user in users if is_matrix_transpose(user, values)), None)
@@ -136,6 +138,7 @@ def _spelled_out(softmax: fx.Node, module: nn.Module, values: Values) -> Core:
         _check_read_by(following, users)
         current = following
     left, right = _factors(product)
+    # The product of queries and keys is written q @ k.mT, so the keys are transposed in it.
     if left is current and not transposed:
         return Core(product, query, key, right, scale, extras, key_transposed=True, adding=adding)
     if right is current and transposed:
@@ -155,6 +158,7 @@ def _product_behind(softmax: fx.Node, module: nn.Module, values: Values) -> tupl
     current: Any = softmax.args[0] if softmax.args else softmax.kwargs.get('input')
     steps: list[Step] = []
     moved: list[fx.Node] = []
+    # Back from the softmax, one operand after the other, until a product; a chain has an end, whatever a graph says.
     for _ in range(64):
         if not isinstance(current, fx.Node) or not isinstance(values[current], Tensor):
             break
@@ -165,6 +169,7 @@ def _product_behind(softmax: fx.Node, module: nn.Module, values: Values) -> tupl
         operands = [o for o in current.all_input_nodes if isinstance(values[o], Tensor)]
         if kind_of(current) in KEEPS_PLACES and operands:
             shape = values[current].shape
+            # Of logits + bias the logits are the operand that a product leads to, whichever is written first.
             whole = [o for o in operands if values[o].shape == shape] or operands[:1]
             main = next((o for o in whole if _leads_to_product(o, module, values)), whole[0])
             steps.append(Step(current, main))
@@ -186,6 +191,7 @@ def _extras(step: Step, values: Values) -> list[Extra]:
     others = [o for o in node.all_input_nodes if o is not step.logits and isinstance(values[o], Tensor)]
     if kind in (Kind.CAST, Kind.COPY, Kind.EXPANSION, Kind.RESHAPE):
         return []
+    # A scale is the same for all keys; what differs between keys is none, and comes below.
     if step.multiplies and all(values[other].shape[-1:] in ((), (1,)) for other in others):
         return []
     if name == 'masked_fill' and len(node.args) == 3:

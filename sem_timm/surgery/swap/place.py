@@ -249,6 +249,7 @@ class Swapper:
         that resizing the model may change it.
         """
         if cls not in self._tables_of:
+            # All modules of the class are asked, since a resized model may shift other windows than this one does.
             found = set()
             for name, call in self.reader.probe.calls.items():
                 if type(self.reader.modules[name]) is cls:

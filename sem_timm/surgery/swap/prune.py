@@ -29,6 +29,7 @@ def prune(graph: fx.Graph, module: nn.Module, values: Values) -> None:
         if not decided:
             break
         wanted += decided
+    # Backwards, so that a node has no users left when its turn comes.
     for node in reversed(graph.nodes):
         if node not in alive and node.op != 'placeholder':
             graph.erase_node(node)

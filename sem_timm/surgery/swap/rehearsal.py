@@ -61,6 +61,7 @@ def _still_called(skeleton: nn.Module, lost: set[str]) -> list[str]:
     Such as the table of position biases that vit_srelpos computes once for all of its blocks.
     """
     found: list[str] = []
+    # Outermost first, as named_modules goes.
     for name, module in skeleton.named_modules():
         parameters = {f'{name}.{parameter}' for parameter, _ in module.named_parameters()}
         if parameters and parameters <= lost and not name.startswith(tuple(f'{outer}.' for outer in found)):

@@ -44,6 +44,7 @@ def take_rows(graph: fx.Graph, tensor: fx.Node, rows: Rows, values: Values) -> t
     start = 0
     for piece in pieces:
         size = int(values[piece].shape[0])
+        # The rows in this piece, counted from its own first one.
         first, last = max(rows.first - start, 0), min(rows.last - start, size)
         start += size
         if first >= last:

@@ -77,6 +77,7 @@ def _check_contract(values: dict[str, Any], call: Call) -> None:
         raise Refused('its input is not (B, N, C)')
     if not isinstance(call.output, Tensor) or call.output.shape != first[1].shape:
         raise Refused('its output has not the shape (B, N, C) of its input')
+    # A mask or a table of positions is no data; global queries of another stage are.
     data = [key for key, value in others if any(layout_of(leaf) is not None for leaf in tree_leaves(value))]
     if data:
         raise Refused(f'it is also given {data[0]}, which depends on the data')
