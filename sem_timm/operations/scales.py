@@ -52,7 +52,7 @@ def match_scales(model: nn.Module, plan: Plan, built: list[Built]) -> None:
     except RuntimeError as error:  # such as a kernel that is missing for the type on this device
         message = f'{plan.model_name} does not run on random images of {plan.input_size}, so that its new attention '
         message += f'could not be given the scale of the old one. {error}'
-        warnings.warn(message, SwapWarning, stacklevel=5)
+        warnings.warn(message, SwapWarning, stacklevel=4)
     finally:
         for child, training in modes:
             child.train(training)
