@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from sem_timm.errors import OptionError
 from sem_timm.layers.attention_core import key_padding, statistics_dtype
-from sem_timm.layers.double_norm import PLAIN_TENSORS, normalize_twice
+from sem_timm.layers.double_norm import normalize_twice
 from sem_timm.layers.excitation import check_at_least_one
+from sem_timm.plain import is_plain
 
 
 class MultiHeadExternalAttention(nn.Module):
@@ -98,7 +99,7 @@ class MultiHeadExternalAttention(nn.Module):
     def _attention(self, x: Tensor, mask: Tensor | None) -> Tensor:
         # Heads stay behind the tokens, so that nothing is copied into another order.
         logits = self.mk(self.q_norm(self.q(x).unflatten(-1, (self.num_heads, self.head_dim))))
-        if not torch.compiler.is_compiling() and not _is_plain(self.mk, nn.Linear):
+        if not torch.compiler.is_compiling() and not is_plain(self.mk, nn.Linear):
             logits = logits.clone()  # a hook may have kept what is overwritten next
         return normalize_twice(logits, -3, -1, mask).to(logits.dtype)
 
@@ -116,9 +117,9 @@ class MultiHeadExternalAttention(nn.Module):
         """
         if torch.compiler.is_compiling() or x.dim() != 3:
             return False
-        if not all(_is_plain(layer, nn.Linear) for layer in (self.q, self.mk, self.mv, self.proj)):
+        if not all(is_plain(layer, nn.Linear) for layer in (self.q, self.mk, self.mv, self.proj)):
             return False
-        if not _is_plain(self.q_norm, nn.Identity) or not _is_plain(self.norm, nn.Identity):
+        if not is_plain(self.q_norm, nn.Identity) or not is_plain(self.norm, nn.Identity):
             return False
         tokens, dim, memory = x.shape[0] * x.shape[1], self.q.in_features, self.mk.out_features
         return dim * memory * (self.head_dim + tokens) < tokens * self.head_dim * (dim + memory)
@@ -149,11 +150,3 @@ class MultiHeadExternalAttention(nn.Module):
             return None
         scores = (x.shape[0], 1, x.shape[1], x.shape[1])
         return key_padding(attn_mask, scores, statistics_dtype(x.dtype), type(self).__name__).permute(0, 3, 1, 2)
-
-
-def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether nothing is lost if a layer is not called: no hook, and no forward, weights or class of its own."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    if type(layer) is not kind or any(hooks) or 'forward' in vars(layer):
-        return False
-    return all(parameter is None or type(parameter) in PLAIN_TENSORS for parameter in layer._parameters.values())

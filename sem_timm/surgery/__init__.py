@@ -12,13 +12,13 @@ from sem_timm.surgery.planning import check_model, plan_insertion, plan_swap, re
 from sem_timm.surgery.reading import Reader, Reading, bound_arguments
 from sem_timm.surgery.residual import ResidualAdd, judged_sums, last_of_each_output
 from sem_timm.surgery.rewrite import Edit, edit_of, patched_class, put_back
-from sem_timm.surgery.select import Target
 from sem_timm.surgery.sites import BRANCHES, POSITIONS, AttentionSite, Insertion, Refusal, Refused, Site, Swap
 from sem_timm.surgery.source import statements
 from sem_timm.surgery.swap import Core, NotACore, Swapper, heads_of, judged_softmaxes
 from sem_timm.surgery.swap.original import Computed, Original
 from sem_timm.surgery.swap.whole import WholeSite
 from sem_timm.surgery.tracers import own_methods
+from sem_timm.targets import Target
 
 __all__ = [
     'BRANCHES',

@@ -41,7 +41,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f'a torch.nn.Module is needed, not {type(model).__name__}.')
-    if not any(_is_off(module) or edit_of(module, inherited=True) for module in model.modules()):
+    if not any(module.__dict__.get(DISABLED) or edit_of(module, inherited=True) for module in model.modules()):
         raise ModelError(f'{type(model).__name__} is not patched; there is nothing to switch off.')
     check_undoable(model)
     switched: list[tuple[nn.Module, type]] = []
@@ -59,7 +59,3 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         for module, cls in switched:
             module.__class__ = cls
             module.__dict__.pop(DISABLED, None)
-
-
-def _is_off(module: nn.Module) -> bool:
-    return module.__dict__.get(DISABLED) is not None

@@ -22,9 +22,9 @@ from sem_timm.surgery.placement import Placement, Placer
 from sem_timm.surgery.plan import Plan
 from sem_timm.surgery.reading import Reader
 from sem_timm.surgery.rewrite import DISABLED
-from sem_timm.surgery.select import Target, select
 from sem_timm.surgery.sites import Insertion, Refusal, Refused, Swap
 from sem_timm.surgery.swap import NoCore, Swapper, may_attend
+from sem_timm.targets import Target, select
 
 # While torch.fx traces, it catches the calls of all modules of the process; and the random generators, which a forward
 # must not draw from while it is traced, are the process's. So one plan is made at a time.

@@ -207,17 +207,13 @@ def check(value: Any, expected: Any, where: str) -> None:
         )
 
 
-def _plain(values: dict[str, Any], symbolic: frozenset[str], methods: frozenset[str]) -> LevelTracer:
-    return LevelTracer(values, symbolic, methods)
-
-
 def _with_notrace_functions(values: dict[str, Any], symbolic: frozenset[str], methods: frozenset[str]) -> LevelTracer:
     return LevelTracer(values, symbolic, methods, tuple(get_notrace_functions()))
 
 
 # By what is said of a module that was traced so.
 LEVELS: dict[str, Callable[..., LevelTracer]] = {
-    'plainly': _plain,
+    'plainly': LevelTracer,
     "with timm's notrace functions kept whole": _with_notrace_functions,
     'guided by values': _GuidedTracer,
 }

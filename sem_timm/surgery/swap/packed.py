@@ -24,7 +24,7 @@ from sem_timm.meta.layout import layout_of
 from sem_timm.meta.vocabulary import Kind, kind_of, looks_up, operation_name, order_of, word_of
 from sem_timm.surgery.graphs import Values, called_module
 from sem_timm.surgery.swap.axes import run_on_indices, without_repeats
-from sem_timm.surgery.swap.projection import is_plain, projected_rows
+from sem_timm.surgery.swap.projection import divides, projected_rows
 from sem_timm.surgery.swap.prune import prune
 from sem_timm.surgery.swap.rows import Rows, take_rows
 
@@ -254,7 +254,7 @@ def _sliced_projection(
         return graph.call_function(F.linear, (_argument(node, 0, 'input'), of_weight, of_bias)), sliced
     child, (given,), layout = called_module(node, module), node.args, layout_of(values[node])
     axis = -1 if layout is None or layout.channel == values[node].ndim - 1 else 1
-    if not is_plain(child) or not isinstance(given, fx.Node):
+    if not divides(child) or not isinstance(given, fx.Node):
         return None
     options: dict[str, Any] = {} if axis == -1 else {'axis': axis}
     options |= {'first': rows.first} if rows.first else {}
