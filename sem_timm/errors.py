@@ -40,7 +40,7 @@ class PatchFileError(SemTimmError, ValueError):
 
 
 class GuardError(SemTimmError, RuntimeError):
-    """A rewritten forward was called in a way that differs from the call it was traced with."""
+    """A rewritten forward was called in a way that what was put into it cannot serve."""
 
 
 class MissingPackageError(SemTimmError, ImportError):

@@ -62,7 +62,7 @@ class Probe:
 
 def weightless(model: nn.Module) -> nn.Module:
     """Copies the structure of ``model`` to the meta device, in eval mode and without hooks; reads no weights."""
-    return _Copier(_on_meta).copy(model)
+    return _Copier(on_meta).copy(model)
 
 
 def shadow(model: nn.Module) -> nn.Module:
@@ -91,8 +91,10 @@ def filled(skeleton: nn.Module, generator: torch.Generator) -> nn.Module:
     return _Copier(numbers).copy(skeleton)
 
 
-def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device='meta')
+def on_meta(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A tensor of the same shape and layout in memory without numbers; if it is floating-point, of some type."""
+    chosen = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=chosen, device='meta')
 
 
 _FRESH = dict(nn.Module().__dict__)
@@ -181,7 +183,9 @@ def probe(model: nn.Module, input_size: tuple[int, ...] | None = None, batch_siz
     for size in _input_sizes(model, input_size):
         try:
             # A fresh copy for each try: a forward that fails half-way may leave caches behind.
-            return _run(weightless(model), size, batch_size)
+            skeleton = weightless(model)
+            image = torch.empty(batch_size, *size, dtype=dtype_of(skeleton), device='meta')
+            return probe_call(skeleton, size, set_layout(image, Layout(channel=1)))
         except Exception as error:  # any exception of a foreign forward: try the next size, report the first
             failure = failure or error
     assert failure is not None
@@ -194,9 +198,9 @@ def probe(model: nn.Module, input_size: tuple[int, ...] | None = None, batch_siz
     ) from failure
 
 
-def _run(skeleton: nn.Module, size: tuple[int, ...], batch_size: int) -> Probe:
-    found = Probe(skeleton, size)
-    image = set_layout(torch.empty(batch_size, *size, dtype=dtype_of(skeleton), device='meta'), Layout(channel=1))
+def probe_call(skeleton: nn.Module, input_size: tuple[int, ...], *args: Any, **kwargs: Any) -> Probe:
+    """Calls a weightless copy once on meta tensors, which have layouts, and records the calls of all its modules."""
+    found = Probe(skeleton, input_size)
     modules = dict(skeleton.named_modules())
     states = {name: State(module) for name, module in modules.items()}
     for name, module in modules.items():
@@ -204,7 +208,7 @@ def _run(skeleton: nn.Module, size: tuple[int, ...], batch_size: int) -> Probe:
         module.__dict__['_compiled_call_impl'] = _recorder(found, name, module)
     try:
         with torch.no_grad(), LayoutMode():
-            skeleton(image)
+            skeleton(*args, **kwargs)
     finally:
         for module in modules.values():
             del module.__dict__['_compiled_call_impl']

@@ -8,8 +8,8 @@ from sem_timm.surgery.insert import Inserter
 from sem_timm.surgery.patch import Built, PatchedModule, apply_plan, check_undoable, patched_modules, unpatch_model
 from sem_timm.surgery.placement import Placement
 from sem_timm.surgery.plan import Plan
-from sem_timm.surgery.planning import check_model, plan_insertion, plan_swap, reading_of
-from sem_timm.surgery.reading import Reader, Reading, bound_arguments
+from sem_timm.surgery.planning import check_model, plan_insertion, plan_swap
+from sem_timm.surgery.reading import Reader, Reading, bound_arguments, reading_of
 from sem_timm.surgery.residual import ResidualAdd, judged_sums, last_of_each_output
 from sem_timm.surgery.rewrite import Edit, edit_of, patched_class, put_back
 from sem_timm.surgery.sites import BRANCHES, POSITIONS, AttentionSite, Insertion, Refusal, Refused, Site, Swap

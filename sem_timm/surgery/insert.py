@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from sem_timm.errors import TraceError
 from sem_timm.meta.layout import Layout, layout_of
 from sem_timm.surgery.blocks import find_blocks
 from sem_timm.surgery.bytecode import iterates_children
+from sem_timm.surgery.cases import run_other_case
 from sem_timm.surgery.placement import (
     Placement,
     Rehearsal,
@@ -40,7 +42,11 @@ class Inserter:
     def __init__(self, reader: Reader, operation: Insertion) -> None:
         self.reader = reader
         self.operation = operation
-        self.candidates = find_blocks(reader)
+
+    @cached_property
+    def candidates(self) -> list[str]:
+        """Names of the blocks."""
+        return find_blocks(self.reader)
 
     def place(self, name: str) -> Placement:
         """Finds the sites of one module.
@@ -132,7 +138,9 @@ class Inserter:
         edits, key = reading.trace.edits, (self.operation, attributes, *in_mode.values())
         if key not in edits:
             graphs = self._edited(reading.trace.graphs, in_mode, attributes)
-            edits[key] = written(type(module), reading.trace, graphs, attributes, 'residual', self.operation)
+            edits[key] = written(
+                type(module), reading.trace, graphs, other_case, attributes, 'residual', self.operation
+            )
         return Placement(tuple(sites), edits[key], reading)
 
     def _edited(
@@ -166,6 +174,11 @@ class Inserter:
             name, class_name, position, attribute, shape, tensor.dtype, shape[layout.channel], channel_dim, prefix
         )
         return replace(site, num_parameters=try_insertion(self.operation, site))
+
+
+def other_case(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Runs the patched forward of a module for a call that decides otherwise than the one that was planned for."""
+    return run_other_case(module, args, kwargs, Inserter)
 
 
 def insert_modules(graph: fx.Graph, adds: Sequence[ResidualAdd], attributes: tuple[str, ...], fuse: bool) -> fx.Graph:

@@ -95,7 +95,7 @@ def apply_plan(model: nn.Module, plan: Plan, prepare: Callable[[list[Built]], No
             number = 1 + max((earlier.number for earlier in patched_modules(model)), default=-1)
             for name, edit in plan.edits.items():
                 sites = tuple(site for site in plan if site.name == name)
-                put_in(modules[name], edit, Note(number, plan.input_size, sites))
+                put_in(modules[name], edit, Note(number, plan.input_size, sites, plan.layouts.get(name, {})))
     except BaseException:
         for name, edit in plan.edits.items():
             put_back(modules[name], edit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -72,11 +73,13 @@ class Placer(Protocol):
 
     Attributes:
         noun: What the modules are that it looks for.
-        candidates: Their names.
     """
 
     noun: str
-    candidates: list[str]
+
+    @property
+    def candidates(self) -> list[str]:
+        """Their names."""
 
     def place(self, name: str) -> Placement:
         """Finds the sites of one module, or raises Refused."""
@@ -124,10 +127,15 @@ def free_names(module: nn.Module, base: str, count: int = 1) -> tuple[str, ...]:
     return tuple(names)
 
 
-def written(base: type, trace: Trace, graphs: dict[bool, fx.Graph], *facts: Any) -> Edit:
-    """The edit that makes graphs the forward of a class, with the other facts of an `Edit`; or raises Refused."""
+def written(
+    base: type, trace: Trace, graphs: dict[bool, fx.Graph], other_case: Callable[..., Any], *facts: Any
+) -> Edit:
+    """The edit that makes graphs the forward of a class, with the other facts of an `Edit`; or raises Refused.
+
+    Calls that the graphs do not hold for are handed on to ``other_case``, see `sem_timm.surgery.cases`.
+    """
     try:
-        source, bindings = graph_source(base, trace, graphs)
+        source, bindings = graph_source(trace, graphs, other_case)
     except SyntaxError as error:  # a child named by a keyword, say
         raise Refused(f'its forward cannot be written as code: {error}') from error
     return compiled(Edit(base, source, bindings, *facts))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sem_timm.errors import OptionError
+from sem_timm.meta.layout import Layout
 from sem_timm.surgery.rewrite import Edit
 from sem_timm.surgery.sites import AttentionSite, Insertion, Refusal, Site, Swap
 from sem_timm.tables import table
@@ -41,6 +42,7 @@ class Plan:
             zero.
         computed: Names of modules that are still called though nobody reads their result, or all of it.
         originals: What the old attention of each module is computed by.
+        layouts: The layouts of the arguments of each module whose forward has more cases than the one that was planned.
     """
 
     operation: Insertion | Swap
@@ -56,6 +58,7 @@ class Plan:
     sliced: dict[str, Rows] = field(default_factory=dict)
     computed: tuple[str, ...] = ()
     originals: dict[str, Original] = field(default_factory=dict, repr=False)
+    layouts: dict[str, dict[str, tuple[Layout | None, ...]]] = field(default_factory=dict, repr=False)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.sites)

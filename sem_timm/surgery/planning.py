@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from math import prod
-from threading import RLock
 from typing import Any
 
-import torch
 from torch import nn
 
 from sem_timm.errors import ModelError, OptionError, RefusedError, TraceError
-from sem_timm.meta.skeleton import dtype_of, probe
-from sem_timm.random_state import preserved_random_state
+from sem_timm.meta.skeleton import dtype_of
+from sem_timm.surgery.cases import has_cases, layouts_of_arguments
 from sem_timm.surgery.insert import Inserter
 from sem_timm.surgery.placement import Placement, Placer
 from sem_timm.surgery.plan import Plan
-from sem_timm.surgery.reading import Reader
+from sem_timm.surgery.reading import Reader, reading_of
 from sem_timm.surgery.rewrite import DISABLED
 from sem_timm.surgery.sites import Insertion, Refusal, Refused, Swap
 from sem_timm.surgery.swap import NoCore, Swapper, may_attend
 from sem_timm.targets import Target, select
-
-# While torch.fx traces, it catches the calls of all modules of the process; and the random generators, which a forward
-# must not draw from while it is traced, are the process's. So one plan is made at a time.
-_PLANNING = RLock()
 
 
 def plan_insertion(
@@ -128,14 +121,8 @@ def _planned(
         sliced=after.sliced,
         computed=tuple(after.computed),
         originals=after.originals,
+        layouts={n: layouts_of_arguments(reader, n) for n, placed in order.items() if has_cases(placed.edit)},
     )
-
-
-@contextmanager
-def reading_of(model: nn.Module, input_size: tuple[int, ...] | None) -> Iterator[Reader]:
-    """A reader of a model, while nobody else plans, with random numbers and the default device as nobody sees."""
-    with _PLANNING, preserved_random_state(on_gpus=False), _on_cpu():
-        yield Reader(probe(model, input_size))
 
 
 def structure_of(model: nn.Module) -> dict[str, Hashable]:
@@ -216,11 +203,6 @@ class _Work:
                 + ('\n  '.join(reasons[:5]) or 'all of them are excluded')
                 + more
             )
-
-
-def _on_cpu() -> AbstractContextManager[object]:
-    """Where tensors are made by default, wherever the caller has them made; free where that is so already."""
-    return nullcontext() if torch.get_default_device().type == 'cpu' else torch.device('cpu')
 
 
 def _nothing(model: nn.Module, operation: Any, noun: str, refusals: dict[str, str], excluded: bool) -> str:

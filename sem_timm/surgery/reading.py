@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from threading import RLock
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sem_timm.errors import TraceError
-from sem_timm.meta.skeleton import Call, Probe
+from sem_timm.meta.skeleton import Call, Probe, probe
+from sem_timm.random_state import preserved_random_state
 from sem_timm.surgery.bytecode import may_add
 from sem_timm.surgery.evaluate import evaluate
 from sem_timm.surgery.graphs import Values
@@ -18,6 +22,22 @@ from sem_timm.surgery.residual import ResidualAdd, residual_adds
 from sem_timm.surgery.rewrite import edit_of
 from sem_timm.surgery.structure import Structures, call_key
 from sem_timm.surgery.trace import Trace, bind, forward_signature, is_guided, trace
+
+# While torch.fx traces, it catches the calls of all modules of the process; and the random generators, which a forward
+# must not draw from while it is traced, are the process's. So one plan is made at a time.
+_PLANNING = RLock()
+
+
+@contextmanager
+def planning() -> Iterator[None]:
+    """While nobody else plans, with random numbers and the default device as nobody sees."""
+    with _PLANNING, preserved_random_state(on_gpus=False), _on_cpu():
+        yield
+
+
+def _on_cpu() -> AbstractContextManager[object]:
+    """Where tensors are made by default, wherever the caller has them made; free where that is so already."""
+    return nullcontext() if torch.get_default_device().type == 'cpu' else torch.device('cpu')
 
 
 @dataclass(frozen=True)
@@ -152,6 +172,13 @@ class Reader:
         if isinstance(found, TraceError):
             raise found
         return found
+
+
+@contextmanager
+def reading_of(model: nn.Module, input_size: tuple[int, ...] | None) -> Iterator[Reader]:
+    """A reader of a model, for as long as nobody else plans."""
+    with planning():
+        yield Reader(probe(model, input_size))
 
 
 def _or_raise(reading: Reading | TraceError) -> Reading:

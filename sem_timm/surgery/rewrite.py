@@ -21,6 +21,9 @@ from weakref import WeakValueDictionary
 from torch import nn
 
 from sem_timm.errors import ModelError
+from sem_timm.meta.layout import Layout
+from sem_timm.surgery.decisions import FITS, check
+from sem_timm.surgery.fitting import tried
 from sem_timm.surgery.sites import AttentionSite, Operation, Site
 
 
@@ -52,11 +55,13 @@ class Note(NamedTuple):
         number: Which patch of the model it belongs to, counted from 0.
         input_size: Shape (C, H, W) of the plan's probe.
         sites: The sites of the plan in this module.
+        layouts: The layouts of the tensors in each argument of the call that was planned for, by its name.
     """
 
     number: int
     input_size: tuple[int, ...]
     sites: tuple[Site | AttentionSite, ...]
+    layouts: dict[str, tuple[Layout | None, ...]] = {}  # noqa: RUF012 (never changed)
 
 
 def edit_of(module: nn.Module, *, inherited: bool = False) -> Edit | None:
@@ -67,6 +72,9 @@ def edit_of(module: nn.Module, *, inherited: bool = False) -> Edit | None:
 
 # Kept on a patched module: what was noted of each edit in force, the last one last.
 _NOTES = '_surgery_notes'
+
+# And the classes of further cases of its forward that were met since, see `sem_timm.surgery.cases`.
+CASES = '_surgery_cases'
 
 
 def put_in(module: nn.Module, edit: Edit, note: Note) -> None:
@@ -80,6 +88,7 @@ def put_back(module: nn.Module, edit: Edit) -> None:
     if edit_of(module) == edit:
         module.__class__ = edit.base
         notes = module.__dict__.pop(_NOTES, ())[:-1]
+        module.__dict__.pop(CASES, None)
         if notes:
             module.__dict__[_NOTES] = notes
     for name in edit.inserted:
@@ -115,6 +124,7 @@ def _made(edit: Edit) -> type:
         '__doc__': edit.base.__doc__,
         '__module__': edit.base.__module__,
         '__reduce_ex__': _reduce_ex,
+        CASES: (),
         **{name: _folding(name) for name in _FOLDS if callable(getattr(edit.base, name, None))},
     }
     metaclass: Any = type(edit.base)
@@ -138,22 +148,28 @@ def _folding(name: str) -> Callable[..., Any]:
 
 
 def _compiled(edit: Edit) -> dict[str, Callable[..., Any]]:
-    """Executes the source; its functions carry the defaults and annotations of the methods they replace."""
+    """Executes the source; the forward carries the defaults and annotations of the one that it replaces."""
     filename = _filename(edit)
     linecache.cache[filename] = (len(edit.source), None, edit.source.splitlines(keepends=True), filename)
     # Nameless: torch.compile (2.9) looks for the bindings in the module that a scope names.
     scope: dict[str, Any] = dict(edit.bindings)
-    methods: dict[str, Any] = {}
+    made: dict[str, Any] = {}
     # Annotations are kept as written and not evaluated: the names in them belong to another file.
     flags = __future__.annotations.compiler_flag
-    exec(compile(edit.source, filename, 'exec', flags=flags, dont_inherit=True), scope, methods)
-    for name, method in methods.items():
-        original = getattr(edit.base, name)
+    exec(compile(edit.source, filename, 'exec', flags=flags, dont_inherit=True), scope, made)
+    base: Any = edit.base
+    original = base.forward
+    for method in made.values():
         method.__defaults__, method.__kwdefaults__ = original.__defaults__, original.__kwdefaults__
-        method.__annotations__ = dict(original.__annotations__)
         method.__module__ = edit.base.__module__
-        method.__qualname__ = f'Patched{edit.base.__qualname__}.{name}'
-    return methods
+        method.__qualname__ = f'Patched{edit.base.__qualname__}.{method.__name__}'
+    forward, fits = made['forward'], made.get(FITS)
+    forward.__annotations__ = dict(original.__annotations__)
+    if fits is None:
+        return {'forward': forward}
+    # A decision by what a child returns is checked where it is taken, and so found out on a copy beforehand.
+    scope[FITS] = tried(fits, forward) if check in scope.values() else fits
+    return {'forward': forward, FITS: scope[FITS]}
 
 
 def _filename(edit: Edit) -> str:
@@ -167,8 +183,10 @@ def _reduce_ex(self: nn.Module, protocol: int) -> Any:
     if edit is None:  # somebody derived a class from a patched one, and answers for it
         return nn.Module.__reduce_ex__(self, protocol)
     base: Any = edit.base
-    reduced = base.__reduce_ex__(self, protocol)
-    return (_restored, (_portable(edit),), *reduced[2:])
+    state, *others = base.__reduce_ex__(self, protocol)[2:]
+    # The classes of further cases are made at run time as well, and again where they are needed.
+    state = {key: value for key, value in state.items() if key != CASES} if isinstance(state, dict) else state
+    return (_restored, (_portable(edit),), state, *others)
 
 
 def _restored(portable: tuple[Any, ...]) -> nn.Module:

@@ -8,54 +8,78 @@ import inspect
 import keyword
 import operator
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from math import isfinite
 from types import FunctionType
 from typing import Any, TypeGuard
 
-from torch import fx
+from torch import Tensor, fx
 
 from sem_timm.errors import GuardError
-from sem_timm.surgery.trace import Guard, Trace
+from sem_timm.surgery.decisions import FITS, answers, check, divide
+from sem_timm.surgery.trace import Trace
 
 
-def graph_source(base: type, trace: Trace, graphs: dict[bool, fx.Graph]) -> tuple[str, tuple[tuple[str, Any], ...]]:
-    """Source and bindings of a forward made from edited graphs, one for each mode where they differ."""
-    evaluation = _body(graphs[False])
-    training = evaluation if graphs[True] is graphs[False] else _body(graphs[True])
-    bindings = {**training[1], **evaluation[1]}
-    lines = [*_guard_lines(base, trace.guards)]
-    if training[0] != evaluation[0]:
-        lines += ['if self.training:', textwrap.indent(training[0], '    ')]
-    lines.append(evaluation[0])
-    if trace.guards:
-        bindings['GuardError'] = GuardError
-    return _function(trace.signature, lines), tuple(sorted(bindings.items()))
+def graph_source(
+    trace: Trace, graphs: dict[bool, fx.Graph], other_case: Callable[..., Any]
+) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    """Source and bindings of a forward made from edited graphs, one for each mode where they differ.
+
+    What a call has to satisfy for the graphs to hold is asked first, in a function of its own; others are handed on.
+    """
+    evaluation = divide(graphs[False])
+    training = evaluation if graphs[True] is graphs[False] else divide(graphs[True])
+    asked, more = _in_modes(training[0], evaluation[0], _questions)
+    code, bindings = _in_modes(training[1], evaluation[1], _body)
+    checked = any(node.target is check for graph in (training[1], evaluation[1]) for node in graph.nodes)
+    if not asked and not trace.guards and not checked:
+        return _function(trace.signature, code), tuple(sorted(bindings.items()))
+    guards = [f'if not ({guard.condition}):\n    return False' for guard in trace.guards]
+    bindings = {**bindings, **more, other_case.__name__: other_case}
+    arguments = ', '.join(['self', *_passed_on(trace.signature)])
+    code = [f'if not {FITS}({arguments}):\n    return {other_case.__name__}({arguments})', *code]
+    fits = _function(trace.signature.replace(return_annotation=bool), [*guards, *(asked or ['return True'])], FITS)
+    return f'{fits}\n\n{_function(trace.signature, code)}', tuple(sorted(bindings.items()))
+
+
+def _in_modes(
+    training: fx.Graph, evaluation: fx.Graph, write: Callable[[fx.Graph], tuple[str, dict[str, Any]]]
+) -> tuple[list[str], dict[str, Any]]:
+    """The code of the graphs of both modes, and the globals that it needs."""
+    code, bindings = write(evaluation)
+    other, more = (code, bindings) if training is evaluation else write(training)
+    if other == code:
+        return [code] if code else [], bindings
+    # Each ends with a return: a forward that of its result, questions that of True.
+    return ['if self.training:', textwrap.indent(other, '    '), code], {**more, **bindings}
 
 
 def output_source(
     base: type, signature: inspect.Signature, name: str, kind: type
 ) -> tuple[str, tuple[tuple[str, Any], ...]]:
     """Source and bindings of a forward that calls the old one and passes its output, or its first, to a new child."""
-    taken = {'self', 'out', 'GuardError', *signature.parameters}
+    taken = {'self', 'out', 'GuardError', 'Tensor', *signature.parameters}
     own = base.__name__.isidentifier() and not keyword.iskeyword(base.__name__) and base.__name__ not in taken
     cls = base.__name__ if own else 'BaseClass'
     call = f'{cls}.forward({", ".join(["self", *_passed_on(signature)])})'
-    if kind not in (tuple, list):
+    if kind not in (tuple, list) and len(signature.parameters) == 1:
         return _function(signature, [f'return self.{name}({call})']), ((cls, base),)
-    message = f'{base.__name__} was patched when it returned a {kind.__name__}; now it does not.'
+    # With other arguments it may return one tensor instead of several, or several instead of one.
+    message = f'{base.__name__} was patched when it returned a {kind.__name__}; now it returns no tensor.'
     lines = [
         f'out = {call}',
-        f'if not isinstance(out, {kind.__name__}):',
+        'if isinstance(out, Tensor):',
+        f'    return self.{name}(out)',
+        'if type(out) not in (tuple, list) or not out or not isinstance(out[0], Tensor):',
         f'    raise GuardError({message!r})',
-        f'return {kind.__name__}([self.{name}(out[0]), *out[1:]])',
+        f'return type(out)([self.{name}(out[0]), *out[1:]])',
     ]
-    return _function(signature, lines), ((cls, base), ('GuardError', GuardError))
+    return _function(signature, lines), ((cls, base), ('GuardError', GuardError), ('Tensor', Tensor))
 
 
-def _function(signature: inspect.Signature, lines: list[str]) -> str:
-    header = f'def forward({", ".join(_header(signature))}){_returns(signature)}:'
+def _function(signature: inspect.Signature, lines: list[str], name: str = 'forward') -> str:
+    header = f'def {name}({", ".join(_header(signature))}){_returns(signature)}:'
     return header + '\n' + textwrap.indent('\n'.join(lines), '    ') + '\n'
 
 
@@ -102,20 +126,31 @@ def _passed_on(signature: inspect.Signature) -> Iterator[str]:
         yield forms.get(parameter.kind, name)
 
 
-def _guard_lines(base: type, guards: tuple[Guard, ...]) -> Iterator[str]:
-    for guard in guards:
-        yield f'if not ({guard.condition}):'
-        message = (
-            f'{base.__name__} was planned for calls with {guard.condition}, and this is another one.\n'
-            '  Undo the patch and plan again for such calls: unpatch_model(model), plan_model(model, ...).'
-        )
-        yield f'    raise GuardError({message!r})'
-
-
 def _body(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
     """The statements of a graph's code, and the globals they need."""
     written, globals_ = _written(graph)
     return '\n'.join(text for _, text in written if text), globals_
+
+
+def _questions(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
+    """The statements of a graph that ends in checks, each of which returns False where it fails."""
+    if not any(node.target is check for node in graph.nodes):
+        return '', {}
+    written, globals_ = _written(graph)
+    lines = []
+    for node, (_, text) in zip(graph.nodes, written):
+        if node.target is check:
+            value, expected, _ = (ast.unparse(argument) for argument in _call_in(text).args)
+            asked = {'True': f'not {value}', 'False': value}.get(expected, f'not answers({value}, {expected})')
+            text = f'if {asked}:\n    return False'
+        lines += [text] if text and node.op != 'output' else []
+    globals_ = {**{name: value for name, value in globals_.items() if value is not check}, 'answers': answers}
+    return '\n'.join([*lines, 'return True']), globals_
+
+
+def _call_in(text: str) -> ast.Call:
+    """The call in a statement such as ``check2 = check(gt, False, 'line')``."""
+    return next(node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call))
 
 
 def statements(graph: fx.Graph) -> list[tuple[str, str]]:
@@ -240,4 +275,5 @@ def _numbered(stem: str) -> Iterator[str]:
     yield from (f'{stem}{number}' for number in count(2))
 
 
-_RESERVED = {'torch', 'device', 'inf', 'nan', 'check', 'GuardError', 'math', 'operator'} | set(dir(builtins))
+_OURS = {'check', 'answers', 'other_case', 'GuardError', FITS}
+_RESERVED = {'torch', 'device', 'inf', 'nan', 'math', 'operator', *_OURS, *dir(builtins)}

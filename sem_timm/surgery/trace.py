@@ -28,7 +28,8 @@ from sem_timm.errors import TraceError, place_of
 from sem_timm.meta.skeleton import Call
 from sem_timm.meta.vocabulary import SWITCHES
 from sem_timm.surgery.bytecode import names_called
-from sem_timm.surgery.tracers import LEVELS, LevelTracer, check, is_unpacked, own_methods
+from sem_timm.surgery.decisions import check
+from sem_timm.surgery.tracers import LEVELS, LevelTracer, is_unpacked, own_methods
 
 _CONSTANTS = (type(None), bool, int, float, str)
 
@@ -183,7 +184,8 @@ def _with_free_arguments(
     # Tensors are symbolic; None and constants are at first what they were in the call.
     symbolic = frozenset(given)
     graph = level(values, symbolic).run(module)
-    guards = [Guard(f'len({name}) == {len(values[name])}') for name in given if is_unpacked(values[name])]
+    unpacked = [(name, len(values[name])) for name in given if is_unpacked(values[name])]
+    guards = [Guard(f'isinstance({name}, tuple) and len({name}) == {length}') for name, length in unpacked]
     # All at once first: most forwards only pass such arguments on.
     for names in [constants, *([name] for name in constants)] if constants else []:
         if set(names) <= symbolic:

@@ -14,11 +14,13 @@ import torch
 from timm.layers import get_notrace_functions
 from torch import fx, nn
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
-from sem_timm.errors import GuardError, TraceError, is_between, line_of
+from sem_timm.errors import TraceError, is_between, line_of
 from sem_timm.meta.state import State
 from sem_timm.meta.vocabulary import DEVICE_QUESTIONS
 from sem_timm.random_state import random_states
+from sem_timm.surgery.decisions import NO_TENSOR, check
 from sem_timm.surgery.graphs import ancestors
 
 
@@ -142,7 +144,8 @@ class _GuidedTracer(LevelTracer):
         self.computing = True
         try:
             with torch.no_grad():
-                self.known[proxy.node] = self._compute(proxy.node)
+                value = self.known[proxy.node] = self._compute(proxy.node)
+                proxy.node.meta[NO_TENSOR] = not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
         finally:
             self.computing = False
         return proxy
@@ -191,20 +194,6 @@ class _GuidedTracer(LevelTracer):
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         entries: Any = obj
         return iter([entries[i] for i in range(self.decide(obj, len))])
-
-
-def check(value: Any, expected: Any, where: str) -> None:
-    """Run-time check of one decision that a value-guided trace took: ``value`` still answers as it did then.
-
-    Raises:
-        GuardError: If it does not.
-    """
-    kind = len if isinstance(value, (tuple, list, torch.Tensor)) and type(expected) is int else type(expected)
-    if kind(value) != expected:
-        raise GuardError(
-            f'the patched forward was planned for {expected!r} and met {value!r} at {where}.\n'
-            '  Undo the patch and plan again for this input: plan_model(model, ..., input_size=(C, H, W)).'
-        )
 
 
 def _with_notrace_functions(values: dict[str, Any], symbolic: frozenset[str], methods: frozenset[str]) -> LevelTracer:

@@ -1,8 +1,7 @@
-"""What a forward asks of its input is followed, checked at run time, or refused with the line; it is not baked in."""
+"""What a forward asks of its input is followed, or refused with the line; it is not baked in."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import sem_timm
-from sem_timm import GuardError, RefusedError, SemTimmError
+from sem_timm import RefusedError, SemTimmError
 from tests.families import FAMILIES
 from tests.snapshot import assert_same, snapshot
 from tests.surgery.traced_blocks import SIZE, Net, assert_same_call, block, twins
@@ -114,39 +113,22 @@ INPUTS = [(2, 8, 8, 8), (1, 8, 8, 8), (5, 8, 8, 8), (2, 8, 16, 16), (2, 8, 7, 9)
 
 
 @pytest.mark.parametrize('forward', AWKWARD)
-def test_another_input_gives_what_it_should_or_an_error(forward: Callable[..., Any]) -> None:
+def test_another_input_gives_what_it_should(forward: Callable[..., Any]) -> None:
     try:
         base, patched = twins(forward)
     except RefusedError as refusal:
         assert forward in MAY_BE_REFUSED, refusal
         assert f'Block_{forward.__name__}' in str(refusal)
         return
-    followed = 0
     for shape in INPUTS:
         for dtype in (torch.float32, torch.float64):
             x = torch.randn(shape, dtype=dtype)
             for each in (base, patched):
                 each.to(dtype)
-            try:
-                assert_same_call(base, patched, x)
-                assert torch.equal(base.mean, patched.mean)
-                followed += 1
-            except GuardError as error:
-                assert forward in MAY_BE_GUARDED, error
-                assert shape != (2, 8, 8, 8) or dtype is not torch.float32
-                assert 'plan_model' in str(error) and Path(__file__).name in str(error)
-    assert followed == 12 or forward in MAY_BE_GUARDED
+            assert_same_call(base, patched, x)
+            assert torch.equal(base.mean, patched.mean)
 
 
-MAY_BE_GUARDED = (
-    pads_odd_sizes,
-    windows_if_large,
-    unpacks_rows,
-    makes_indices,
-    makes_a_grid,
-    caches_by_size,
-    asks_for_the_type,
-)
 MAY_BE_REFUSED = (
     asks_for_the_type,
     unpacks_rows,
@@ -167,20 +149,6 @@ def test_gradients_are_asked_for_at_run_time() -> None:
     assert torch.equal(base(x), patched(x))
     with torch.no_grad():
         assert torch.equal(base(x), patched(x))
-
-
-@pytest.mark.parametrize('forward', [pads_odd_sizes, windows_if_large])
-def test_a_decision_by_shape_holds_as_long_as_it_is_the_same(forward: Callable[..., Any]) -> None:
-    base, patched = twins(forward)
-    for shape in ((2, 8, 8, 8), (1, 8, 6, 6), (3, 8, 7, 4)):
-        assert_same_call(base, patched, torch.randn(shape))
-    with pytest.raises(GuardError) as caught:
-        patched(torch.randn(4, 8, 9, 9))
-    for part in ('plan_model', 'input_size', Path(__file__).name):
-        assert part in str(caught.value)
-    larger = Net(copy.deepcopy(base))
-    sem_timm.patch_model(larger, target='block', position='residual', input_size=(3, 9, 9))
-    assert_same_call(base, larger.block, torch.randn(4, 8, 9, 9))
 
 
 def test_what_depends_on_numbers_is_refused_with_its_line() -> None:

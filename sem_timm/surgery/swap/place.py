@@ -16,6 +16,7 @@ from sem_timm.errors import TraceError
 from sem_timm.meta.layout import layout_of
 from sem_timm.meta.vocabulary import Kind, names_of
 from sem_timm.surgery.bytecode import names_called
+from sem_timm.surgery.cases import run_other_case
 from sem_timm.surgery.graphs import Values, Verdict, ancestors
 from sem_timm.surgery.placement import (
     Placement,
@@ -68,6 +69,11 @@ def may_attend(module: nn.Module) -> bool:
     return bool(names_called(type(module)) & names_of(Kind.SOFTMAX, Kind.ATTENTION))
 
 
+def other_case(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Runs the swapped forward of a module for a call that decides otherwise than the one that was planned for."""
+    return run_other_case(module, args, kwargs, Swapper)
+
+
 class Swapper:
     """Places one attention operation in the attention modules of one probed model."""
 
@@ -99,7 +105,7 @@ class Swapper:
             return self._cores(name)
         if name not in self.candidates:
             raise NoCore(self._no_core(name))
-        return place_whole(self.reader, self.operation, name)
+        return place_whole(self.reader, self.operation, name, other_case)
 
     def prove(self, name: str, placement: Placement) -> None:
         """Compares the edited forward with the original in numbers; raises TraceError if they differ."""
@@ -239,7 +245,7 @@ class Swapper:
         unread = unread_arguments(trace.values, graphs) & self._tables(type(module))
         guards = [guard for guard in guards if guard.condition.split(' is ')[0] not in unread]
         guarded = replace(trace, guards=tuple(dict.fromkeys(guards)))
-        edit = written(type(module), guarded, graphs, attributes, 'core', self.operation)
+        edit = written(type(module), guarded, graphs, other_case, attributes, 'core', self.operation)
         return edit, SwappedGraphs(found, graphs, sliced, tuple(computed))
 
     def _tables(self, cls: type) -> frozenset[str]:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from torch import fx, nn
 
 from sem_timm.surgery.aliasing import tensors_in
+from sem_timm.surgery.decisions import check
 from sem_timm.surgery.effects import needed_for
 from sem_timm.surgery.graphs import Values
-from sem_timm.surgery.tracers import check
 
 
 def prune(graph: fx.Graph, module: nn.Module, values: Values) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor, fx, nn
 from sem_timm.meta.layout import layout_of
 from sem_timm.surgery.aliasing import tensors_in
 from sem_timm.surgery.bytecode import names_called_by
+from sem_timm.surgery.decisions import check
 from sem_timm.surgery.graphs import read_by
 from sem_timm.surgery.placement import Placement
 from sem_timm.surgery.reading import Reader, bound_arguments
 from sem_timm.surgery.swap.edit import unread_arguments
-from sem_timm.surgery.tracers import check
 
 
 def unread_parameters(reader: Reader, placements: dict[str, Placement]) -> tuple[str, ...]:

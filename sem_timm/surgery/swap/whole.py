@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +32,7 @@ class WholeSite(AttentionSite):
     proj_drop: float = 0.0
 
 
-def place_whole(reader: Reader, operation: Swap, name: str) -> Placement:
+def place_whole(reader: Reader, operation: Swap, name: str, other_case: Callable[..., Any]) -> Placement:
     """Replaces all that an attention module computes by one new child.
 
     Raises:
@@ -65,7 +66,8 @@ def place_whole(reader: Reader, operation: Swap, name: str) -> Placement:
     graph = calling(attribute, list(values), masked)
     trace = Trace(forward_signature(type(module)), values, {True: graph, False: graph}, (), frozenset())
     guards = tuple(guards_for_unread(Reading(trace, {}, {}), trace.graphs))
-    edit = written(type(module), replace(trace, guards=guards), trace.graphs, (attribute,), 'core', operation)
+    guarded = replace(trace, guards=guards)
+    edit = written(type(module), guarded, trace.graphs, other_case, (attribute,), 'core', operation)
     return Placement((site,), edit, None, SwappedGraphs({}, trace.graphs))
 
 
