@@ -33,6 +33,9 @@ VERSIONS = {'sem_timm': sem_timm.__version__, 'timm': timm.__version__, 'torch':
 LOG = Path('build/zoo.jsonl')
 DOCUMENT = Path('docs/zoo.md')
 
+# What `benchmarks.image_sizes` found, by architecture.
+SIZES = Path('docs/zoo_sizes.json')
+
 STATEMENTS = {
     'shape': 'outputs keep their shape and type',
     'identity': 'logits in inference are the same, bit for bit',
@@ -100,8 +103,15 @@ def sweep(names: list[str], log: Path, processes: int) -> Iterator[Row]:
                 yield row
 
 
+def write_page() -> None:
+    """Writes the page anew from the rows that are beside it."""
+    rows = [Row.read(record) for record in json.loads(DOCUMENT.with_suffix('.json').read_text())]
+    DOCUMENT.write_text(report(rows))
+
+
 def report(rows: list[Row]) -> str:
     """The whole page: what was compared, the families, what failed, what was refused, and every architecture."""
+    sizes = {entry['architecture']: entry for entry in json.loads(SIZES.read_text())} if SIZES.exists() else {}
     lines = [
         '# The zoo',
         '',
@@ -110,6 +120,7 @@ def report(rows: list[Row]) -> str:
         '| | sem | external |',
         '|---|---:|---:|',
         *_summary(rows),
+        _of_sizes(list(sizes.values())),
         '',
         _gradient_errors(rows),
         '',
@@ -133,11 +144,13 @@ def report(rows: list[Row]) -> str:
         '',
         '## Architectures',
         '',
-        'Sites in each, with ✗ where a statement failed. Images are square.',
+        'Sites in each, with ✗ where a statement failed. Images are square. Other inputs: of six sizes, most of them '
+        'not square, and two batches, how many the base takes, and how many of those the patched model takes, by '
+        '`python -m benchmarks.image_sizes`.',
         '',
-        '| architecture | parameters | images | compared on | sem | external |',
-        '|---|---:|---:|---|---:|---:|',
-        *map(_architecture, sorted(rows, key=lambda row: row.architecture)),
+        '| architecture | parameters | images | compared on | sem | other inputs | external | other inputs |',
+        '|---|---:|---:|---|---:|---:|---:|---:|',
+        *(_architecture(row, sizes.get(row.architecture)) for row in sorted(rows, key=lambda row: row.architecture)),
     ]
     return '\n'.join([*lines, ''])
 
@@ -216,15 +229,26 @@ def _refusals(rows: list[Row]) -> list[str]:
     return [f'| {op} | {why} | {count:,} | {len(architectures[op, why]):,} |' for (op, why), count in found]
 
 
-def _architecture(row: Row) -> str:
+def _of_sizes(entries: list[Record]) -> str:
+    cells = []
+    for op in OPERATIONS:
+        taken = sum(entry['taken'].get(op, 0) for entry in entries)
+        refused = sum(len(entry['refused'].get(op, ())) for entry in entries)
+        cells.append(f'{taken - refused:,} of {taken:,}' if taken else '')
+    return f'| batches of other sizes that the base takes are taken | {" | ".join(cells)} |'
+
+
+def _architecture(row: Row, sizes: Record | None) -> str:
     cells = []
     for op in OPERATIONS:
         result = row.results.get(op, Result(failed={'created': row.error}))
         cells.append((f'{result.sites:,}' if result.sites else '–') + (' ✗' if result.failed else ''))
-    sizes = dict.fromkeys(str(result.image_size) for result in row.results.values())
+        taken = sizes['taken'].get(op) if sizes else None
+        cells.append('' if taken is None else f'{taken - len(sizes["refused"].get(op, ()))} of {taken}')
+    sides = dict.fromkeys(str(result.image_size) for result in row.results.values())
     device = 'numbers' if row.device == 'cpu' else row.device
     return (
-        f'| {row.architecture} | {row.parameters / 1e6:,.1f} M | {", ".join(sizes)} | {device} | {" | ".join(cells)} |'
+        f'| {row.architecture} | {row.parameters / 1e6:,.1f} M | {", ".join(sides)} | {device} | {" | ".join(cells)} |'
     )
 
 
