@@ -103,7 +103,7 @@ class Swapper:
             )
         if not self.operation.replaces_module:
             return self._cores(name)
-        if name not in self.candidates:
+        if name and name not in self.candidates:  # a module that is read by itself was one in its model
             raise NoCore(self._no_core(name))
         return place_whole(self.reader, self.operation, name, other_case)
 
