@@ -3,8 +3,8 @@
     pip install -e '.[dev,clients]'
     python benchmarks/clients.py
 
-Each program is a file in tests/clients/. What is not installed is kept on the page as it was run last, with the versions
-of then, in docs/clients.json.
+Each program is a file in tests/clients/. What is not installed is kept on the page as it was run last, with the
+versions of then, in docs/clients.json.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def main() -> int:
     arguments, rest = parser.parse_known_args()
     kept = {} if arguments.again or not KEPT.exists() else json.loads(KEPT.read_text())
     sys.path.insert(0, str(ROOT))
-    tests = [str(ROOT / 'tests' / 'clients'), '-m', '', '-q']
+    # Warnings of these programs are theirs.
+    tests = [str(ROOT / 'tests' / 'clients'), '-m', '', '-q', '-W', 'default']
     status = pytest.main(['--rootdir', str(ROOT), *tests, *rest], plugins=[Recorder(kept)])
     KEPT.write_text(json.dumps(kept, indent=1, sort_keys=True, ensure_ascii=False) + '\n')
     PAGE.write_text(write(kept))

@@ -13,10 +13,8 @@ PACKAGES = ('torchinfo',)
 def test_summary() -> None:
     """Parameters and layers of `summary`: the gates are there, and the rest is as before"""
     given = models()
-    plain, patched = (
-        torchinfo.summary(model, input_size=(1, 3, 64, 64), verbose=0, depth=8)
-        for model in (given.plain, given.patched)
-    )
+    options = {'input_size': (1, 3, 64, 64), 'verbose': 0, 'depth': 8}
+    plain, patched = (torchinfo.summary(model, **options) for model in (given.plain, given.patched))
     added = sum(p.numel() for name, p in given.patched.named_parameters() if '.sem.' in name)
     assert added and patched.total_params == plain.total_params + added
     assert 'SEM' in str(patched) and 'EfficientChannel' in str(patched)

@@ -36,9 +36,8 @@ def detector(body: Any) -> FasterRCNN:
     torch.manual_seed(0)
     anchors = AnchorGenerator(((16,), (32,)), ((1.0,),) * 2)
     pooler = MultiScaleRoIAlign(['0', '1'], output_size=3, sampling_ratio=2)
-    return FasterRCNN(
-        Pyramid(body), 3, 64, 64, rpn_anchor_generator=anchors, box_roi_pool=pooler, box_detections_per_img=5
-    )
+    parts = {'rpn_anchor_generator': anchors, 'box_roi_pool': pooler, 'box_detections_per_img': 5}
+    return FasterRCNN(Pyramid(body), 3, 64, 64, **parts)
 
 
 def test_detections_and_losses_of_faster_rcnn() -> None:

@@ -115,9 +115,7 @@ def test_masks_given_to_the_model() -> None:
         ('models.maxxvit.Attention2d', 'shared_rel_pos', (1, 2, 16, 16)),
     ],
 )
-def test_a_bias_that_was_not_there_when_planned_is_dropped_as_by_a_plan_with_it(
-    name: str, argument: str, shape: tuple[int, ...]
-) -> None:
+def test_a_bias_that_was_not_there_when_planned_is_dropped(name: str, argument: str, shape: tuple[int, ...]) -> None:
     family = CLASSES[name]
     model = swapped(family)
     site = sem_timm.patched_modules(model)[0].name
@@ -127,9 +125,8 @@ def test_a_bias_that_was_not_there_when_planned_is_dropped_as_by_a_plan_with_it(
         model(family.images())
     hook.remove()
     bias = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(
-        run(model.get_submodule(site), seen[0], **{argument: bias}), run(model.get_submodule(site), seen[0])
-    )
+    module = model.get_submodule(site)
+    assert torch.equal(run(module, seen[0], **{argument: bias}), run(module, seen[0]))
 
 
 def test_a_window_mask_makes_no_difference() -> None:
