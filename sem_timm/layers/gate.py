@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal, TypeAlias, TypeVar, cast
+from collections.abc import Container, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +17,26 @@ GateInit: TypeAlias = Literal['identity', 'paper']
 
 AnyGate = TypeVar('AnyGate', bound='ChannelGate')
 
+Entry = TypeVar('Entry')
+
 GATE_INITS: tuple[GateInit, ...] = ('identity', 'paper')
+
+_OLD_GAIN = '_extra_state'
 
 
 class ChannelGate(nn.Module):
     """Base of modules that scale each channel of each sample by a number computed from the pooled input.
 
-    A gate is a product of sigmoids, one per operator, and has two forms that differ in one constant, ``gain``. In the
-    paper's form it is 1. In the identity form it is 2^n for n operators, so that logits of zero give a gate of exactly
-    one in every floating-point type. The parameters mean the same in both; `set_form` changes from one to the other.
+    A gate is a product of sigmoids, one per operator, and has two forms that differ in one factor, the buffer ``gain``.
+    In the paper's form it is 1. In the identity form it is 2^n for n operators, so that logits of zero give a gate of
+    exactly one in every floating-point type. The parameters mean the same in both; `set_form` changes from one to the
+    other.
 
     Subclasses say how pooled features become the gate, in ``_gate_pooled``.
     """
 
-    gain: float
+    gain: Tensor
+    init: GateInit
 
     def __init__(
         self,
@@ -52,19 +58,27 @@ class ChannelGate(nn.Module):
         self.channel_dim = channel_dim
         self.num_prefix_tokens = num_prefix_tokens
         self.operators = build_operators(operators, channels, reduction, device=device, dtype=dtype)
+        self.register_buffer('gain', torch.ones((), device=device, dtype=dtype))
         self._check_init(init)
         self._apply_init(init)
 
     @property
     def form(self) -> GateInit:
-        """The form the gate is computed in: 'paper' (gain 1) or 'identity' (gain 2^n)."""
-        return 'paper' if self.gain == 1.0 else 'identity'
+        """The form the gate is computed in: 'paper' (gain 1) or 'identity' (gain 2^n).
+
+        Where the gain tells neither, as on the meta device or in memory that was not written yet, it is the form that
+        was last asked for.
+        """
+        if type(self.gain) is not Tensor or self.gain.is_meta:
+            return self.init
+        gain = float(self.gain)
+        return next((form for form in GATE_INITS if _is_about(gain, self._gain_of(form))), self.init)
 
     def set_form(self: AnyGate, form: GateInit) -> AnyGate:
         """Compute the gate in another form from now on, with the same parameters.
 
         The identity form is exactly 2^n times the paper's, bit for bit, n being the number of operators. A state_dict
-        carries the form, so weights mean the same in every module they are loaded into, however that was built. To go
+        carries the gain, so weights mean the same in every module they are loaded into, however that was built. To go
         on in the identity form with the function of the paper's, let the caller carry the factor 2^-n, which is exact.
 
         Returns:
@@ -74,26 +88,33 @@ class ChannelGate(nn.Module):
             OptionError: If the form is unknown.
         """
         _check_form('form', form)
-        self.gain = 2.0 ** len(self.operators) if form == 'identity' else 1.0
+        self.init = form
+        self.gain.fill_(self._gain_of(form))
         return self
 
-    def get_extra_state(self) -> Tensor:
-        """The gain, for the state_dict: the same parameters mean another function with another gain."""
-        return torch.tensor(self.gain, device='cpu')
+    def _gain_of(self, form: GateInit) -> float:
+        return 2.0 ** len(self.operators) if form == 'identity' else 1.0
 
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take over the gain of a loaded state_dict.
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Loads as any module does, and reads what version 0.1.0 wrote.
 
         Raises:
-            OptionError: If it is the gain of neither form.
+            OptionError: If the gain is that of neither form.
         """
-        gain = float(state)
-        if gain not in (1.0, 2.0 ** len(self.operators)):
+        old, key = prefix + _OLD_GAIN, f'{prefix}gain'
+        if old in state_dict:
+            state_dict[key] = state_dict.pop(old)
+        gain = state_dict.get(key)
+        if isinstance(gain, Tensor) and gain.numel() == 1 and not gain.is_meta:
+            self._check_gain(float(gain))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_gain(self, gain: float) -> None:
+        if not any(_is_about(gain, self._gain_of(form)) for form in GATE_INITS):
             raise OptionError(
                 f'the state_dict holds a gain of {gain}, and with the operators {", ".join(self.operators)} it is 1 or '
-                f'{2.0 ** len(self.operators)}. Load it into a {type(self).__name__} with the operators it is of.'
+                f'{self._gain_of("identity")}. Load it into a {type(self).__name__} with the operators it is of.'
             )
-        self.gain = gain
 
     def reset_parameters(self, init: GateInit | None = None) -> None:
         """Draw all parameters anew.
@@ -148,8 +169,7 @@ class ChannelGate(nn.Module):
 
     def gate(self, x: Tensor) -> Tensor:
         """The attention vector (B, C) that the input is multiplied by."""
-        gate = self._gate_pooled(self.pool(x))
-        return gate if self.gain == 1.0 else gate * self.gain
+        return self._gate_pooled(self.pool(x)) * self.gain
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None, shortcut_first: bool = False) -> Tensor:
         """Scale the channels of the input and add the shortcut, if one is given.
@@ -169,8 +189,7 @@ class ChannelGate(nn.Module):
             gate = gate.to(x.dtype)
         ones = (1,) * (x.ndim - 2)
         gate = gate.view(-1, self.channels, *ones) if self.channel_dim == 1 else gate.view(-1, *ones, self.channels)
-        if self.gain != 1.0:
-            gate = gate * self.gain
+        gate = gate * self.gain
         if shortcut is None:
             return x * gate
         if shortcut.dtype == x.dtype and shortcut.shape == x.shape and shortcut.stride() == x.stride():
@@ -188,6 +207,21 @@ class ChannelGate(nn.Module):
         if self.num_prefix_tokens:
             parts.append(f'num_prefix_tokens={self.num_prefix_tokens}')
         return ', '.join(parts)
+
+
+def with_current_keys(entries: Mapping[str, Entry], expected: Container[str]) -> dict[str, Entry]:
+    """Entries of a state_dict, some maybe of version 0.1.0, under the keys that are expected today.
+
+    That version kept the gain of a gate under the name that torch has for what is neither parameter nor buffer.
+    """
+    current = {key: f'{key.removesuffix(_OLD_GAIN)}gain' for key in entries if key.endswith(_OLD_GAIN)}
+    renamed = {key: new for key, new in current.items() if key not in expected and new in expected}
+    return {renamed.get(key, key): entry for key, entry in entries.items()}
+
+
+def _is_about(gain: float, expected: float) -> bool:
+    """Whether a gain is the expected one, up to the rounding of averages over a training, such as timm's EMA."""
+    return math.isclose(gain, expected, rel_tol=1e-2)
 
 
 def may_write_over() -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sem_timm.errors import ModelError, PatchFileError, SemTimmError, SwapWarning, check_choice, closest
+from sem_timm.layers.gate import with_current_keys
 from sem_timm.layers.operators import registered_name
 from sem_timm.meta import probe
 from sem_timm.operations import AttentionConfig, ExcitationConfig, SEMConfig, plan_model
@@ -78,6 +79,8 @@ def load_patch(
             for number, step in enumerate(record.steps):
                 _apply(model, step, record, f'{file}: operations[{number}]', input_size)
         parts = parts_of(model)
+        record = replace(record, tensors=with_current_keys(record.tensors, parts.new))
+        tensors = with_current_keys(tensors, parts.new)
         _check_tensors_fit(parts, tensors, record, file)
         check_base_weights(parts.base, record, file, check_base)
         _set_values(model, {**parts.new, **parts.head, **parts.base}, tensors, file)

@@ -11,6 +11,7 @@ from timm.models._hub import HF_WEIGHTS_NAME, load_state_dict_from_path
 from torch import Tensor, nn
 
 from sem_timm.errors import OptionError
+from sem_timm.layers.gate import with_current_keys
 from sem_timm.operations import resolve_operation
 from sem_timm.registry.variant_operation import VariantOperation
 
@@ -71,6 +72,7 @@ def load_inserted(model: nn.Module, inserted: Weights, name: str, operation: Var
         OptionError: If they do not fit.
     """
     expected = _of_inserted(model.state_dict(), operation)
+    inserted = with_current_keys(inserted, expected)
     missing, unexpected = sorted(expected.keys() - inserted.keys()), sorted(inserted.keys() - expected.keys())
     reshaped = [key for key in sorted(expected.keys() & inserted.keys()) if expected[key].shape != inserted[key].shape]
     if reshaped or (strict and (missing or unexpected)):

@@ -173,7 +173,7 @@ def test_forms_convert_exactly_by_a_power_of_two(operators: tuple[str, ...], dty
 def test_a_gain_of_neither_form_is_refused() -> None:
     state = SEM(16).state_dict()
     with pytest.raises(OptionError, match=r'operators se, eca, ie it is 1 or 8\.0'):
-        SEM(16).load_state_dict({**state, '_extra_state': torch.tensor(3.0)})
+        SEM(16).load_state_dict({**state, 'gain': torch.tensor(3.0)})
 
 
 def test_reset_parameters_gives_either_init() -> None:
@@ -281,7 +281,7 @@ def test_state_dict_names_are_readable() -> None:
     assert set(SEM(16, operators=('se', 'eca', 'ie', 'eca')).state_dict()) == {
         'operators.se.fc1.weight', 'operators.se.fc1.bias', 'operators.se.fc2.weight', 'operators.se.fc2.bias',
         'operators.eca.conv.weight', 'operators.eca_2.conv.weight', 'operators.ie.gamma', 'operators.ie.beta',
-        'decision.weight', 'decision.bias', '_extra_state',
+        'decision.weight', 'decision.bias', 'gain',
     }  # fmt: skip
 
 
