@@ -23,6 +23,7 @@ from sem_timm.errors import (
     SemTimmError,
     SwapWarning,
     TraceError,
+    WeightsError,
 )
 from sem_timm.layers import (
     SEM,
@@ -121,6 +122,7 @@ __all__ = [
     'TraceError',
     'TransferOptions',
     'TransferResult',
+    'WeightsError',
     'attention_map',
     'decisions',
     'disabled',

@@ -8,7 +8,10 @@ from difflib import get_close_matches
 
 
 class SemTimmError(Exception):
-    """Base of all errors raised on purpose; after any but those that end a training the model is what it was before."""
+    """Base of all errors raised on purpose.
+
+    After any but those that end a training or a ``load_state_dict`` the model is what it was before.
+    """
 
 
 class OptionError(SemTimmError, ValueError):
@@ -39,6 +42,13 @@ class PatchFileError(SemTimmError, ValueError):
     """A patch file cannot be read, or does not fit the model; the message names the file and the field."""
 
 
+class WeightsError(SemTimmError, RuntimeError):
+    """A state_dict that was to be complete has none of the weights of new modules, which cannot do without.
+
+    As after torch's own errors about a state_dict, what was read before it is loaded.
+    """
+
+
 class GuardError(SemTimmError, RuntimeError):
     """A rewritten forward was called in a way that what was put into it cannot serve."""
 
@@ -59,7 +69,7 @@ class SwapWarning(UserWarning):
 
 
 class BaseWeightsWarning(UserWarning):
-    """A patch was loaded onto other base weights than those it was trained with."""
+    """New modules meet other base weights than those they were trained with."""
 
 
 def closest(name: str, known: Iterable[str]) -> str:

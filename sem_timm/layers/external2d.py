@@ -79,6 +79,11 @@ class ExternalAttention2d(nn.Module):
         if self.init == 'identity':
             nn.init.zeros_(self.norm.weight)
 
+    def state_beside_base(self) -> dict[str, Tensor] | None:
+        """The state that weights of a base stand for, which have none for this: its own if it is an identity now."""
+        last = (self.norm.weight, self.norm.bias)
+        return None if self.init == 'paper' or any(bool(p.any()) for p in last) else self.state_dict()
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
         attention = self._attention(x)

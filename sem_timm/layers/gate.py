@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Container, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypeVar, cast
@@ -37,6 +38,7 @@ class ChannelGate(nn.Module):
 
     gain: Tensor
     init: GateInit
+    _as_drawn: tuple[tuple[float, ...], ...] | None = None
 
     def __init__(
         self,
@@ -133,6 +135,38 @@ class ChannelGate(nn.Module):
                 reset()
         self._apply_init(init)
 
+    def expect_base(self) -> None:
+        """Take the values of now for drawn and not trained: while they stay, `state_beside_base` is an identity."""
+        self._as_drawn = None
+        if not any(parameter.is_meta for parameter in self.parameters()):
+            self._as_drawn = tuple(tuple(_some_of(parameter).tolist()) for parameter in self.parameters())
+
+    def state_beside_base(self) -> dict[str, Tensor] | None:
+        """The state that weights of a base stand for, which have none for the gate: that of an identity.
+
+        Returns:
+            The state_dict of an identity, with the parameters of the gate but for the last ones; None for a gate that
+            has something to lose, since it is no identity and was not drawn for want of better values.
+        """
+        if not all(callable(getattr(operator, 'zero_last_weights', None)) for operator in self.operators.values()):
+            return None
+        twin = copy.deepcopy(self)
+        twin._apply_init('identity')
+        own, identity = self.state_dict(), twin.state_dict()
+        is_identity = all(torch.equal(own[key], identity[key]) for key in identity)
+        return identity if is_identity or self._is_as_drawn() else None
+
+    def _is_as_drawn(self) -> bool:
+        """Whether all parameters are those that `expect_base` saw, up to a cast."""
+        parameters = list(self.parameters())
+        if self._as_drawn is None or len(parameters) != len(self._as_drawn):
+            return False
+        for parameter, known in zip(parameters, self._as_drawn, strict=True):
+            now, then = _some_of(parameter).double().cpu(), torch.tensor(known, dtype=torch.float64)
+            if not any(torch.equal(now, then.to(d).double()) for d in (parameter.dtype, torch.half, torch.bfloat16)):
+                return False
+        return True
+
     def _check_init(self, init: GateInit) -> None:
         """Refuse an initial form that is unknown, or that an operator cannot have."""
         _check_form('init', init)
@@ -217,6 +251,11 @@ def with_current_keys(entries: Mapping[str, Entry], expected: Container[str]) ->
     current = {key: f'{key.removesuffix(_OLD_GAIN)}gain' for key in entries if key.endswith(_OLD_GAIN)}
     renamed = {key: new for key, new in current.items() if key not in expected and new in expected}
     return {renamed.get(key, key): entry for key, entry in entries.items()}
+
+
+def _some_of(parameter: Tensor) -> Tensor:
+    """Some values of a parameter, enough to tell whether it was trained."""
+    return parameter.detach().flatten()[:: max(1, parameter.numel() // 16)]
 
 
 def _is_about(gain: float, expected: float) -> bool:

@@ -110,6 +110,12 @@ class ChannelsFirst(nn.Module):
         self.module = module
         self.num_prefix_tokens = num_prefix_tokens
 
+    def state_beside_base(self) -> dict[str, Tensor] | None:
+        """The state that weights of a base stand for, which have none for this: what the module says."""
+        of_module = getattr(self.module, 'state_beside_base', None)
+        state = None if of_module is None else of_module()
+        return None if state is None else {f'module.{key}': tensor for key, tensor in state.items()}
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply the module to (B, H, W, C) or (B, N, C)."""
         if x.ndim == 4 and not self.num_prefix_tokens:

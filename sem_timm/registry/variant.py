@@ -17,6 +17,7 @@ from timm.models import (
 from torch import nn
 
 from sem_timm.errors import SwapWarning
+from sem_timm.layers import ChannelGate
 from sem_timm.operations import patch_model
 from sem_timm.registry.features import build_features
 from sem_timm.registry.options import Options, has_tensors, pop_options
@@ -43,6 +44,8 @@ def create_variant(
     """
     name = architecture + operation.suffix
     options = pop_options(operation, name, kwargs)
+    # Drawn as published for want of weights, so that those of the base may come yet and make identities of them.
+    expects_base = not operation.changes_outputs and not pretrained and 'init' not in options
     if not operation.changes_outputs:
         options.setdefault('init', 'identity' if pretrained else 'paper')
     overlay = dict(pretrained_cfg_overlay or {}, architecture=name)
@@ -61,6 +64,9 @@ def create_variant(
 
     def patch(model: nn.Module) -> nn.Module:
         _patch(model, operation, {**_image_shape(kwargs), **options})
+        if expects_base:
+            for gate in (module for module in model.modules() if isinstance(module, ChannelGate)):
+                gate.expect_base()
         if inserted:
             load_inserted(model, inserted, name, operation, strict=kwargs.get('pretrained_strict', True))
             restore_source(model, cfg)

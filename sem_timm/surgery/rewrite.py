@@ -24,6 +24,7 @@ from sem_timm.errors import ModelError
 from sem_timm.meta.layout import Layout
 from sem_timm.surgery.decisions import FITS, check
 from sem_timm.surgery.fitting import tried
+from sem_timm.surgery.loading import loading
 from sem_timm.surgery.sites import AttentionSite, Operation, Site
 
 
@@ -125,6 +126,7 @@ def _made(edit: Edit) -> type:
         '__module__': edit.base.__module__,
         '__reduce_ex__': _reduce_ex,
         CASES: (),
+        '_load_from_state_dict': loading(edit),
         **{name: _folding(name) for name in _FOLDS if callable(getattr(edit.base, name, None))},
     }
     metaclass: Any = type(edit.base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from functools import partial
 from typing import Any
 
@@ -58,7 +59,9 @@ def check_features(twins: Twins, **options: Any) -> None:
         base = twins.column.create(**options).eval()
         expected, expected_gradients = outputs(base, twins.images()), gradients(base, twins.images())
     variant: Any = twins.variant(**options)
-    loaded = variant.load_state_dict(base.state_dict(), strict=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', sem_timm.SwapWarning)
+        loaded = variant.load_state_dict(base.state_dict(), strict=False)
     # Graph modules of torch 2.9 save all buffers, those too that only the replaced attention reads.
     saved = twins.base.state_dict()
     unsaved = {f'graph_module.{name}' for name, _ in twins.base.named_buffers() if name not in saved}

@@ -28,7 +28,9 @@ def pair(variant: str, **options: Any) -> tuple[Any, Any]:
         base = timm.create_model(base_architecture(variant), num_classes=5).eval()
         train(base)
         model = timm.create_model(variant, num_classes=5, **options).eval()
-        model.load_state_dict(base.state_dict(), strict=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', sem_timm.SwapWarning)
+            model.load_state_dict(base.state_dict(), strict=False)
         generator = torch.Generator().manual_seed(1)
         for part in sem_timm.patched_modules(model):
             for child in part.inserted:
