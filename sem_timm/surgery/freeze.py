@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import nn
 
 from sem_timm.errors import ModelError
@@ -58,16 +59,20 @@ def unread_parameters(model: nn.Module) -> set[str]:
     }
 
 
-def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+def trainable_parameters(model: nn.Module, *, not_in: torch.optim.Optimizer | None = None) -> Iterator[nn.Parameter]:
     """The parameters to give to an optimizer: those that require gradients and still reach the output.
 
     Args:
         model: Any model, patched or not.
+        not_in: An optimizer that was made before the model was patched, and trains nothing that was put in since. With
+            it, only the parameters that it does not have, which ``optimizer.add_param_group`` takes.
 
     Returns:
         An iterator over them, in the order of ``parameters()``.
     """
     useless = {id(module._parameters[key]) for module in model.modules() for key in module.__dict__.get(_UNREAD, ())}
+    groups = [] if not_in is None else not_in.param_groups
+    useless |= {id(parameter) for group in groups for parameter in group['params']}
     return (p for p in model.parameters() if p.requires_grad and id(p) not in useless)
 
 
