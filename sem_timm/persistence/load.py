@@ -22,7 +22,8 @@ from sem_timm.persistence.base_check import check_base_weights
 from sem_timm.persistence.configurations import Config
 from sem_timm.persistence.parts import Parts, check_tensors, parts_of
 from sem_timm.persistence.record import PARTS, RECORD_NAME, PatchRecord, SiteRecord, Step, read_record, site_record
-from sem_timm.persistence.save import base_of, steps_of
+from sem_timm.persistence.same_network import MISSING, network_of
+from sem_timm.persistence.save import base_of, part_of, steps_of
 from sem_timm.persistence.weights_file import read_tensors
 from sem_timm.random_state import preserved_random_state
 from sem_timm.surgery import Plan, apply_plan, check_model, patched_modules, unpatch_model
@@ -36,6 +37,8 @@ def load_patch(
     *,
     check_base: str = 'warn',
     input_size: tuple[int, ...] | None = None,
+    prefix: str | None = None,
+    missing: str = 'error',
 ) -> nn.Module:
     """Puts a saved patch into a model in place, all of it or nothing; `unpatch_model` takes it out again.
 
@@ -44,12 +47,16 @@ def load_patch(
     overwrite the model's; undoing does not bring the old values back.
 
     Args:
-        model: A model of the architecture that the patch was saved from. It has no patch, or, as timm's variants such
-            as ``resnet50_sem`` do, the same one with other values.
+        model: The network that the patch was saved from, of whatever class: as a classifier, as a feature backbone of
+            timm's or inside of a larger model. It has no patch, or, as timm's variants such as ``resnet50_sem`` do, the
+            same one with other values.
         folder: What `save_patch` wrote.
         check_base: What happens if the base weights, classifier aside, are not those that the patch was saved with:
             'warn', 'error' or 'ignore'. Weights that were merely cast to another type are the same.
         input_size: Shape (C, H, W) of one input image, where neither the model nor the patch knows a good one.
+        prefix: Name of the part of the model that is the network, such as 'encoder.model', where several are.
+        missing: What happens if the model lacks blocks at the end of the network, or the classifier, and the patch has
+            values for them: 'error', or 'skip' to leave those out.
 
     Returns:
         The model.
@@ -61,45 +68,46 @@ def load_patch(
         PatchFileError: If a file is missing, damaged or newer, or does not fit the model; or its base weights, with
             ``check_base='error'``. The message names the file and the field.
         ModelError: If the model is wrapped, on the meta device, or patched otherwise.
-        OptionError: If ``check_base`` is unknown, or the model does not take images of ``input_size``.
+        OptionError: If ``check_base``, ``prefix`` or ``missing`` is unknown, or the model does not take images of
+            ``input_size``.
     """
     check_choice('check_base', check_base, CHECKS)
+    check_choice('missing', missing, MISSING)
     check_model(model)
     check_tensors(model, model.state_dict())
     folder = Path(folder)
-    file, record = folder / RECORD_NAME, read_record(folder)
-    _check_model_is(model, file, record)
-    tensors = read_tensors(folder, record)
-    with _all_or_nothing(model):
-        if patched_modules(model):
-            _check_same_patch(model, file, record)
+    file, whole = folder / RECORD_NAME, read_record(folder)
+    tensors = read_tensors(folder, whole)
+    given = part_of(model, prefix)
+    _check_architecture(given, file, whole)
+    network = network_of(given, whole, file, missing)
+    part, record = network.module, network.record
+    _check_architecture(part, file, record)
+    tensors = network.renamed(tensors)
+    with _all_or_nothing(part):
+        if patched_modules(part):
+            _check_same_patch(part, file, record)
         else:
             if input_size is not None:
-                probe(model, input_size)  # an error that blames the argument, and not the file
+                probe(part, input_size)  # an error that blames the argument, and not the file
             for number, step in enumerate(record.steps):
-                _apply(model, step, record, f'{file}: operations[{number}]', input_size)
-        parts = parts_of(model)
+                _apply(part, step, record, f'{file}: operations[{number}]', input_size)
+        parts = parts_of(part)
         record = replace(record, tensors=with_current_keys(record.tensors, parts.new))
         tensors = with_current_keys(tensors, parts.new)
         _check_tensors_fit(parts, tensors, record, file)
-        check_base_weights(parts.base, record, file, check_base)
-        _set_values(model, {**parts.new, **parts.head, **parts.base}, tensors, file)
+        check_base_weights(network.shared(parts.base), record, file, check_base)
+        _set_values(part, {**parts.new, **parts.head, **parts.base}, tensors, file)
     return model
 
 
-def _check_model_is(model: nn.Module, file: Path, record: PatchRecord) -> None:
+def _check_architecture(network: nn.Module, file: Path, record: PatchRecord) -> None:
     """Raises PatchFileError for a model of another architecture, as far as architectures have names."""
-    there, here = record.base, base_of(model)
-    if there.architecture and here.architecture and there.architecture != here.architecture:
-        made = f'timm.create_model({there.architecture!r})'
+    there, here = record.base.architecture, base_of(network).architecture
+    if there and here and there != here:
+        made = f'timm.create_model({there!r})'
         raise PatchFileError(
-            f'{file}: base.architecture: the patch is for {there.architecture!r}, and this model is a '
-            f'{here.architecture!r}. Load it into {made}.'
-        )
-    if there.class_name != here.class_name:
-        raise PatchFileError(
-            f'{file}: base.class_name: the patch is for a {there.class_name!r}, and this model is a '
-            f'{here.class_name!r}.'
+            f'{file}: base.architecture: the patch is for {there!r}, and this model is a {here!r}. Load it into {made}.'
         )
 
 

@@ -30,7 +30,7 @@ def parts_of(model: nn.Module) -> Parts:
     state = model.state_dict()
     check_tensors(model, state)
     modules = patched_modules(model)
-    new, head = _new_names(modules), head_prefixes(model)
+    new, head = new_prefixes(model), head_prefixes(model)
     aliases = _aliases_of_new(model, modules)
     parts = Parts({}, {}, {})
     for name, tensor in state.items():
@@ -56,8 +56,9 @@ def check_tensors(model: nn.Module, state: dict[str, Any]) -> None:
             raise ModelError(f'{name} of {type(model).__name__} is no plain tensor; gather or unpack the model first.')
 
 
-def _new_names(modules: tuple[PatchedModule, ...]) -> tuple[str, ...]:
-    return tuple(f'{part.name}.{child}.' for part in modules for child in part.inserted)
+def new_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """What the names of all tensors of new modules begin with."""
+    return tuple(f'{part.name}.{child}.' for part in patched_modules(model) for child in part.inserted)
 
 
 def _aliases_of_new(model: nn.Module, modules: tuple[PatchedModule, ...]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from sem_timm.surgery.residual import ResidualAdd, judged_sums, last_of_each_out
 from sem_timm.surgery.rewrite import Edit, edit_of, patched_class, put_back
 from sem_timm.surgery.sites import BRANCHES, POSITIONS, AttentionSite, Insertion, Refusal, Refused, Site, Swap
 from sem_timm.surgery.source import statements
+from sem_timm.surgery.statistics import noted_statistics
 from sem_timm.surgery.swap import Core, NotACore, Swapper, heads_of, judged_softmaxes
 from sem_timm.surgery.swap.original import Computed, Original
 from sem_timm.surgery.swap.whole import WholeSite
@@ -59,6 +60,7 @@ __all__ = [
     'judged_softmaxes',
     'judged_sums',
     'last_of_each_output',
+    'noted_statistics',
     'own_methods',
     'own_methods_called',
     'patched_class',

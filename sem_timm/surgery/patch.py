@@ -23,6 +23,7 @@ from sem_timm.surgery.plan import Plan
 from sem_timm.surgery.planning import check_model, structure_of
 from sem_timm.surgery.rewrite import Note, edit_of, note_of, put_back, put_in
 from sem_timm.surgery.sites import AttentionSite, Operation, Site
+from sem_timm.surgery.statistics import forget_statistics, note_statistics
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def apply_plan(model: nn.Module, plan: Plan, prepare: Callable[[list[Built]], No
             put_back(modules[name], edit)
         raise
     freeze(model, plan.unread, plan.computed)
+    note_statistics(model)
     return model
 
 
@@ -174,6 +176,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         raise ModelError(f'{type(model).__name__} is not patched; there is nothing to undo.')
     check_undoable(model)
     unfreeze(model)
+    forget_statistics(model)
     for module in list(model.modules()):
         while (edit := edit_of(module)) is not None:
             put_back(module, edit)

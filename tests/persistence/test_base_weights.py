@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -168,3 +169,41 @@ def test_fingerprints_of_other_tensors_than_the_model_has(folder: Path) -> None:
     edit_json(folder, rename)
     with refused(model := base(), PatchFileError, '2 of ', 'stem.weight is not there'):
         sem_timm.load_patch(model, folder, check_base='error')
+
+
+def moved_norms(model: Any) -> Any:
+    """A model whose base is frozen, and whose norms saw images in training mode."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.train()(torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(2)))
+    return model.eval()
+
+
+def test_statistics_that_moved_under_a_frozen_base_come_along(tmp_path: Path) -> None:
+    before = base()
+    model = moved_norms(patch(copy.deepcopy(before)))
+    for number, options in enumerate(({}, {'base': before})):
+        sem_timm.save_patch(model, tmp_path / str(number), **options)
+        loaded = sem_timm.load_patch(base(), tmp_path / str(number), check_base='error')
+        assert torch.equal(outputs(loaded), outputs(model))
+        assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
+        sem_timm.save_patch(loaded, tmp_path / 'again')  # saved again they are still not those of the base
+        assert torch.equal(outputs(sem_timm.load_patch(base(), tmp_path / 'again')), outputs(model))
+    assert not torch.equal(outputs(patch(before)), outputs(model))
+
+
+def test_statistics_that_did_not_move_stay_out(tmp_path: Path) -> None:
+    models = [patch(base()), patch(base()).half(), patch(base('vit_registers'))]
+    moved = sem_timm.unpatch_model(moved_norms(patch(base())))
+    models.append(patch(moved))  # after undoing, they are those of a base
+    for number, model in enumerate(models):
+        sem_timm.save_patch(model, tmp_path / str(number))
+        record = json.loads((tmp_path / str(number) / 'patch.json').read_text())
+        assert {tensor['part'] for tensor in record['tensors'].values()} == {'new'}
+
+
+def test_statistics_are_those_before_the_first_patch(tmp_path: Path) -> None:
+    model = moved_norms(patch(base(), ('sem', {'target': 'layer1.0'})))
+    patch(model, ('sem', {'target': 'layer2.0'}))
+    sem_timm.save_patch(model, tmp_path)
+    assert torch.equal(outputs(sem_timm.load_patch(base(), tmp_path, check_base='error')), outputs(model))

@@ -50,7 +50,6 @@ VALUES: list[tuple[tuple[Any, ...], Any, tuple[str, ...]]] = [
     (at('versions', 'torch'), None, ('versions.torch: a text is needed, not None',)),
     (at('base', 'architecture'), 'resnet50', ('base.architecture', "'resnet50'", "'test_resnet'", 'create_model')),
     (at('base', 'architecture'), CODE, ('base.architecture', 'test_resnet')),
-    (at('base', 'class_name'), 'VisionTransformer', ('base.class_name', "'VisionTransformer'", "'ResNet'")),
     (at('base', 'tag'), {}, ('base.tag: a text is needed',)),
     (at('operations'), [], ('operations: is empty',)),
     (at('operations'), {}, ('operations: a list',)),

@@ -298,3 +298,39 @@ def test_all_random_generators_stand_still(tmp_path: Path) -> None:
     before = random_states()
     sem_timm.load_patch(model, tmp_path, input_size=FAMILIES['vit_registers'].input_size)
     assert random_states() == before
+
+
+class AdaptedLinear(nn.Module):
+    """What PEFT makes of a layer."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.lora_A = layer, nn.Linear(layer.in_features, 2)
+        self.active_adapters = ['default']
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(x)
+        return y
+
+
+class PeftModel(nn.Module):
+    """What PEFT puts around a model."""
+
+    __module__ = 'peft.peft_model'
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.base_model = model
+
+
+def test_models_with_adapters_of_peft_are_merged_first(tmp_path: Path) -> None:
+    model = of_case('external')
+    inside = copy.deepcopy(model)
+    inside.blocks[1].mlp.fc1 = AdaptedLinear(inside.blocks[1].mlp.fc1)
+    advice = ('merge_and_unload()', 'unload()', 'get_base_model()')
+    with refused(inside, ModelError, 'blocks.1.mlp.fc1 is a AdaptedLinear of PEFT', *advice):
+        sem_timm.save_patch(inside, tmp_path)
+    for around in (PeftModel(model), nn.DataParallel(PeftModel(model))):
+        with refused(around, ModelError, 'the model is a PeftModel of PEFT', *advice):
+            sem_timm.save_patch(around, tmp_path)
+    sem_timm.save_patch(model, tmp_path)
