@@ -55,6 +55,17 @@ def key_padding(attn_mask: Tensor, scores_shape: Sequence[int], dtype: torch.dty
     return mask.to(dtype).clamp(min=LOWEST)
 
 
+def with_axis_moved(x: Tensor, source: int, destination: int) -> Tensor:
+    """A tensor with one axis in another place, as by ``movedim``.
+
+    Written as a permutation of axes that are counted from the front: the older exporter to ONNX reads ``movedim`` of
+    others from memory that is not its own.
+    """
+    order = list(range(x.dim()))
+    order.insert(destination % x.dim(), order.pop(source % x.dim()))
+    return x.permute(order)
+
+
 class AttentionCore(nn.Module):
     """Base of what stands between the query, key and value projections of an attention module and its output.
 
@@ -160,15 +171,15 @@ class AttentionCore(nn.Module):
 
     def heads_first(self, x: Tensor) -> Tensor:
         """(..., N, d) as (heads, R, N, d), where heads is 1 unless they have parameters of their own."""
-        x = x.movedim(self.head_axis, 0) if self.num_heads > 1 else x.unsqueeze(0)
+        x = with_axis_moved(x, self.head_axis, 0) if self.num_heads > 1 else x.unsqueeze(0)
         return x.reshape(x.shape[0], math.prod(x.shape[1:-2]), *x.shape[-2:])
 
     def heads_back(self, x: Tensor, like: Tensor) -> Tensor:
         """(heads, R, N, width) with the leading axes of another tensor, the inverse of `heads_first`."""
         if self.num_heads == 1:
             return x.reshape(*like.shape[:-2], *x.shape[-2:])
-        leading = like.movedim(self.head_axis, 0).shape[1:-2]
-        return x.reshape(x.shape[0], *leading, *x.shape[-2:]).movedim(0, self.head_axis)
+        leading = with_axis_moved(like, self.head_axis, 0).shape[1:-2]
+        return with_axis_moved(x.reshape(x.shape[0], *leading, *x.shape[-2:]), 0, self.head_axis)
 
     def parameter_shape(self, *shape: int) -> tuple[int, ...]:
         """The shape of a parameter, with an axis of heads in front where heads have their own."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from sem_timm.layers.attention_core import with_axis_moved
 
 
 @dataclass(frozen=True)
@@ -39,16 +42,28 @@ class BlockGrid:
 
     def tokens(self, blocks: Tensor) -> Tensor:
         """Blocks (..., n, block_size^2, d) as tokens (..., h w, d), the inverse of `blocks`."""
-        rows = -(-self.height // self.block_size)
-        x = blocks.unflatten(-2, (self.block_size, self.block_size))
-        x = x.unflatten(-4, (rows, -(-self.width // self.block_size))).transpose(-4, -3)
+        x = blocks.view(*blocks.shape[:-3], *self._counts, self.block_size, self.block_size, blocks.shape[-1])
+        x = x.transpose(-4, -3)
         x = x.flatten(-5, -4).flatten(-3, -2)
         return x[..., : self.height, : self.width, :].flatten(-3, -2)
 
     def _cut(self, tokens: Tensor, size: int, margin: int, fill: float) -> Tensor:
         """Squares of a size, one for each block, out of the grid with a margin around it."""
         bottom, right = (margin + -side % self.block_size for side in (self.height, self.width))
-        x = tokens.unflatten(-2, (self.height, self.width))
+        x = tokens.view(*tokens.shape[:-2], self.height, self.width, tokens.shape[-1])
         x = F.pad(x, (0, 0, margin, right, margin, bottom), value=fill)
-        squares = x.unfold(-3, size, self.block_size).unfold(-3, size, self.block_size)  # (..., rows, columns, d, y, x)
-        return squares.movedim(-3, -1).flatten(-3, -2).flatten(-4, -3)
+        first = x.dim() - 3
+        if torch.jit.is_tracing():
+            # The older exporter to ONNX cannot unfold what was padded, whose size it does not know.
+            for axis, count in zip((first, first + 2), self._counts):
+                parts = [x.narrow(axis, index * self.block_size, size) for index in range(count)]
+                x = torch.stack(parts, dim=first if axis == first else first + 1)
+            return x.flatten(-3, -2).flatten(-4, -3)
+        x = x.unfold(first, size, self.block_size).unfold(first + 1, size, self.block_size)
+        squares = with_axis_moved(x, -3, -1)  # (..., rows, columns, y, x, d)
+        return squares.flatten(-3, -2).flatten(-4, -3)
+
+    @property
+    def _counts(self) -> tuple[int, int]:
+        """How many blocks there are from top to bottom and from left to right."""
+        return -(-self.height // self.block_size), -(-self.width // self.block_size)

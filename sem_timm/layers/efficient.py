@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,8 +43,8 @@ class EfficientAttention(AttentionCore):
         leading = self.check_inputs(q, k, v)
         dtype = statistics_dtype(k.dtype)
         if attn_mask is not None:
-            k = k + self.key_padding(attn_mask, (*leading, q.shape[-2], k.shape[-2]), dtype).mT
-        context = k.softmax(-2, dtype=dtype).to(v.dtype).mT @ v
+            k = k + self.key_padding(attn_mask, (*leading, q.shape[-2], k.shape[-2]), dtype).transpose(-2, -1)
+        context = k.softmax(-2, dtype=dtype).to(v.dtype).transpose(-2, -1) @ v
         return q.softmax(-1, dtype=dtype).to(q.dtype) @ context
 
 
@@ -81,32 +83,45 @@ class LinearAttention(AttentionCore):
         """Map queries (..., N, d) to outputs (..., N, value_dim)."""
         leading = self.check_inputs(q, k, v)
         dtype = statistics_dtype(k.dtype)
-        # Not a power of -0.5, which fixes the number of tokens in an exported program.
-        root: Tensor | float = 1 / torch.sym_sqrt(max(k.shape[-2], 1))
+        root = _inverse_root(k, dtype)
         scale = root / _length(k, dtype)
         if attn_mask is None:
             mean = v.mean(-2, keepdim=True, dtype=dtype)
         else:
             # What is added to a logit multiplies a weight.
-            weight = self.key_padding(attn_mask, (*leading, q.shape[-2], k.shape[-2]), dtype).exp().mT
+            mask = self.key_padding(attn_mask, (*leading, q.shape[-2], k.shape[-2]), dtype)
+            weight = mask.exp().transpose(-2, -1)
             weight = weight.expand(*weight.shape[:-2], k.shape[-2], 1)
             total = weight.sum(-2, keepdim=True).clamp(min=self.eps)
             mean, root = (v * weight).sum(-2, keepdim=True) / total, total.rsqrt()
             scale = root * weight / _length(k, dtype)
         # Averages over the keys, in two steps of a root: a sum over many keys overflows in float16.
-        context = (k.mT @ (v * scale).to(k.dtype)) * root
-        key = (scale.mT.to(k.dtype) @ k) * root + self.eps * root**2
+        context = (k.transpose(-2, -1) @ (v * scale).to(k.dtype)) * root
+        key = (scale.transpose(-2, -1).to(k.dtype) @ k) * root + self.eps * root**2
         # Numerator and denominator are multiplied by the length of the query, which spares the division of all q.
         length = _length(q, dtype)
         product = q @ context.to(q.dtype)
         # A matrix of one row, not of one column: products with the latter are slow on a CPU.
-        denominator = length + (key.to(q.dtype) @ q.mT).mT
+        denominator = length + (key.to(q.dtype) @ q.transpose(-2, -1)).transpose(-2, -1)
         # Where all keys point away from the query, all weights are zero but for rounding.
         floor = max(self.eps, torch.finfo(product.dtype).eps)
         denominator = torch.maximum(denominator, floor * length)
+        if torch.jit.is_tracing():
+            # The same with gradients and without, in operations that converters of traces know.
+            return ((product.to(dtype) + mean * length) / denominator).to(product.dtype)
         numerator = product.to(dtype).addcmul_(mean, length)
         out = numerator / denominator if numerator.requires_grad else numerator.div_(denominator)
         return out.to(product.dtype)
+
+
+def _inverse_root(k: Tensor, dtype: torch.dtype) -> Tensor | float:
+    """One over the root of the number of keys (..., M, d)."""
+    count = k.shape[-2]
+    if isinstance(count, int):
+        return 1 / math.sqrt(max(count, 1))
+    # In a trace or an exported program the number is computed from its input. Of arithmetic with Python's numbers the
+    # exporters to ONNX know no root, or take down its result as it is for one input.
+    return 1 / torch.scalar_tensor(count, dtype=dtype, device=k.device).clamp(min=1).sqrt()
 
 
 def _length(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sem_timm.errors import OptionError, closest
-from sem_timm.layers.attention_core import AttentionCore, statistics_dtype
+from sem_timm.layers.attention_core import AttentionCore, statistics_dtype, with_axis_moved
 from sem_timm.layers.double_norm import may_write_in_place, normalize_twice
 from sem_timm.layers.excitation import check_at_least_one
 
@@ -92,7 +92,7 @@ class ExternalAttention(AttentionCore):
         self.check_query(q)
         per_head = self.num_heads > 1
         # With the heads in front, the batch and the tokens of (B, N, heads, d) are one axis without a copy.
-        tokens = q.movedim(self.head_axis, 0) if per_head else q.unsqueeze(0)
+        tokens = with_axis_moved(q, self.head_axis, 0) if per_head else q.unsqueeze(0)
         mk, mv = (self.mk, self.mv) if per_head else (self.mk.unsqueeze(0), self.mv.unsqueeze(0))
         mask = None if attn_mask is None else self._token_mask(q, attn_mask)
         # Into memory of the type of the input, which is not that of products under autocast.
@@ -100,8 +100,9 @@ class ExternalAttention(AttentionCore):
             out = self._attend_by_parts(tokens, mk, mv, mask)
         else:
             out = torch.bmm(self._attention(tokens, mk, mask), mv)
-        out = out.unflatten(1, tokens.shape[1:-1])
-        return out.movedim(0, self.head_axis) if per_head else out.squeeze(0)
+        # Heads go behind the tokens before these are told apart, for the reason that `_rows` gives.
+        out = out.transpose(0, 1).view(*tokens.shape[1:-1], *mv.shape[::2])
+        return with_axis_moved(out, tokens.dim() - 2, self.head_axis) if per_head else out.squeeze(-2)
 
     def attend_folded(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """Outputs for queries that are a projection, by the product of its weight and the memory of keys.
@@ -118,7 +119,7 @@ class ExternalAttention(AttentionCore):
         if not self._pays_to_fold(x, weight):
             return None
         heads = self.mk if self.num_heads > 1 else self.mk.unsqueeze(0)
-        folded = (heads.mT @ weight.unflatten(0, (len(heads), -1))).flatten(0, 1)
+        folded = (heads.transpose(1, 2) @ weight.unflatten(0, (len(heads), -1))).flatten(0, 1)
         folded_bias = None if bias is None else (bias.view(len(heads), 1, -1) @ heads).flatten()
         logits = F.linear(x, folded, folded_bias).unflatten(-1, (len(heads), self.memory))
         attention = normalize_twice(logits, -3, -1).to(x.dtype).flatten(0, 1).transpose(0, 1)
@@ -140,10 +141,11 @@ class ExternalAttention(AttentionCore):
         """The share (..., N, S) of each slot in what each token reads, for queries (..., N, d)."""
         self.check_query(q)
         per_head = self.num_heads > 1
-        tokens, mk = (q.movedim(self.head_axis, 0), self.mk) if per_head else (q.unsqueeze(0), self.mk.unsqueeze(0))
+        tokens = with_axis_moved(q, self.head_axis, 0) if per_head else q.unsqueeze(0)
+        mk = self.mk if per_head else self.mk.unsqueeze(0)
         mask = None if attn_mask is None else self._token_mask(q, attn_mask)
-        attention = self._attention(tokens, mk, mask).unflatten(1, tokens.shape[1:-1])
-        return attention.movedim(0, self.head_axis) if per_head else attention.squeeze(0)
+        attention = self._attention(tokens, mk, mask).view(*tokens.shape[:-1], self.memory)
+        return with_axis_moved(attention, 0, self.head_axis) if per_head else attention.squeeze(0)
 
     def _attend_by_parts(self, tokens: Tensor, mk: Tensor, mv: Tensor, mask: Tensor | None) -> Tensor:
         """Outputs (heads, R, value_dim) for queries (heads, ..., N, d), R being the product of the axes between.
@@ -165,16 +167,28 @@ class ExternalAttention(AttentionCore):
 
     def _attention(self, tokens: Tensor, mk: Tensor, mask: Tensor | None) -> Tensor:
         """The attention (heads, R, S) to the slots."""
-        logits = torch.bmm(tokens.flatten(1, -2), mk).unflatten(1, tokens.shape[1:-1])
+        logits = torch.bmm(_rows(tokens), mk).view(*tokens.shape[:-1], self.memory)
         dtype = logits.dtype
         if self.norm == 'softmax':
-            return logits.softmax(-1, dtype=statistics_dtype(dtype)).to(dtype).flatten(1, -2)
-        return normalize_twice(logits, -2, -1, mask).to(dtype).flatten(1, -2)
+            return logits.softmax(-1, dtype=statistics_dtype(dtype)).to(dtype).flatten(1, tokens.dim() - 2)
+        return normalize_twice(logits, -2, -1, mask).to(dtype).flatten(1, tokens.dim() - 2)
 
     def _token_mask(self, q: Tensor, attn_mask: Tensor) -> Tensor:
         """A mask (..., 1, N) as numbers (heads, ..., N, 1) to be added to logits."""
-        mask = self.key_padding(attn_mask, (*q.shape[:-1], q.shape[-2]), statistics_dtype(q.dtype)).mT
-        return mask.movedim(self.head_axis, 0) if self.num_heads > 1 else mask.unsqueeze(0)
+        mask = self.key_padding(attn_mask, (*q.shape[:-1], q.shape[-2]), statistics_dtype(q.dtype))
+        mask = mask.transpose(-2, -1)
+        return with_axis_moved(mask, self.head_axis, 0) if self.num_heads > 1 else mask.unsqueeze(0)
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, memory={self.memory}, norm={self.norm!r}'
+
+
+def _rows(tokens: Tensor) -> Tensor:
+    """Tokens (heads, ..., N, d) as the rows (heads, R, d) of one matrix per head.
+
+    The heads are behind while the axes are joined, and in front of them again for the product. Were they in front all
+    along, the exporter to ONNX would see a product of which both ends are reshaped, and leave the reshapes out where
+    shapes allow it: for a batch as large as the number of heads it takes the one for the other.
+    """
+    last = tokens.dim() - 1
+    return tokens.permute(*range(1, last), 0, last).flatten(0, last - 2).transpose(0, 1)

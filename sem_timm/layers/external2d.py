@@ -75,7 +75,7 @@ class ExternalAttention2d(nn.Module):
         self.norm.reset_parameters()
         for weight in (self.conv1.weight, self.conv2.weight, self.mk):
             nn.init.normal_(weight, std=math.sqrt(2 / self.channels))
-        self.mv.copy_(self.mk.mT)
+        self.mv.copy_(self.mk.T)
         if self.init == 'identity':
             nn.init.zeros_(self.norm.weight)
 
@@ -87,12 +87,12 @@ class ExternalAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
         attention = self._attention(x)
-        out = torch.bmm(self.mv.mT.expand(x.shape[0], -1, -1), attention).unflatten(2, x.shape[2:])
+        out = torch.bmm(self.mv.transpose(0, 1).expand(x.shape[0], -1, -1), attention).view(x.shape)
         return self.activation(x + self.norm(self.conv2(out)))
 
     def attention(self, x: Tensor) -> Tensor:
         """The share (B, S, H, W) of each slot in what each position reads, for an input (B, C, H, W)."""
-        return self._attention(x).unflatten(2, x.shape[2:])
+        return self._attention(x).view(x.shape[0], self.memory, *x.shape[2:])
 
     def _attention(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.channels:
@@ -101,7 +101,7 @@ class ExternalAttention2d(nn.Module):
                 f'it needs (B, {self.channels}, H, W).'
             )
         q = self.conv1(x).flatten(2)
-        logits = torch.bmm(self.mk.mT.expand(q.shape[0], -1, -1), q)
+        logits = torch.bmm(self.mk.transpose(0, 1).expand(q.shape[0], -1, -1), q)
         return normalize_twice(logits, -1, -2).to(logits.dtype)
 
     def extra_repr(self) -> str:

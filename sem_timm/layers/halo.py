@@ -137,24 +137,31 @@ class HaloAttention(AttentionCore):
         blocks = grid.blocks(q[..., first:, :])
         if mask is None:
             mask = q.new_zeros(1, 1, 1, q.shape[-2])
-        bias = F.pad(self._relative_logits(blocks, grid), (first, 0)) + _with_windows(mask.mT, first, grid, LOWEST).mT
+        extra = _with_windows(mask.transpose(-2, -1), first, grid, LOWEST).transpose(-2, -1)
+        bias = F.pad(self._relative_logits(blocks, grid), (first, 0)) + extra
         keys, values = (_with_windows(x, first, grid) for x in (k, v))
         # Blocks take the place of a batch, since four axes are what the fused kernels want.
         batch = [x.flatten(1, 2) for x in (blocks, keys, values, bias)]
         out = F.scaled_dot_product_attention(batch[0], batch[1], batch[2], attn_mask=batch[3])
-        return grid.tokens(out.unflatten(1, blocks.shape[1:3]))
+        return grid.tokens(out.view(*blocks.shape[:3], *out.shape[2:]))
 
     def _relative_logits(self, blocks: Tensor, grid: BlockGrid) -> Tensor:
         """Logits of the relative positions, (heads, R, n, block_size^2, window_size^2), for blocks of queries."""
         height, width = (
-            # One row of offsets to all of the window for each position in the block.
-            table.view(-1, *table.shape[-2:]).unfold(1, grid.window_size, 1).flip(1)
-            for table in (self.relative_height, self.relative_width)
+            self._offsets(table, grid.window_size) for table in (self.relative_height, self.relative_width)
         )
-        queries = blocks.unflatten(3, (self.block_size, self.block_size))
+        queries = blocks.view(*blocks.shape[:3], self.block_size, self.block_size, self.head_dim)
         vertical = torch.einsum('hrnyxd,hydk->hrnyxk', queries, height)
         horizontal = torch.einsum('hrnyxd,hxdk->hrnyxk', queries, width)
         return (vertical.unsqueeze(-1) + horizontal.unsqueeze(-2)).flatten(-2).flatten(3, 4)
+
+    def _offsets(self, table: Tensor, window_size: int) -> Tensor:
+        """The offsets to all of a window for each position in the block, (heads, block_size, d, window_size)."""
+        table = table.view(-1, *table.shape[-2:])
+        if torch.jit.is_tracing():  # converters of traces know no `unfold`
+            rows = [table.narrow(1, first, window_size) for first in reversed(range(self.block_size))]
+            return torch.stack(rows, dim=1).transpose(-2, -1)
+        return table.unfold(1, window_size, 1).flip(1)
 
     def extra_repr(self) -> str:
         return (

@@ -39,7 +39,7 @@ def nearest(points: Tensor, centers: Tensor) -> Tensor:
     """The index of the centre that is nearest to each point."""
     lengths = centers.square().sum(1)
     # A few rows at a time: all distances at once would need n times as much memory as there are centres.
-    return torch.cat([(lengths - 2 * rows @ centers.mT).argmin(1) for rows in points.split(ROWS_AT_ONCE)])
+    return torch.cat([(lengths - 2 * rows @ centers.T).argmin(1) for rows in points.split(ROWS_AT_ONCE)])
 
 
 def cluster_means(vectors: Tensor, cluster: Tensor, empty: Tensor) -> Tensor:

@@ -98,7 +98,8 @@ class MultiHeadExternalAttention(nn.Module):
 
     def _attention(self, x: Tensor, mask: Tensor | None) -> Tensor:
         # Heads stay behind the tokens, so that nothing is copied into another order.
-        logits = self.mk(self.q_norm(self.q(x).unflatten(-1, (self.num_heads, self.head_dim))))
+        queries = self.q(x).view(*x.shape[:-1], self.num_heads, self.head_dim)
+        logits = self.mk(self.q_norm(queries))
         if not torch.compiler.is_compiling() and not is_plain(self.mk, nn.Linear):
             logits = logits.clone()  # a hook may have kept what is overwritten next
         return normalize_twice(logits, -3, -1, mask).to(logits.dtype)
@@ -112,10 +113,10 @@ class MultiHeadExternalAttention(nn.Module):
     def _pays_to_fold(self, x: Tensor) -> bool:
         """Whether products of neighbouring weights, each applied at once, cost less than one weight after another.
 
-        That is so for more tokens than about the width. It is left alone while compiling, where a branch on the number
-        of tokens would fix it, and where a layer is more than its weight.
+        That is so for more tokens than about the width. It is left alone while compiling or tracing, where a branch on
+        the number of tokens would fix it, and where a layer is more than its weight.
         """
-        if torch.compiler.is_compiling() or x.dim() != 3:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.dim() != 3:
             return False
         if not all(is_plain(layer, nn.Linear) for layer in (self.q, self.mk, self.mv, self.proj)):
             return False
@@ -129,7 +130,7 @@ class MultiHeadExternalAttention(nn.Module):
         weight = self.mk.weight @ self.q.weight.unflatten(0, (self.num_heads, self.head_dim))
         bias = self.mk.bias.expand(self.num_heads, -1)
         if self.q.bias is not None:
-            bias = bias + self.q.bias.unflatten(0, (self.num_heads, self.head_dim)) @ self.mk.weight.mT
+            bias = bias + self.q.bias.unflatten(0, (self.num_heads, self.head_dim)) @ self.mk.weight.T
         return F.linear(x, weight.flatten(0, 1), bias.flatten()).unflatten(-1, (self.num_heads, -1))
 
     def _folded_output(self, attention: Tensor) -> Tensor:

@@ -53,7 +53,8 @@ def attend_projected(
         if out is not None:
             return out
     queries = projected_rows(x, module, first=first, last=last, period=period)
-    queries = queries.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    # Not by `unflatten`, behind which the older exporter to ONNX takes the size of the batch for a fixed one.
+    queries = queries.view(*queries.shape[:-1], num_heads, -1).transpose(1, 2)
     result: Tensor = core(queries) if attn_mask is None else core(queries, attn_mask)
     return result
 

@@ -52,4 +52,6 @@ def rows_of_weights(module: nn.Module, first: int, last: int, period: int) -> tu
 def _take(tensor: Tensor, axis: int, first: int, last: int, period: int) -> Tensor:
     """Of every ``period`` rows along an axis those from ``first`` to before ``last``."""
     axis %= tensor.ndim
+    if period == tensor.shape[axis]:
+        return tensor.narrow(axis, first, last - first)
     return tensor.unflatten(axis, (-1, period)).narrow(axis + 1, first, last - first).flatten(axis, axis + 1)
