@@ -7,14 +7,17 @@ weights at zero, so that the logits are exactly zero while those weights still r
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from sem_timm.errors import OptionError
+from sem_timm.layers.recording import is_recorded
+from sem_timm.plain import is_plain
 
 
 @runtime_checkable
@@ -80,7 +83,7 @@ class SqueezeExcitation(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Map (B, C) to logits (B, C)."""
-        return self.fc2(self.fc1(pooled).relu_())
+        return self.fc2(self.fc1(pooled).relu())
 
 
 class EfficientChannel(nn.Module):
@@ -97,14 +100,16 @@ class EfficientChannel(nn.Module):
         OptionError: If ``channels`` is below 1.
     """
 
+    pads_with_zeros = True
+
     def __init__(
         self, channels: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
         check_at_least_one('channels', channels)
         kernel_size = eca_kernel_size(channels)
-        self.padding = kernel_size // 2
-        self.conv = nn.Conv1d(1, 1, kernel_size, padding=self.padding, bias=False, device=device, dtype=dtype)
+        padding = kernel_size // 2 if self.pads_with_zeros else 0
+        self.conv = nn.Conv1d(1, 1, kernel_size, padding=padding, bias=False, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         """Draw PyTorch's default initial values."""
@@ -114,31 +119,37 @@ class EfficientChannel(nn.Module):
         """Set the kernel at zero."""
         nn.init.zeros_(self.conv.weight)
 
-    def convolve(self, pooled: Tensor, padding: int) -> Tensor:
-        """Convolve every row of a matrix, padded with so many zeros at both ends."""
-        differentiated = torch.compiler.is_compiling() and torch.is_grad_enabled()
-        # Until torch 2.10, torch.compile says that it exports as well.
-        exported = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-        if differentiated or exported or pooled.shape[0] == 0:
-            return F.conv1d(pooled.unsqueeze(1), self.conv.weight, padding=padding).squeeze(1)
-        # The batch as the height of one image: on a CPU five times as fast as a batch of one-channel sequences. But an
-        # image needs a height above zero, torch 2.9 and 2.10 export none of any height, and a compiled backward would
-        # hold for one height only.
-        return F.conv2d(pooled.unsqueeze(0), self.conv.weight.unsqueeze(2), padding=(0, padding)).squeeze(0)
+    def convolve(self, rows: Tensor) -> Tensor:
+        """Convolve every row of a matrix."""
+        if self._as_one_image(rows):
+            weight, padding = self.conv.weight.unsqueeze(2), (0, int(self.conv.padding[0]))
+            return F.conv2d(rows.unsqueeze(0), weight, self.conv.bias, padding=padding).squeeze(0)
+        return self.conv(rows.unsqueeze(1)).squeeze(1)
+
+    def _as_one_image(self, rows: Tensor) -> bool:
+        """Whether the batch becomes the height of one image: on a CPU five times as fast as sequences of one channel.
+
+        But an image needs a height above zero, a compiled backward would hold for one height only, and who looks at
+        the convolution or has changed it wants it called.
+        """
+        if isinstance(rows, fx.Proxy) or is_recorded() or (torch.compiler.is_compiling() and torch.is_grad_enabled()):
+            return False
+        return rows.shape[0] > 0 and is_plain(self.conv, nn.Conv1d)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Map (B, C) to logits (B, C)."""
-        return self.convolve(pooled, self.padding)
+        return self.convolve(pooled)
 
 
 class CircularEfficientChannel(EfficientChannel):
     """ECA that takes the channels as a ring, 'ceca', after timm's ``CecaModule``; arguments as `EfficientChannel`."""
 
+    pads_with_zeros = False
+
     def forward(self, pooled: Tensor) -> Tensor:
         """Map (B, C) to logits (B, C)."""
-        if self.padding:
-            pooled = torch.cat((pooled[:, -self.padding :], pooled, pooled[:, : self.padding]), dim=1)
-        return self.convolve(pooled, 0)
+        reach = self.conv.kernel_size[0] // 2
+        return self.convolve(torch.cat((pooled[:, -reach:], pooled, pooled[:, :reach]), dim=1) if reach else pooled)
 
 
 class EffectiveSqueezeExcitation(nn.Module):
@@ -209,7 +220,7 @@ class InstanceEnhancement(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Map (B, C) to logits (B, C)."""
-        return torch.addcmul(self.beta, pooled, self.gamma)
+        return pooled * self.gamma + self.beta if is_recorded() else torch.addcmul(self.beta, pooled, self.gamma)
 
 
 class LinearContextTransform(nn.Module):
@@ -234,11 +245,14 @@ class LinearContextTransform(nn.Module):
     ) -> None:
         super().__init__()
         check_at_least_one('channels', channels)
-        most = max(1, min(16, channels // 4))
-        self.num_groups = next(count for count in range(most, 0, -1) if channels % count == 0)
         self.weight = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
         self.reset_parameters()
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups for the channels that there are; pruning may have left fewer."""
+        return _num_groups(self.weight.shape[0])
 
     def reset_parameters(self) -> None:
         """Set the scale at 0 and the offset at 1."""
@@ -257,3 +271,9 @@ class LinearContextTransform(nn.Module):
 
     def extra_repr(self) -> str:
         return f'num_groups={self.num_groups}'
+
+
+@functools.cache
+def _num_groups(channels: int) -> int:
+    most = max(1, min(16, channels // 4))
+    return next(count for count in range(most, 0, -1) if channels % count == 0)

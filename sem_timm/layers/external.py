@@ -13,6 +13,7 @@ from sem_timm.errors import OptionError, closest
 from sem_timm.layers.attention_core import AttentionCore, statistics_dtype, with_axis_moved
 from sem_timm.layers.double_norm import may_write_in_place, normalize_twice
 from sem_timm.layers.excitation import check_at_least_one
+from sem_timm.plain import is_plain
 
 ExternalNorm: TypeAlias = Literal['double', 'softmax']
 
@@ -132,10 +133,9 @@ class ExternalAttention(AttentionCore):
             return False
         if self.norm != 'double' or self.head_axis != -3 or torch.is_autocast_enabled('cpu'):
             return False
-        is_plain = type(self) is ExternalAttention and not (self._forward_hooks or self._forward_pre_hooks)
         fits = weight.shape[0] == self.num_heads * self.head_dim and x.dtype == self.mk.dtype
         # The product costs as much as so many tokens' logits.
-        return is_plain and fits and x.shape[:-1].numel() > weight.shape[1]
+        return is_plain(self, ExternalAttention) and fits and x.shape[:-1].numel() > weight.shape[1]
 
     def attention(self, q: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """The share (..., N, S) of each slot in what each token reads, for queries (..., N, d)."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sem_timm.errors import OptionError, closest
 from sem_timm.layers.excitation import ZeroableExcitation, check_at_least_one
 from sem_timm.layers.operators import ExcitationClass, build_operators, check_zeroable
+from sem_timm.layers.recording import is_recorded, may_write_over, one_node
 
 GateInit: TypeAlias = Literal['identity', 'paper']
 
@@ -187,19 +188,7 @@ class ChannelGate(nn.Module):
         Raises:
             OptionError: If the input has no positions to average over.
         """
-        if x.ndim < 3:
-            raise OptionError(
-                f'{type(self).__name__} got an input of shape {tuple(x.shape)}; it needs a batch, a channel and '
-                'at least one spatial axis.'
-            )
-        if self.num_prefix_tokens:
-            if x.ndim != 3 or x.shape[1] <= self.num_prefix_tokens:
-                raise OptionError(
-                    f'{type(self).__name__} with num_prefix_tokens={self.num_prefix_tokens} got an input of shape '
-                    f'{tuple(x.shape)}; it needs (B, N, C) with N above {self.num_prefix_tokens}.'
-                )
-            return _mean(x[:, self.num_prefix_tokens :], (1,))
-        return _mean(x, tuple(range(2, x.ndim)) if self.channel_dim == 1 else tuple(range(1, x.ndim - 1)))
+        return _pooled(x, self.channel_dim, self.num_prefix_tokens, type(self).__name__)
 
     def gate(self, x: Tensor) -> Tensor:
         """The attention vector (B, C) that the input is multiplied by."""
@@ -217,20 +206,7 @@ class ChannelGate(nn.Module):
         Returns:
             ``x * gate`` or ``x * gate + shortcut``; the first has shape and type of the input.
         """
-        gate = self._gate_pooled(self.pool(x))
-        if gate.dtype != x.dtype:
-            # Under autocast, a float32 parameter makes the gate of a half-precision input float32.
-            gate = gate.to(x.dtype)
-        ones = (1,) * (x.ndim - 2)
-        gate = gate.view(-1, self.channels, *ones) if self.channel_dim == 1 else gate.view(-1, *ones, self.channels)
-        gate = gate * self.gain
-        if shortcut is None:
-            return x * gate
-        if shortcut.dtype == x.dtype and shortcut.shape == x.shape and shortcut.stride() == x.stride():
-            if torch.is_grad_enabled() and may_write_over():
-                return (x * gate).add_(shortcut)  # two passes over memory, with gradients that take fewer of them
-            return torch.addcmul(shortcut, x, gate)  # one pass
-        return shortcut + x * gate if shortcut_first else x * gate + shortcut
+        return _scaled(x, self._gate_pooled(self.pool(x)), self.gain, shortcut, shortcut_first, self.channel_dim)
 
     def _gate_pooled(self, pooled: Tensor) -> Tensor:
         """The product of the operators' sigmoids for pooled features (B, C), before the gain."""
@@ -263,22 +239,50 @@ def _is_about(gain: float, expected: float) -> bool:
     return math.isclose(gain, expected, rel_tol=1e-2)
 
 
-def may_write_over() -> bool:
-    """Whether results may be written over: transforms such as `torch.func.vmap` cannot follow that.
-
-    Nor may a trace by `torch.jit`, which has to be the same with gradients and without.
-    """
-    if torch.compiler.is_compiling():
-        return True
-    return not (torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
+@one_node
+def _pooled(x: Tensor, channel_dim: int, num_prefix_tokens: int, name: str) -> Tensor:
+    """The mean over all positions but the prefix tokens, (B, C)."""
+    if x.ndim < 3:
+        raise OptionError(
+            f'{name} got an input of shape {tuple(x.shape)}; it needs a batch, a channel and at least one spatial axis.'
+        )
+    if not num_prefix_tokens:
+        return _mean(x, tuple(range(2, x.ndim)) if channel_dim == 1 else tuple(range(1, x.ndim - 1)))
+    if x.ndim != 3 or x.shape[1] <= num_prefix_tokens:
+        raise OptionError(
+            f'{name} with num_prefix_tokens={num_prefix_tokens} got an input of shape {tuple(x.shape)}; it needs '
+            f'(B, N, C) with N above {num_prefix_tokens}.'
+        )
+    return _mean(x[:, num_prefix_tokens:], (1,))
 
 
 def _mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """The mean over some axes."""
-    if x.dtype not in (torch.float32, torch.float64):
+    if x.dtype not in (torch.float32, torch.float64) or is_recorded():
         return x.mean(dims)  # a sum of half precision would be rounded, or overflow
     # The same, bit for bit, with a gradient that is spread over the axes without filling the memory of a whole input.
     return x.sum(dims) / math.prod([x.shape[dim] for dim in dims])
+
+
+@one_node
+def _scaled(
+    x: Tensor, gate: Tensor, gain: Tensor, shortcut: Tensor | None, shortcut_first: bool, channel_dim: int
+) -> Tensor:
+    """The product with a gate (B, C), whose gain is still to be counted in, and the sum with the shortcut."""
+    if gate.dtype != x.dtype:
+        # Under autocast, a float32 parameter makes the gate of a half-precision input float32.
+        gate = gate.to(x.dtype)
+    gate = gate * gain
+    for _ in range(x.ndim - 2):
+        gate = gate.unsqueeze(-1 if channel_dim == 1 else 1)
+    if shortcut is None:
+        return x * gate
+    is_alike = shortcut.dtype == x.dtype and shortcut.shape == x.shape and shortcut.stride() == x.stride()
+    if is_alike and not is_recorded():
+        if torch.is_grad_enabled() and may_write_over():
+            return (x * gate).add_(shortcut)  # two passes over memory, with gradients that take fewer of them
+        return torch.addcmul(shortcut, x, gate)  # one pass
+    return shortcut + x * gate if shortcut_first else x * gate + shortcut
 
 
 def _check_form(argument: str, form: str) -> None:

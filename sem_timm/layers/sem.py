@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from sem_timm.errors import OptionError, closest
-from sem_timm.layers.gate import ChannelGate, GateInit, may_write_over
+from sem_timm.layers.gate import ChannelGate, GateInit
 from sem_timm.layers.operators import ExcitationClass
+from sem_timm.layers.recording import is_recorded, may_write_over, one_node
 
 DecisionForm: TypeAlias = Literal['sigmoid', 'softmax', 'equal']
 
@@ -108,18 +110,27 @@ class SEM(ChannelGate):
         return logits, self._decide_pooled(pooled).unsqueeze(-1)
 
     def _gate_pooled(self, pooled: Tensor) -> Tensor:
-        logits, weights = self._weighted_pooled(pooled)
-        if not torch.is_grad_enabled() and may_write_over():
-            return logits.mul_(weights).sigmoid_().prod(1)
-        # Not prod(1): its gradient looks for zeros, which makes a GPU wait. The product is the same, bit for bit.
-        gate, *others = torch.sigmoid(logits * weights).unbind(1)
-        for factor in others:
-            gate = gate * factor
-        return gate
+        logits = [operator(pooled) for operator in self.operators.values()]
+        return _product_of_sigmoids(self._decide_pooled(pooled), *logits)
 
     def extra_repr(self) -> str:
         form = '' if self.decision_form == 'sigmoid' else f', decision={self.decision_form!r}'
         return super().extra_repr() + form
+
+
+@one_node
+def _product_of_sigmoids(weights: Tensor, *logits: Tensor) -> Tensor:
+    """The product (B, C) of the sigmoids of logits (B, C), each times its weight out of (B, n)."""
+    if not torch.is_grad_enabled() and may_write_over() and not is_recorded():
+        return torch.stack(logits, dim=1).mul_(weights.unsqueeze(-1)).sigmoid_().prod(1)
+    # Operator by operator, which is the same, bit for bit: programs that follow the channels of a model lose them in a
+    # stack, and the gradient of prod(1) looks for zeros, which makes a GPU wait.
+    dtype = functools.reduce(torch.promote_types, (one.dtype for one in logits))  # they differ under autocast
+    gate: Tensor | None = None
+    for index, one in enumerate(logits):
+        factor = torch.sigmoid(one.to(dtype) * weights[:, index, None])
+        gate = factor if gate is None else gate * factor
+    return cast(Tensor, gate)
 
 
 class Excitation(ChannelGate):

@@ -1,0 +1,45 @@
+"""Who looks on while a forward runs: tracers, which write its operations down, and whatever was put around its layers.
+
+What is faster on a CPU is often no plain call of a layer, or an operation that few programs know. It is for eager mode
+and `torch.compile`; all others see the operations that any model is made of.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import fx
+
+Function = TypeVar('Function', bound=Callable[..., Any])
+
+
+def is_recorded() -> bool:
+    """Whether `torch.jit.trace` or `torch.export` writes operations down for programs that know common ones only."""
+    if torch.compiler.is_compiling():
+        # Until torch 2.10, torch.compile says that it exports as well.
+        return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    return torch.jit.is_tracing()
+
+
+def may_write_over() -> bool:
+    """Whether results may be written over: transforms such as `torch.func.vmap` cannot follow that."""
+    return torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
+
+
+def one_node(function: Function) -> Function:
+    """Makes a function of tensors one node in traces by `torch.fx`, which could not follow what it asks of shapes.
+
+    As `torch.fx.wrap` does for the names of one file, and wherever the function is imported.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        proxy = next((arg for arg in args if isinstance(arg, fx.Proxy)), None)
+        if proxy is not None:
+            return proxy.tracer.create_proxy('call_function', call, args, kwargs)
+        return function(*args, **kwargs)
+
+    return cast(Function, call)
