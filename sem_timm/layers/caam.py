@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from sem_timm.errors import OptionError
 from sem_timm.layers.attention_core import AttentionCore
+from sem_timm.layers.recording import traced_as_leaf
 
 
 class CaaMAttention(AttentionCore):
@@ -59,6 +60,8 @@ class CaaMAttention(AttentionCore):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Map queries (..., N, d) to outputs (..., N, value_dim)."""
+        if (node := traced_as_leaf(self, q, k, v, attn_mask)) is not None:
+            return node
         alike, complement = self.branches(q, k, v, attn_mask)
         return alike + complement
 

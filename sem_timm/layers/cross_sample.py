@@ -12,6 +12,7 @@ from sem_timm.errors import OptionError, closest
 from sem_timm.layers.attention_core import AttentionCore, statistics_dtype
 from sem_timm.layers.excitation import check_at_least_one
 from sem_timm.layers.k_means import cluster_means, k_means, nearest
+from sem_timm.layers.recording import traced_as_leaf
 
 CrossSampleInit: TypeAlias = Literal['identity', 'paper']
 
@@ -140,6 +141,8 @@ class CrossSampleAttention(AttentionCore):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Map queries (..., N, d) to outputs (..., N, value_dim)."""
+        if (node := traced_as_leaf(self, q, k, v, attn_mask)) is not None:
+            return node
         self.check_inputs(q, k, v)
         in_sample = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         key, value = (

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sem_timm.layers.attention_core import AttentionCore, statistics_dtype
+from sem_timm.layers.recording import traced_as_leaf
 
 
 class EfficientAttention(AttentionCore):
@@ -40,6 +41,8 @@ class EfficientAttention(AttentionCore):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Map queries (..., N, d) to outputs (..., N, value_dim)."""
+        if (node := traced_as_leaf(self, q, k, v, attn_mask)) is not None:
+            return node
         leading = self.check_inputs(q, k, v)
         dtype = statistics_dtype(k.dtype)
         if attn_mask is not None:
@@ -81,6 +84,8 @@ class LinearAttention(AttentionCore):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Map queries (..., N, d) to outputs (..., N, value_dim)."""
+        if (node := traced_as_leaf(self, q, k, v, attn_mask)) is not None:
+            return node
         leading = self.check_inputs(q, k, v)
         dtype = statistics_dtype(k.dtype)
         root = _inverse_root(k, dtype)

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from sem_timm.errors import OptionError
-from sem_timm.layers.recording import is_recorded
+from sem_timm.layers.recording import is_recorded, one_node
 from sem_timm.plain import is_plain
 
 
@@ -266,11 +266,16 @@ class LinearContextTransform(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Map (B, C) to logits (B, C)."""
-        # Not nn.functional.group_norm: it refuses a single sample with a single channel per group.
-        return torch.group_norm(pooled, self.num_groups, self.weight, self.bias, self.eps)
+        return _normalized_in_groups(pooled, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
         return f'num_groups={self.num_groups}'
+
+
+@one_node
+def _normalized_in_groups(pooled: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    # Not nn.functional.group_norm: it refuses a single sample with a single channel per group.
+    return torch.group_norm(pooled, _num_groups(weight.shape[0]), weight, bias, eps)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from sem_timm.errors import OptionError, closest
 from sem_timm.layers.attention_core import AttentionCore, statistics_dtype, with_axis_moved
 from sem_timm.layers.double_norm import may_write_in_place, normalize_twice
 from sem_timm.layers.excitation import check_at_least_one
+from sem_timm.layers.recording import traced_as_leaf
 from sem_timm.plain import is_plain
 
 ExternalNorm: TypeAlias = Literal['double', 'softmax']
@@ -90,6 +91,8 @@ class ExternalAttention(AttentionCore):
 
     def forward(self, q: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Map queries (..., N, d) to outputs (..., N, value_dim)."""
+        if (node := traced_as_leaf(self, q, attn_mask)) is not None:
+            return node
         self.check_query(q)
         per_head = self.num_heads > 1
         # With the heads in front, the batch and the tokens of (B, N, heads, d) are one axis without a copy.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sem_timm.errors import OptionError, closest
 from sem_timm.layers.double_norm import normalize_twice
 from sem_timm.layers.excitation import check_at_least_one
+from sem_timm.layers.recording import traced_as_leaf
 
 ExternalInit: TypeAlias = Literal['identity', 'paper']
 
@@ -86,6 +87,8 @@ class ExternalAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
+        if (node := traced_as_leaf(self, x)) is not None:
+            return node
         attention = self._attention(x)
         out = torch.bmm(self.mv.transpose(0, 1).expand(x.shape[0], -1, -1), attention).view(x.shape)
         return self.activation(x + self.norm(self.conv2(out)))

@@ -13,6 +13,7 @@ from sem_timm.errors import OptionError
 from sem_timm.layers.attention_core import LOWEST, AttentionCore, statistics_dtype
 from sem_timm.layers.block_grid import BlockGrid
 from sem_timm.layers.excitation import check_at_least_one
+from sem_timm.layers.recording import traced_as_leaf
 
 
 class HaloAttention(AttentionCore):
@@ -112,6 +113,8 @@ class HaloAttention(AttentionCore):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Map queries (..., N, d) to outputs (..., N, value_dim)."""
+        if (node := traced_as_leaf(self, q, k, v, attn_mask)) is not None:
+            return node
         leading = self.check_inputs(q, k, v)
         if k.shape[-2] != q.shape[-2]:
             raise OptionError(

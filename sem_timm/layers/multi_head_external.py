@@ -12,6 +12,7 @@ from sem_timm.errors import OptionError
 from sem_timm.layers.attention_core import key_padding, statistics_dtype
 from sem_timm.layers.double_norm import normalize_twice
 from sem_timm.layers.excitation import check_at_least_one
+from sem_timm.layers.recording import traced_as_leaf
 from sem_timm.plain import is_plain
 
 
@@ -84,6 +85,8 @@ class MultiHeadExternalAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Map tokens (B, N, C) to the same shape."""
+        if (node := traced_as_leaf(self, x, attn_mask, is_causal)) is not None:
+            return node
         mask = self._token_mask(x, attn_mask, is_causal)
         if self._pays_to_fold(x):
             logits = self._folded_logits(x)

@@ -43,3 +43,19 @@ def one_node(function: Function) -> Function:
         return function(*args, **kwargs)
 
     return cast(Function, call)
+
+
+def traced_as_leaf(module: nn.Module, *args: Any) -> Any:
+    """The call of a module as one node, if it is called in a trace by `torch.fx` of a model that it is part of.
+
+    So tracers take torch's own layers. Modules of this package are walked into by default, and what depends on shapes
+    cannot be followed.
+
+    Returns:
+        What stands for the result in the trace; None in any other call, and where the module itself is traced.
+    """
+    proxy = next((arg for arg in args if isinstance(arg, fx.Proxy)), None)
+    if proxy is None or getattr(proxy.tracer, 'root', module) is module:
+        return None
+    tracer: Any = proxy.tracer
+    return tracer.create_proxy('call_module', tracer.path_of_module(module), args, {})

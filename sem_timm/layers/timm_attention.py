@@ -10,6 +10,7 @@ from timm.layers.create_attn import create_attn
 from torch import Tensor, nn
 
 from sem_timm.errors import OptionError, closest
+from sem_timm.layers.recording import one_node
 
 # Names of timm's create_attn whose module, built for 64 channels, returns an input of (2, 64, 16, 16) in its own shape.
 # The others of timm 1.0.31: 'bottleneck' must know the feature size when it is built, and 'bat' asserts that height and
@@ -118,25 +119,34 @@ class ChannelsFirst(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the module to (B, H, W, C) or (B, N, C)."""
-        if x.ndim == 4 and not self.num_prefix_tokens:
-            return self.module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        if x.ndim != 3 or x.shape[1] <= self.num_prefix_tokens:
-            raise OptionError(
-                f'ChannelsFirst with num_prefix_tokens={self.num_prefix_tokens} got an input of shape '
-                f'{tuple(x.shape)}; it needs (B, N, C) with N above {self.num_prefix_tokens}'
-                + ('.' if self.num_prefix_tokens else ', or (B, H, W, C).')
-            )
-        if not self.num_prefix_tokens:
-            return self._forward_tokens(x)
-        prefix, tokens = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        return torch.cat((prefix, self._forward_tokens(tokens)), dim=1)
-
-    def _forward_tokens(self, tokens: Tensor) -> Tensor:
-        """Apply the module to tokens (B, N, C) laid out as a grid."""
-        count = tokens.shape[1]
-        side = math.isqrt(count)
-        height, width = (side, side) if side * side == count else (count, 1)
-        return self.module(tokens.transpose(1, 2).unflatten(2, (height, width))).flatten(2).transpose(1, 2)
+        maps = self.module(_as_maps(x, self.num_prefix_tokens))
+        return _as_before(maps, x, self.num_prefix_tokens)
 
     def extra_repr(self) -> str:
         return f'num_prefix_tokens={self.num_prefix_tokens}' if self.num_prefix_tokens else ''
+
+
+@one_node
+def _as_maps(x: Tensor, num_prefix_tokens: int) -> Tensor:
+    """(B, H, W, C), or the tokens of (B, N, C) laid out as a grid, as (B, C, H, W)."""
+    if x.ndim == 4 and not num_prefix_tokens:
+        return x.permute(0, 3, 1, 2)
+    if x.ndim != 3 or x.shape[1] <= num_prefix_tokens:
+        raise OptionError(
+            f'ChannelsFirst with num_prefix_tokens={num_prefix_tokens} got an input of shape {tuple(x.shape)}; it '
+            f'needs (B, N, C) with N above {num_prefix_tokens}' + ('.' if num_prefix_tokens else ', or (B, H, W, C).')
+        )
+    tokens = x[:, num_prefix_tokens:]
+    count = tokens.shape[1]
+    side = math.isqrt(count)
+    height, width = (side, side) if side * side == count else (count, 1)
+    return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+@one_node
+def _as_before(maps: Tensor, x: Tensor, num_prefix_tokens: int) -> Tensor:
+    """(B, C, H, W) in the layout of an input, with its prefix tokens in front."""
+    if x.ndim == 4:
+        return maps.permute(0, 2, 3, 1)
+    tokens = maps.flatten(2).transpose(1, 2)
+    return torch.cat((x[:, :num_prefix_tokens], tokens), dim=1) if num_prefix_tokens else tokens

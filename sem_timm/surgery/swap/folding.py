@@ -7,7 +7,7 @@ core then multiplies the two weights first is decided call by call; hooks, adapt
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -45,6 +45,10 @@ def attend_projected(
     Returns:
         (B, heads, N, value_dim).
     """
+    if isinstance(x, fx.Proxy):  # of the whole model, which a trace of fx may be
+        rows = dict(num_heads=num_heads, first=first, last=last, period=period)
+        args = (core, x, module, attn_mask)
+        return cast(Tensor, x.tracer.create_proxy('call_function', attend_projected, args, rows))
     # The core decides call by call whether multiplying the weights first is cheaper for so many tokens.
     attend = getattr(core, 'attend_folded', None)
     if attend is not None and attn_mask is None:

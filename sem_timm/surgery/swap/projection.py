@@ -7,9 +7,9 @@ somebody may have registered hooks, put adapters or quantised layers in its plac
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from sem_timm.plain import is_plain
@@ -33,6 +33,9 @@ def projected_rows(x: Tensor, module: nn.Module, *, axis: int = -1, first: int =
         last: The row behind the last one.
         period: How many rows make one repetition.
     """
+    if isinstance(x, fx.Proxy):  # which rows are taken is decided by what the module is when the trace runs
+        rows = dict(axis=axis, first=first, last=last, period=period)
+        return cast(Tensor, x.tracer.create_proxy('call_function', projected_rows, (x, module), rows))
     if not divides(module):
         return _take(module(x), axis, first, last, period)
     weight = _take(module.weight, 0, first, last, period)
