@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -252,7 +253,7 @@ class LinearContextTransform(nn.Module):
     @property
     def num_groups(self) -> int:
         """Number of groups for the channels that there are; pruning may have left fewer."""
-        return _num_groups(self.weight.shape[0])
+        return _num_groups(_length(self.weight))
 
     def reset_parameters(self) -> None:
         """Set the scale at 0 and the offset at 1."""
@@ -275,7 +276,16 @@ class LinearContextTransform(nn.Module):
 @one_node
 def _normalized_in_groups(pooled: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     # Not nn.functional.group_norm: it refuses a single sample with a single channel per group.
-    return torch.group_norm(pooled, _num_groups(weight.shape[0]), weight, bias, eps)
+    return torch.group_norm(pooled, _num_groups(_length(weight)), weight, bias, eps)
+
+
+def _length(weight: Tensor) -> int:
+    """The length of a vector, which is a number for good in a trace by `torch.jit`, as the vector itself is."""
+    if not torch.jit.is_tracing():
+        return weight.shape[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', torch.jit.TracerWarning)
+        return int(weight.shape[0])
 
 
 @functools.cache

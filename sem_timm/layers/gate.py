@@ -277,12 +277,15 @@ def _scaled(
         gate = gate.unsqueeze(-1 if channel_dim == 1 else 1)
     if shortcut is None:
         return x * gate
-    is_alike = shortcut.dtype == x.dtype and shortcut.shape == x.shape and shortcut.stride() == x.stride()
-    if is_alike and not is_recorded():
+    if not is_recorded() and _lie_alike(x, shortcut):
         if torch.is_grad_enabled() and may_write_over():
             return (x * gate).add_(shortcut)  # two passes over memory, with gradients that take fewer of them
         return torch.addcmul(shortcut, x, gate)  # one pass
     return shortcut + x * gate if shortcut_first else x * gate + shortcut
+
+
+def _lie_alike(x: Tensor, y: Tensor) -> bool:
+    return x.dtype == y.dtype and x.shape == y.shape and x.stride() == y.stride()
 
 
 def _check_form(argument: str, form: str) -> None:

@@ -125,10 +125,12 @@ def _product_of_sigmoids(weights: Tensor, *logits: Tensor) -> Tensor:
         return torch.stack(logits, dim=1).mul_(weights.unsqueeze(-1)).sigmoid_().prod(1)
     # Operator by operator, which is the same, bit for bit: programs that follow the channels of a model lose them in a
     # stack, and the gradient of prod(1) looks for zeros, which makes a GPU wait.
-    dtype = functools.reduce(torch.promote_types, (one.dtype for one in logits))  # they differ under autocast
+    if len({one.dtype for one in logits}) > 1:  # under autocast
+        dtype = functools.reduce(torch.promote_types, (one.dtype for one in logits))
+        logits = tuple(one.to(dtype) for one in logits)
     gate: Tensor | None = None
     for index, one in enumerate(logits):
-        factor = torch.sigmoid(one.to(dtype) * weights[:, index, None])
+        factor = torch.sigmoid(one * weights[:, index, None])
         gate = factor if gate is None else gate * factor
     return cast(Tensor, gate)
 
