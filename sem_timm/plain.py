@@ -21,7 +21,7 @@ Layer = TypeVar('Layer', bound=nn.Module)
 
 
 def is_plain(layer: nn.Module | None, *kinds: type[Layer]) -> TypeGuard[Layer]:
-    """Whether nothing is lost if a layer is not called: no hook on it or on all modules, no forward, weights, class of its own.
+    """Whether nothing is lost if a layer is not called: no hook, and no forward, weights or class of its own.
 
     Args:
         layer: The layer.

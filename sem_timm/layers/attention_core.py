@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sem_timm.errors import OptionError
 from sem_timm.layers.excitation import check_at_least_one
+from sem_timm.layers.recording import refuse_script
 
 # As low as an additive mask needs to be: its exponential is zero in every type, and unlike minus infinity it leaves a
 # softmax finite when all entries have it. Twice the number still fits into float16.
@@ -94,6 +95,7 @@ class AttentionCore(nn.Module):
 
     reads_keys: ClassVar[bool] = True
     takes_pairwise_mask: ClassVar[bool] = False
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sem_timm.errors import OptionError, closest
 from sem_timm.layers.double_norm import normalize_twice
 from sem_timm.layers.excitation import check_at_least_one
-from sem_timm.layers.recording import traced_as_leaf
+from sem_timm.layers.recording import refuse_script, traced_as_leaf
 
 ExternalInit: TypeAlias = Literal['identity', 'paper']
 
@@ -44,6 +44,8 @@ class ExternalAttention2d(nn.Module):
     Raises:
         OptionError: If an argument is out of range, or the input has another number of axes or channels.
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

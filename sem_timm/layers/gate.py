@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from sem_timm.errors import OptionError, closest
 from sem_timm.layers.excitation import ZeroableExcitation, check_at_least_one
 from sem_timm.layers.operators import ExcitationClass, build_operators, check_zeroable
-from sem_timm.layers.recording import is_recorded, may_write_over, one_node
+from sem_timm.layers.pool_and_scale import pooled, scaled
+from sem_timm.layers.recording import refuse_script
 
 GateInit: TypeAlias = Literal['identity', 'paper']
 
@@ -40,6 +41,7 @@ class ChannelGate(nn.Module):
     gain: Tensor
     init: GateInit
     _as_drawn: tuple[tuple[float, ...], ...] | None = None
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -188,7 +190,7 @@ class ChannelGate(nn.Module):
         Raises:
             OptionError: If the input has no positions to average over.
         """
-        return _pooled(x, self.channel_dim, self.num_prefix_tokens, type(self).__name__)
+        return pooled(x, self.channel_dim, self.num_prefix_tokens, type(self).__name__)
 
     def gate(self, x: Tensor) -> Tensor:
         """The attention vector (B, C) that the input is multiplied by."""
@@ -206,7 +208,7 @@ class ChannelGate(nn.Module):
         Returns:
             ``x * gate`` or ``x * gate + shortcut``; the first has shape and type of the input.
         """
-        return _scaled(x, self._gate_pooled(self.pool(x)), self.gain, shortcut, shortcut_first, self.channel_dim)
+        return scaled(x, self._gate_pooled(self.pool(x)), self.gain, shortcut, shortcut_first, self.channel_dim)
 
     def _gate_pooled(self, pooled: Tensor) -> Tensor:
         """The product of the operators' sigmoids for pooled features (B, C), before the gain."""
@@ -237,55 +239,6 @@ def _some_of(parameter: Tensor) -> Tensor:
 def _is_about(gain: float, expected: float) -> bool:
     """Whether a gain is the expected one, up to the rounding of averages over a training, such as timm's EMA."""
     return math.isclose(gain, expected, rel_tol=1e-2)
-
-
-@one_node
-def _pooled(x: Tensor, channel_dim: int, num_prefix_tokens: int, name: str) -> Tensor:
-    """The mean over all positions but the prefix tokens, (B, C)."""
-    if x.ndim < 3:
-        raise OptionError(
-            f'{name} got an input of shape {tuple(x.shape)}; it needs a batch, a channel and at least one spatial axis.'
-        )
-    if not num_prefix_tokens:
-        return _mean(x, tuple(range(2, x.ndim)) if channel_dim == 1 else tuple(range(1, x.ndim - 1)))
-    if x.ndim != 3 or x.shape[1] <= num_prefix_tokens:
-        raise OptionError(
-            f'{name} with num_prefix_tokens={num_prefix_tokens} got an input of shape {tuple(x.shape)}; it needs '
-            f'(B, N, C) with N above {num_prefix_tokens}.'
-        )
-    return _mean(x[:, num_prefix_tokens:], (1,))
-
-
-def _mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The mean over some axes."""
-    if x.dtype not in (torch.float32, torch.float64) or is_recorded():
-        return x.mean(dims)  # a sum of half precision would be rounded, or overflow
-    # The same, bit for bit, with a gradient that is spread over the axes without filling the memory of a whole input.
-    return x.sum(dims) / math.prod([x.shape[dim] for dim in dims])
-
-
-@one_node
-def _scaled(
-    x: Tensor, gate: Tensor, gain: Tensor, shortcut: Tensor | None, shortcut_first: bool, channel_dim: int
-) -> Tensor:
-    """The product with a gate (B, C), whose gain is still to be counted in, and the sum with the shortcut."""
-    if gate.dtype != x.dtype:
-        # Under autocast, a float32 parameter makes the gate of a half-precision input float32.
-        gate = gate.to(x.dtype)
-    gate = gate * gain
-    for _ in range(x.ndim - 2):
-        gate = gate.unsqueeze(-1 if channel_dim == 1 else 1)
-    if shortcut is None:
-        return x * gate
-    if not is_recorded() and _lie_alike(x, shortcut):
-        if torch.is_grad_enabled() and may_write_over():
-            return (x * gate).add_(shortcut)  # two passes over memory, with gradients that take fewer of them
-        return torch.addcmul(shortcut, x, gate)  # one pass
-    return shortcut + x * gate if shortcut_first else x * gate + shortcut
-
-
-def _lie_alike(x: Tensor, y: Tensor) -> bool:
-    return x.dtype == y.dtype and x.shape == y.shape and x.stride() == y.stride()
 
 
 def _check_form(argument: str, form: str) -> None:

@@ -12,7 +12,7 @@ from sem_timm.errors import OptionError
 from sem_timm.layers.attention_core import key_padding, statistics_dtype
 from sem_timm.layers.double_norm import normalize_twice
 from sem_timm.layers.excitation import check_at_least_one
-from sem_timm.layers.recording import traced_as_leaf
+from sem_timm.layers.recording import refuse_script, traced_as_leaf
 from sem_timm.plain import is_plain
 
 
@@ -47,6 +47,7 @@ class MultiHeadExternalAttention(nn.Module):
     """
 
     expansion = 4
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

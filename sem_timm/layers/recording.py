@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
-from torch import fx
+from torch import fx, nn
+
+from sem_timm.errors import ModelError
 
 Function = TypeVar('Function', bound=Callable[..., Any])
 
@@ -59,3 +61,15 @@ def traced_as_leaf(module: nn.Module, *args: Any) -> Any:
         return None
     tracer: Any = proxy.tracer
     return tracer.create_proxy('call_module', tracer.path_of_module(module), args, {})
+
+
+def refuse_script(module: nn.Module) -> NoReturn:
+    """What `torch.jit.script` calls first, as ``__prepare_scriptable__``, on a module and all in it.
+
+    Raises:
+        ModelError: Always; without it the compiler complains of some line of Python.
+    """
+    raise ModelError(
+        f'torch.jit.script cannot compile {type(module).__name__}, nor a model that holds one. '
+        'Trace it: torch.jit.trace(model.eval(), images).'
+    )

@@ -28,7 +28,9 @@ class SEM(ChannelGate):
 
     Args:
         channels: Number of channels C.
-        reduction: Bottleneck ratio of the fully connected operator; its hidden width is ``max(C // reduction, 4)``.
+        reduction: Bottleneck ratio of the fully connected operator; its hidden width is ``max(C // reduction, 4)``. The
+            published code has ``round(C / 16)``, which is another width below 64 channels and where 16 does not divide
+            them; ``init='paper'`` does not change it.
         operators: Names (see `excitation_names`) or classes with ``(channels, device=None, dtype=None)``, in any number
             from one up; the same one may occur twice.
         init: 'identity' for an exact identity with gates ``2 sigmoid``, 'paper' for the published initial values.
