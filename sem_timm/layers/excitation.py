@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sem_timm.compat import is_exporting
 from sem_timm.errors import OptionError
 
 
@@ -118,7 +119,7 @@ class EfficientChannel(nn.Module):
         """Convolve every row of a matrix, padded with so many zeros at both ends."""
         differentiated = torch.compiler.is_compiling() and torch.is_grad_enabled()
         # Until torch 2.10, torch.compile says that it exports as well.
-        exported = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+        exported = is_exporting() and not torch.compiler.is_dynamo_compiling()
         if differentiated or exported or pooled.shape[0] == 0:
             return F.conv1d(pooled.unsqueeze(1), self.conv.weight, padding=padding).squeeze(1)
         # The batch as the height of one image: on a CPU five times as fast as a batch of one-channel sequences. But an

@@ -11,11 +11,11 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from timm.layers import get_notrace_functions
 from torch import fx, nn
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
+from sem_timm.compat import get_notrace_functions
 from sem_timm.errors import TraceError, is_between, line_of
 from sem_timm.meta.state import State
 from sem_timm.meta.vocabulary import DEVICE_QUESTIONS

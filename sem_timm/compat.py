@@ -1,0 +1,79 @@
+"""Names that older versions of timm and torch have elsewhere, or not at all: the one place that knows of versions.
+
+The newest version comes first in each, so that what is there for older ones can be removed when they no longer matter.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import timm.optim
+from timm.models import PretrainedCfg, get_pretrained_cfg, split_model_name_tag
+
+from sem_timm.errors import MissingPackageError
+
+try:
+    from timm.models import get_arch_pretrained_cfgs
+except ImportError:  # timm < 1.0.10
+
+    def get_arch_pretrained_cfgs(model_name: str) -> dict[str, PretrainedCfg]:
+        """Copies of the pretrained cfgs of an architecture by name with tag, the default first."""
+        from timm.models._registry import _model_with_tags
+
+        names = _model_with_tags.get(split_model_name_tag(model_name)[0], [])
+        return {name: cfg for name in names if (cfg := get_pretrained_cfg(name)) is not None}
+
+
+try:
+    from timm.layers import get_notrace_functions
+except ImportError:  # timm < 1.0.17
+    from timm.models._features_fx import get_notrace_functions
+
+try:
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+except ImportError:  # timm < 1.0.12
+    from timm.optim.optim_factory import param_groups_layer_decay, param_groups_weight_decay
+
+try:
+    from torch.compiler import is_exporting
+except ImportError:  # torch < 2.7, which does not tell an export from other compilation
+    from torch.compiler import is_compiling as is_exporting
+
+__all__ = [
+    'get_arch_pretrained_cfgs',
+    'get_notrace_functions',
+    'is_exporting',
+    'list_optimizers',
+    'logit_distillation_task',
+    'param_groups_layer_decay',
+    'param_groups_weight_decay',
+]
+
+
+def list_optimizers() -> list[str]:
+    """Names of all optimizers that timm makes."""
+    listed = getattr(timm.optim, 'list_optimizers', None)
+    if listed is None:  # timm < 1.0.12 has an if-chain
+        return re.findall(r"opt_lower == '(\w+)'", inspect.getsource(timm.optim.create_optimizer_v2))
+    return [str(name) for name in listed()]
+
+
+def logit_distillation_task() -> Callable[..., Any]:
+    """`timm.task.LogitDistillationTask`.
+
+    Raises:
+        MissingPackageError: If this timm has none.
+    """
+    try:
+        from timm.task import LogitDistillationTask
+    except ImportError as error:  # timm < 1.0.23
+        raise MissingPackageError(
+            f"stage 'distill' is timm's own distillation task, which timm {timm.__version__} has not. "
+            "Do: pip install 'timm>=1.0.23', or leave it out: stages=('initialize', 'match')."
+        ) from error
+    task: Callable[..., Any] = LogitDistillationTask
+    return task
