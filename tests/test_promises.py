@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.models import save_for_hf
 from torch import Tensor, nn
 
 import sem_timm
 from tests.families import FAMILIES, Family
 from tests.outputs import outputs
 from tests.snapshot import assert_same, snapshot
+from tests.versions import save_for_hf
 
 
 def assert_bit_identical(first: list[Tensor], second: list[Tensor]) -> None:

@@ -8,9 +8,9 @@ import pytest
 import timm
 import torch
 from timm.models import group_parameters
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 import sem_timm
+from sem_timm.compat import param_groups_layer_decay, param_groups_weight_decay
 from tests.families import FAMILIES
 from tests.lively import lively
 from tests.thorough import first_of_each

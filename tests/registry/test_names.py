@@ -80,8 +80,8 @@ def test_listings_of_modules_are_unchanged() -> None:
     for module in timm.list_modules():
         has_variants = any(name.endswith('_sem') for name in timm.list_models(module=module))
         assert has_variants == (module == 'registry')
-    assert timm.models.is_model_in_modules('resnet50_sem', 'registry')
-    assert not timm.models.is_model_in_modules('resnet50_sem', 'resnet')
+    assert timm.models.is_model_in_modules('resnet50_sem', ['registry'])
+    assert not timm.models.is_model_in_modules('resnet50_sem', ['resnet'])
 
 
 def test_entrypoints_are_functions_of_an_importable_module() -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from timm.models import is_model, save_for_hf
+from timm.models import is_model
 
 import sem_timm
 from sem_timm import OptionError, SwapWarning, TimmAttentionConfig
 from sem_timm.registry import base_architecture
 from tests.registry.models import BASES
+from tests.versions import save_for_hf
 
 
 def test_they_are_there_for_every_architecture_and_claim_no_weights(registrations: None) -> None:

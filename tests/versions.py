@@ -1,0 +1,87 @@
+"""What older versions of torch and timm cannot do, or do under other names: the one place of the tests that asks."""
+
+from __future__ import annotations
+
+import re
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import timm
+import torch
+from packaging.version import Version
+from torch import nn
+
+from sem_timm.errors import MissingPackageError
+
+TORCH = Version(torch.__version__).release
+TIMM = Version(timm.__version__).release
+
+# The newest timm of which all architectures that the tests name were tried.
+_COMPLETE = (1, 0, 31)
+
+
+def since_timm(release: str, what: str) -> pytest.MarkDecorator:
+    """Marks a test of what timm has since a release."""
+    return pytest.mark.skipif(Version(release).release > TIMM, reason=f'timm {timm.__version__} has no {what}')
+
+
+def since_torch(release: str, what: str) -> pytest.MarkDecorator:
+    """Marks a test of what torch has, or can do, since a release."""
+    return pytest.mark.skipif(Version(release).release > TORCH, reason=f'torch {torch.__version__} has no {what}')
+
+
+def lacking(error: BaseException) -> str:
+    """Why a test cannot run with an older timm, which lacks its architecture or what a part of this package needs."""
+    if TIMM >= _COMPLETE:
+        return ''
+    if isinstance(error, MissingPackageError):
+        return str(error).partition('\n')[0]
+    unknown = re.match(r'Unknown model \((\w+)\)', str(error))
+    if unknown is None or timm.is_model(re.sub('_(sem|ea|eamlp)$', '', unknown[1])):
+        return ''
+    return f'timm {timm.__version__} has no {unknown[1]}'
+
+
+def compiles_once_more(allowed: bool) -> AbstractContextManager[Any]:
+    """A context in which torch.compile compiles what is new to it, or else raises."""
+    if allowed:
+        return nullcontext()
+    if TORCH >= (2, 6):
+        return torch.compiler.set_stance('fail_on_recompile')
+    return torch._dynamo.config.patch(error_on_recompile=True)
+
+
+def without_compiled_files() -> AbstractContextManager[Any]:
+    """A context in which torch.compile does not look on the disk for what was compiled before."""
+    if TORCH >= (2, 7):
+        import torch.compiler.config
+
+        return torch.compiler.config.patch(force_disable_caches=True)
+    import torch._inductor.config
+
+    return torch._inductor.config.patch(force_disable_caches=True)
+
+
+def fully_shard(module: nn.Module, **kwargs: Any) -> nn.Module:
+    """FSDP2, which was private before torch 2.6."""
+    if TORCH >= (2, 6):
+        from torch.distributed import fsdp
+    else:
+        from torch.distributed._composable import fsdp
+    sharded: nn.Module = fsdp.fully_shard(module, **kwargs)
+    return sharded
+
+
+try:
+    from timm.layers import Attention, AttentionRope
+except ImportError:  # timm < 1.0.16
+    from timm.models.eva import EvaAttention as AttentionRope
+    from timm.models.vision_transformer import Attention
+
+try:
+    from timm.models import save_for_hf
+except ImportError:  # timm < 1.0.16
+    from timm.models._hub import save_for_hf
+
+__all__ = ['Attention', 'AttentionRope', 'save_for_hf']
