@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import timm
 import timm.optim
+import torch
+from timm.layers import SEModule
+from timm.layers import create_attn as _create_attn
 from timm.models import PretrainedCfg, get_pretrained_cfg, split_model_name_tag
 
 from sem_timm.errors import MissingPackageError
@@ -44,6 +49,8 @@ except ImportError:  # torch < 2.7, which does not tell an export from other com
     from torch.compiler import is_compiling as is_exporting
 
 __all__ = [
+    'create_attn',
+    'forget_compiled',
     'get_arch_pretrained_cfgs',
     'get_notrace_functions',
     'is_exporting',
@@ -54,12 +61,29 @@ __all__ = [
 ]
 
 
+def create_attn(
+    name: str, channels: int, device: torch.device | str | None, dtype: torch.dtype | None, **options: Any
+) -> Any:
+    """One of timm's attention modules, where and of the type that was asked for."""
+    if 'device' in inspect.signature(SEModule).parameters:
+        return _create_attn(name, channels, device=device, dtype=dtype, **options)
+    with nullcontext() if device is None else torch.device(device):  # timm < 1.0.21
+        return _create_attn(name, channels, **options).to(dtype)
+
+
 def list_optimizers() -> list[str]:
     """Names of all optimizers that timm makes."""
     listed = getattr(timm.optim, 'list_optimizers', None)
     if listed is None:  # timm < 1.0.12 has an if-chain
         return re.findall(r"opt_lower == '(\w+)'", inspect.getsource(timm.optim.create_optimizer_v2))
     return [str(name) for name in listed()]
+
+
+def forget_compiled() -> None:
+    """Has compiled code look anew at modules whose classes changed, which until torch 2.4 it does not by itself."""
+    dynamo = sys.modules.get('torch._dynamo')
+    if dynamo is not None and not getattr(dynamo.config, 'inline_inbuilt_nn_modules', True):
+        torch.compiler.reset()
 
 
 def logit_distillation_task() -> Callable[..., Any]:
