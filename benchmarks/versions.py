@@ -2,7 +2,7 @@
 
 benchmarks/compat.sh calls it in each environment of its matrix, with what pytest wrote:
 
-    python benchmarks/versions.py RESULTS.xml
+    python benchmarks/versions.py RESULTS.xml...
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ variants of the architectures that it has.
 """
 
 
-def record_of(results: Path) -> Record:
-    """What one run gave, with the versions of the Python that this is."""
+def record_of(results: Iterable[Path]) -> Record:
+    """What one run gave, in one file or in several parts, with the versions of the Python that this is."""
     outcomes: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    for case in ElementTree.parse(results).getroot().iter('testcase'):
+    for case in (case for part in results for case in ElementTree.parse(part).getroot().iter('testcase')):
         found = next((part for part in case if part.tag in ('failure', 'error', 'skipped')), None)
         if found is None:
             outcomes['passed'] += 1
@@ -66,7 +66,7 @@ def record_of(results: Path) -> Record:
 
 def page(records: Iterable[Record]) -> str:
     """The newest run of each combination, the oldest combination first, as a page."""
-    newest = {(_order(r['torch']), _order(r['timm']), _order(r['python'])): r for r in records}
+    newest = {(order(r['torch']), order(r['timm']), order(r['python'])): r for r in records}
     rows, reasons = [], []
     for _, record in sorted(newest.items()):
         versions = [str(record[name]) for name in ('date', 'python', *PACKAGES)]
@@ -81,14 +81,15 @@ def page(records: Iterable[Record]) -> str:
     return _HEAD + ''.join(rows) + _MIDDLE + '\n' + (notes or '- nothing\n') + _FOOT
 
 
-def _order(release: str) -> tuple[int, ...]:
+def order(release: str) -> tuple[int, ...]:
+    """A release as numbers that compare."""
     return tuple(map(int, re.findall(r'\d+', release.split('+')[0])))
 
 
-def main(results: str) -> None:
+def main(*results: str) -> None:
     """Logs what pytest wrote, and writes the page anew."""
     log = DOCS / 'versions.jsonl'
-    append_record(log, record_of(Path(results)))
+    append_record(log, record_of(map(Path, results)))
     (DOCS / 'versions.md').write_text(page(read_log(log)), encoding='utf-8')
 
 

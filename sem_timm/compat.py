@@ -18,8 +18,10 @@ import torch
 from timm.layers import SEModule
 from timm.layers import create_attn as _create_attn
 from timm.models import PretrainedCfg, get_pretrained_cfg, split_model_name_tag
+from torch import nn
 
 from sem_timm.errors import MissingPackageError
+from sem_timm.random_state import preserved_random_state
 
 try:
     from timm.models import get_arch_pretrained_cfgs
@@ -56,6 +58,7 @@ __all__ = [
     'is_exporting',
     'list_optimizers',
     'logit_distillation_task',
+    'on_meta',
     'param_groups_layer_decay',
     'param_groups_weight_decay',
 ]
@@ -79,10 +82,21 @@ def list_optimizers() -> list[str]:
     return [str(name) for name in listed()]
 
 
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """What is built, on the meta device: without weights, memory or random numbers."""
+    try:
+        with torch.device('meta'):
+            return build()
+    except RuntimeError as error:
+        if 'cannot be called on meta tensors' not in str(error):
+            raise
+    with preserved_random_state():  # timm < 1.0.20 asks tensors for numbers as it builds: there with weights at first
+        return build().to('meta')
+
+
 def forget_compiled() -> None:
     """Has compiled code look anew at modules whose classes changed, which until torch 2.4 it does not by itself."""
-    dynamo = sys.modules.get('torch._dynamo')
-    if dynamo is not None and not getattr(dynamo.config, 'inline_inbuilt_nn_modules', True):
+    if 'torch._dynamo' in sys.modules and tuple(map(int, torch.__version__.split('.')[:2])) < (2, 5):
         torch.compiler.reset()
 
 

@@ -53,7 +53,7 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
     def entrypoint(
         pretrained: bool = False, pretrained_cfg_overlay: dict[str, Any] | None = None, **options: Any
     ) -> nn.Module:
-        overlay = dict(architecture=name, input_size=(3, 160, 160), **(pretrained_cfg_overlay or {}))
+        overlay = {'architecture': name, 'input_size': (3, 160, 160), **(pretrained_cfg_overlay or {})}
         build = model_entrypoint(architecture)
         model: nn.Module = build(pretrained=pretrained, pretrained_cfg_overlay=overlay, **{**small, **options})
         return model

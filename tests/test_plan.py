@@ -32,7 +32,7 @@ class Own(nn.Module):
         SEMConfig(),
         SEMConfig(8, ('se', sem_timm.layers.excitation.InstanceEnhancement), 'paper', position='output'),
         ExcitationConfig('eca', position='residual', branches='all'),
-        TimmAttentionConfig('coord'),
+        TimmAttentionConfig('gc'),
         InsertConfig(Own, name='own'),
         InsertConfig(lambda channels: nn.Identity()),
     ],

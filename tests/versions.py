@@ -54,6 +54,13 @@ def lacking(error: BaseException) -> str:
     return f'timm {timm.__version__} has no {unknown[1]}'
 
 
+def weightless(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+    """A model of timm on the meta device, where timm before 1.0.21 has no argument for it."""
+    if TIMM >= (1, 0, 21):
+        return timm.create_model(name, device='meta', dtype=dtype, **options)
+    return timm.create_model(name, **options).to('meta', dtype)
+
+
 def compiles_once_more(allowed: bool) -> AbstractContextManager[Any]:
     """A context in which torch.compile compiles what is new to it, or else raises."""
     if allowed:

@@ -19,7 +19,7 @@ import sem_timm
 from sem_timm import ExternalAttention, MultiHeadExternalAttention, OptionError, SwapWarning
 from tests.registry.models import BASES, assert_equal, image, outputs, train
 from tests.thorough import first_of_each
-from tests.versions import since_timm
+from tests.versions import since_timm, weightless
 
 VARIANTS = {'ea': ('external', ExternalAttention), 'eamlp': ('eamlp', MultiHeadExternalAttention)}
 
@@ -108,7 +108,7 @@ def test_from_scratch_nothing_is_lost_and_nothing_said() -> None:
 
 @pytest.mark.parametrize('suffix', VARIANTS)
 def test_variant_is_made_without_memory(suffix: str) -> None:
-    model = timm.create_model(f'vit_small_patch16_224_{suffix}', device='meta', dtype=torch.bfloat16)
+    model = weightless(f'vit_small_patch16_224_{suffix}', dtype=torch.bfloat16)
     assert len(cores(model)) == 12
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {('meta', torch.bfloat16)}
     with torch.device('meta'):

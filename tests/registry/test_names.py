@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import timm
 from timm.models import _registry as timm_registry
-from timm.models import get_arch_pretrained_cfgs, is_model, model_entrypoint, register_model
+from timm.models import is_model, model_entrypoint, register_model
 from torch import nn
 
+from sem_timm.compat import get_arch_pretrained_cfgs
 from sem_timm.registry import register_variants
 from tests.registry.models import BASES, gates
 
