@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from sem_timm.compat import on_meta
+
 Patch = Callable[[nn.Module], nn.Module]
 
 _FEATURE_ARGUMENTS = ('features_only', 'out_indices', 'feature_location')

@@ -16,7 +16,7 @@ from sem_timm import AttentionCore, OptionError, RefusedError
 from sem_timm.compat import get_arch_pretrained_cfgs
 from sem_timm.registry.table import read_table
 from tests.registry.models import BASES
-from tests.versions import weightless
+from tests.versions import since_timm, weightless
 
 SOURCES = {'url', 'file', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'architecture'}
 
@@ -41,6 +41,7 @@ def named(suffix: str) -> set[str]:
     return {name.removesuffix(suffix) for name in timm.list_models(f'*{suffix}')}
 
 
+@since_timm('1.0.31', 'all architectures of the table')
 def test_architectures_with_sites_have_variants_and_others_have_not() -> None:
     sites = {name: counts for name, counts in read_table().sites.items() if name in BASES}
     assert named('_ea') == {name for name, (external, _) in sites.items() if external}
