@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import timm
-from timm.models import model_entrypoint, register_model
+from timm.models import get_pretrained_cfg, model_entrypoint, register_model
 from timm.models._registry import generate_default_cfgs
 from torch import nn
 
@@ -43,19 +43,18 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 # Where register_model looks for what there is besides the entry points.
 __all__: list[str] = []
 default_cfgs = generate_default_cfgs(
-    {f'{name}.untrained': dict(input_size=(3, 160, 160), num_classes=1000) for name in _MODELS}
+    {f'{name}.r160_in1k': dict(hf_hub_id='timm/', input_size=(3, 160, 160), num_classes=1000) for name in _MODELS}
 )
 
 
 def _entrypoint(name: str) -> Callable[..., nn.Module]:
     architecture, small = _MODELS[name]
 
-    def entrypoint(
-        pretrained: bool = False, pretrained_cfg_overlay: dict[str, Any] | None = None, **options: Any
-    ) -> nn.Module:
-        overlay = {'architecture': name, 'input_size': (3, 160, 160), **(pretrained_cfg_overlay or {})}
+    def entrypoint(pretrained: bool = False, pretrained_cfg: Any = None, **options: Any) -> nn.Module:
+        if pretrained_cfg is None or isinstance(pretrained_cfg, str):
+            pretrained_cfg = get_pretrained_cfg(name)
         build = model_entrypoint(architecture)
-        model: nn.Module = build(pretrained=pretrained, pretrained_cfg_overlay=overlay, **{**small, **options})
+        model: nn.Module = build(pretrained=pretrained, pretrained_cfg=pretrained_cfg, **{**small, **options})
         return model
 
     entrypoint.__name__ = entrypoint.__qualname__ = name

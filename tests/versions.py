@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import timm
 import torch
 from packaging.version import Version
+from timm.models import _registry
 from torch import nn
 
 from sem_timm.errors import MissingPackageError
@@ -43,15 +45,42 @@ def unless_timm_fails(plainly: Callable[[], Any]) -> None:
 
 
 def lacking(error: BaseException) -> str:
-    """Why a test cannot run with an older timm, which lacks its architecture or what a part of this package needs."""
+    """Why a test cannot run with an older timm: that lacks an architecture, an option, or what is needed of it here."""
     if TIMM >= _COMPLETE:
         return ''
+    text = str(error).partition('\n')[0]
     if isinstance(error, MissingPackageError):
-        return str(error).partition('\n')[0]
-    unknown = re.match(r'Unknown model \((\w+)\)', str(error))
-    if unknown is None or timm.is_model(re.sub('_(sem|ea|eamlp)$', '', unknown[1])):
+        return text
+    unknown = re.match(r'Unknown model \((\w+)\)', text)
+    if unknown is not None:
+        name = re.sub('_(sem|ea|eamlp)$', '', unknown[1])
+        return '' if timm.is_model(name) else f'timm {timm.__version__} has no {name}'
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    if '/timm/' not in last.filename:
         return ''
-    return f'timm {timm.__version__} has no {unknown[1]}'
+    if last.name == 'parse_model_name':
+        return f'timm {timm.__version__} has no models of local-dir:'
+    if isinstance(error, TypeError) and re.search('unexpected keyword|multiple values', text):
+        return f'timm {timm.__version__} itself: {text}'
+    if isinstance(error, RuntimeError) and 'meta tensor' in text:
+        return f'timm {timm.__version__} itself cannot build all models on the meta device'
+    return ''
+
+
+def clear_model_entries(name: str) -> None:
+    """Takes an architecture out of timm's registry, which has a function for it since timm 1.0.31."""
+    if hasattr(_registry, '_clear_model_entries'):
+        _registry._clear_model_entries(name)
+        return
+    tagged = [entry for entry in _registry._model_pretrained_cfgs if entry.partition('.')[0] == name]
+    for store in (_registry._model_pretrained_cfgs, _registry._model_entrypoints, _registry._model_to_module):
+        for entry in (name, *tagged):
+            store.pop(entry, None)
+    for store in (_registry._model_with_tags, getattr(_registry, '_model_default_cfgs', {})):
+        store.pop(name, None)
+    _registry._model_has_pretrained.difference_update((name, *tagged))
+    for names in _registry._module_to_models.values():
+        names.discard(name)
 
 
 def weightless(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
