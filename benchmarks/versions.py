@@ -49,7 +49,12 @@ def record_of(results: Iterable[Path]) -> Record:
     """What one run gave, in one file or in several parts, with the versions of the Python that this is."""
     outcomes: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    for case in (case for part in results for case in ElementTree.parse(part).getroot().iter('testcase')):
+    cases = {
+        (case.get('classname'), case.get('name')): case  # of a test that was run again, the last one
+        for part in results
+        for case in ElementTree.parse(part).getroot().iter('testcase')
+    }
+    for case in cases.values():
         found = next((part for part in case if part.tag in ('failure', 'error', 'skipped')), None)
         if found is None:
             outcomes['passed'] += 1

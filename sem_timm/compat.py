@@ -50,7 +50,28 @@ try:
 except ImportError:  # torch < 2.7, which does not tell an export from other compilation
     from torch.compiler import is_compiling as is_exporting
 
+_TORCH = tuple(map(int, torch.__version__.split('.')[:2]))
+
+# Functions of torch whose arguments are lists of tensors, or a device. Before torch 2.9 they take no proxy there.
+_REFUSING_PROXIES = (
+    *(torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack, torch.dstack),
+    *(
+        torch.arange,
+        torch.empty,
+        torch.eye,
+        torch.full,
+        torch.linspace,
+        torch.ones,
+        torch.rand,
+        torch.randn,
+        torch.zeros,
+    ),
+    *(torch.empty_like, torch.full_like, torch.ones_like, torch.rand_like, torch.randn_like, torch.zeros_like),
+)
+REFUSING_PROXIES: tuple[Callable[..., Any], ...] = () if _TORCH >= (2, 9) else _REFUSING_PROXIES
+
 __all__ = [
+    'REFUSING_PROXIES',
     'create_attn',
     'forget_compiled',
     'get_arch_pretrained_cfgs',
@@ -96,7 +117,7 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 
 def forget_compiled() -> None:
     """Has compiled code look anew at modules whose classes changed, which until torch 2.4 it does not by itself."""
-    if 'torch._dynamo' in sys.modules and tuple(map(int, torch.__version__.split('.')[:2])) < (2, 5):
+    if 'torch._dynamo' in sys.modules and _TORCH < (2, 5):
         torch.compiler.reset()
 
 
