@@ -156,7 +156,7 @@ def main() -> int:
         return 0 if compare(found) else 1
     if args.restart:
         args.log.unlink(missing_ok=True)
-    names = [name for name in timm.list_models() if not timm.models.is_model_in_modules(name, 'registry')]
+    names = [name for name in timm.list_models() if not timm.models.is_model_in_modules(name, ['registry'])]
     known = known_rows(args.log)
     found = []
     for row in progress(rows(names, args.operations, known), len(names) * len(args.operations)):

@@ -1,38 +1,53 @@
 #!/usr/bin/env bash
-# Runs tests with the oldest and the newest torch, torchvision and timm, each in an environment of its own.
+# Runs tests with the oldest and the newest Python, torch, torchvision and timm, and with some between, each in an
+# environment of its own; writes down in docs/versions.md what passed.
 #
-#     benchmarks/compat.sh [oldest|newest] [arguments for pytest]
+#     benchmarks/compat.sh [NAME...] [-- arguments for pytest]
 #
-# Without a name, both; without arguments, all tests but the slow ones. An environment takes 6 GB of disk and is deleted after its
-# tests. The floors in pyproject.toml are the oldest versions here, which passed.
+# Without a name, all of the matrix below; without arguments, the tests of every run, and only then is written down what
+# came of them. An environment takes 6 GB of disk and is deleted after its tests. The floors in pyproject.toml are the
+# oldest versions here, which passed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=1
 
-OLDEST=(torch==2.9.0 torchvision==0.24.0 timm==1.0.31)
-NEWEST=(torch torchvision timm)
+# name: Python, torch, torchvision, timm
+MATRIX=(
+    'oldest: 3.10 ==2.4.0 ==0.19.0 ==1.0.9'
+    'older: 3.11 ==2.6.0 ==0.21.0 ==1.0.15'
+    'newer: 3.12 ==2.9.1 ==0.24.1 ==1.0.20'
+    'newest: 3.13 >=2.14 >=0.29 >=1.0.31'
+    'newest-3.10: 3.10 >=2.14 >=0.29 >=1.0.31'
+)
 
 run() {
-    local name=$1 environment=build/compat/$1
-    shift
-    local -n versions=${name^^}
-    python3 -m venv --clear "$environment"
+    local name=$1 python=$2 torch=$3 torchvision=$4 timm=$5 environment=build/compat/$1
+    shift 5
+    echo "== $name: Python $python"
+    "python$python" -m venv --clear "$environment"
     trap 'rm -rf "$environment"' RETURN
-    "$environment/bin/python" -m pip install --quiet --upgrade "${versions[@]}" -e '.[dev]'
-    "$environment/bin/python" -m pip list --format freeze | grep -E '^(torch|torchvision|timm|numpy)=='
-    "$environment/bin/python" -m pytest -n auto "$@"
+    "$environment/bin/python" -m pip install --quiet --upgrade \
+        "torch$torch" "torchvision$torchvision" "timm$timm" -e '.[dev]' || return 1
+    local status=0
+    "$environment/bin/python" -m pytest -n auto --junit-xml "$environment/results.xml" "$@" || status=1
+    if [[ $# -eq 0 ]]; then
+        "$environment/bin/python" benchmarks/versions.py "$environment/results.xml"
+    fi
+    return $status
 }
 
-names=(oldest newest)
-if [[ ${1:-} == oldest || ${1:-} == newest ]]; then
-    names=("$1")
+names=()
+while [[ $# -gt 0 && $1 != -- ]]; do
+    names+=("$1")
     shift
-fi
-if [[ $# -eq 0 ]]; then
-    set -- tests -m 'not slow'
-fi
+done
+shift || true
 status=0
-for name in "${names[@]}"; do
-    run "$name" "$@" || status=1
+for row in "${MATRIX[@]}"; do
+    read -ra versions <<<"${row#*:}"
+    name=${row%%:*}
+    if [[ ${#names[@]} -eq 0 || " ${names[*]} " == *" $name "* ]]; then
+        run "$name" "${versions[@]}" "$@" || status=1
+    fi
 done
 exit $status

@@ -2,6 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
+import pytest
 import torch
 
+import tests.small_models  # noqa: F401 (before any of sem_timm)
+from tests.versions import lacking
+
 torch.set_num_threads(1)  # the tests run in parallel processes
+
+
+def _without_what_older_timm_lacks() -> Generator[None, object, object]:
+    try:
+        return (yield)
+    except Exception as error:
+        if reason := lacking(error):
+            pytest.skip(reason)
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, object, object]:
+    """A fixture of an architecture that this timm has not: its tests do not run."""
+    return (yield from _without_what_older_timm_lacks())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """A test of an architecture that this timm has not does not run."""
+    return (yield from _without_what_older_timm_lacks())

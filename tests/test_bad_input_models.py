@@ -17,6 +17,7 @@ from sem_timm import ModelError, OptionError, PlanError
 from tests.families import FAMILIES
 from tests.refusals import refused
 from tests.snapshot import assert_same, snapshot
+from tests.versions import fully_shard
 
 
 def resnet() -> Any:
@@ -57,7 +58,7 @@ def test_data_parallel() -> None:
 
 def test_fully_sharded(process_group: None) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
     mesh = init_device_mesh('cpu', (1,))
     for call in (sem_timm.plan_model, sem_timm.patch_model):
@@ -74,7 +75,6 @@ def test_fully_sharded(process_group: None) -> None:
 
 def test_a_block_that_is_sharded(process_group: None) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
     model = resnet()
     fully_shard(model.layer1[0], mesh=init_device_mesh('cpu', (1,)))

@@ -6,13 +6,13 @@ import re
 from typing import Any
 
 import pytest
-import timm
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 import sem_timm
 from sem_timm import NoMatchError, RefusedError
 from tests.families import FAMILIES
+from tests.versions import weightless
 
 BLOCKS = ['layer1.0', 'layer2.0', 'layer3.0', 'layer4.0']
 
@@ -75,7 +75,7 @@ def test_target_and_exclude() -> None:
 
 def test_a_stage_means_its_last_block_and_a_pattern_all_of_them() -> None:
     """What a sequence of blocks returns is what its last block returns."""
-    model = timm.create_model('resnet26', device='meta')
+    model = weightless('resnet26')
     assert [site.name for site in sem_timm.plan_model(model, target='layer1')] == ['layer1.1']
     assert [site.name for site in sem_timm.plan_model(model, target='layer1.*')] == ['layer1.0', 'layer1.1']
 
@@ -107,7 +107,7 @@ def test_names_with_prefixes_of_wrappers() -> None:
 @pytest.mark.parametrize('name', ['resnet', 'coatnet', 'fastvit', 'convmixer', 'efficientformer'])
 def test_patching_twice_finds_no_other_places(name: str) -> None:
     others = {'fastvit': 'fastvit_t8', 'convmixer': 'convmixer_768_32', 'efficientformer': 'efficientformer_l1'}
-    model = timm.create_model(others[name], device='meta') if name in others else FAMILIES[name].create()
+    model = weightless(others[name]) if name in others else FAMILIES[name].create()
     sem_timm.patch_model(model)
     count = len(sem_timm.patched_modules(model))
     with pytest.raises(RefusedError, match=rf'(?s){count} blocks .*already patched'):

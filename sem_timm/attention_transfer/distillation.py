@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.task import LogitDistillationTask
 
 from sem_timm.attention_transfer.batches import drawn, number_of_steps
 from sem_timm.attention_transfer.matching import Progress, training_parts
 from sem_timm.attention_transfer.options import TransferOptions
 from sem_timm.attention_transfer.pair import Pair
 from sem_timm.batches import Loader
+from sem_timm.compat import logit_distillation_task
 from sem_timm.errors import ModelError
 
 
@@ -49,7 +50,7 @@ def distill(
     return losses, images_seen
 
 
-def _task(pair: Pair, temperature: float) -> LogitDistillationTask:
+def _task(pair: Pair, temperature: float) -> Callable[..., Any]:
     student: Any = pair.student
     missing = [name for name in ('pretrained_cfg', 'num_classes') if not getattr(student, name, None)]
     if missing:
@@ -58,7 +59,7 @@ def _task(pair: Pair, temperature: float) -> LogitDistillationTask:
             "stages=('initialize', 'match') does without."
         )
     weight = next(student.parameters())
-    return LogitDistillationTask(
+    task: Callable[..., Any] = logit_distillation_task()(
         student,
         pair.teacher,
         criterion=torch.nn.CrossEntropyLoss(),
@@ -69,3 +70,4 @@ def _task(pair: Pair, temperature: float) -> LogitDistillationTask:
         dtype=weight.dtype,
         verbose=False,
     )
+    return task

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from sem_timm.attention_transfer.measure import visiting
 from sem_timm.attention_transfer.options import TransferOptions
 from sem_timm.attention_transfer.pair import Pair, SwappedLayer
 from sem_timm.batches import Loader
+from sem_timm.compat import list_optimizers
 from sem_timm.errors import OptionError, closest
 from sem_timm.surgery import tensors_in
 
@@ -43,7 +44,7 @@ def training_parts(
 
 def _optimizer(parameters: list[nn.Parameter], options: TransferOptions, learning_rate: float) -> torch.optim.Optimizer:
     name = str(options.optimizer)
-    known = [str(entry) for entry in list_optimizers()]
+    known = list_optimizers()
     if name.lower().split('_')[-1] not in known:  # as timm reads it, to which 'lookahead_adamw' is adamw
         raise OptionError(f'optimizer={options.optimizer!r} is unknown. {closest(name, known)}')
     try:

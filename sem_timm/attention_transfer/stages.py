@@ -19,6 +19,7 @@ from sem_timm.attention_transfer.pair import Pair, make_pair, swaps_of
 from sem_timm.attention_transfer.result import Stage, TransferResult
 from sem_timm.attention_transfer.undisturbed import undisturbed
 from sem_timm.batches import Loader
+from sem_timm.compat import logit_distillation_task
 from sem_timm.errors import OptionError, RefusedError, closest
 
 
@@ -146,6 +147,8 @@ class _Run:
         self.stages = options.stages or _possible(pair)
         if 'initialize' in self.stages:
             check_memories(pair)
+        if 'distill' in self.stages:
+            logit_distillation_task()
         for stage, which in _trained(options).items():
             if stage != 'initialize':
                 pair.names(which)

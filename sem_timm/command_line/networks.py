@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import timm
-import torch
 from torch import nn
 
+from sem_timm.compat import on_meta
 from sem_timm.errors import OptionError, closest
 
 
@@ -20,7 +20,6 @@ def create_on_meta(name: str, options: dict[str, Any]) -> nn.Module:
     if not timm.is_model(name.split('.')[0]):
         raise OptionError(f'model {name!r} is unknown. {closest(name, timm.list_models())}')
     try:
-        with torch.device('meta'):
-            return timm.create_model(name, **options)
+        return on_meta(lambda: timm.create_model(name, **options))
     except (RuntimeError, TypeError, ValueError) as error:
         raise OptionError(f'model {name!r} cannot be created: {error}') from error

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import create_optimizer_v2
 from torch import nn
 
-from sem_timm.errors import OptionError
+from sem_timm.compat import list_optimizers, param_groups_layer_decay, param_groups_weight_decay
+from sem_timm.errors import OptionError, closest
 from sem_timm.finetuning.models import inserted_parameters
 from sem_timm.finetuning.options import FinetuneOptions
 
@@ -56,8 +57,9 @@ def create_optimizer(model: nn.Module, options: FinetuneOptions) -> torch.optim.
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             model, options.optimizer, lr=options.lr, weight_decay=options.weight_decay, param_group_fn=lambda _: groups
         )
-    except ValueError as error:
-        raise OptionError(f'optimizer {options.optimizer!r}: {error}') from error
+    except (ValueError, AssertionError) as error:
+        why = str(error) or f'unknown. {closest(options.optimizer, list_optimizers())}'  # timm < 1.0.12 says nothing
+        raise OptionError(f'optimizer {options.optimizer!r}: {why}') from error
     return optimizer
 
 

@@ -107,6 +107,7 @@ def _create(
         crop_pct=config['crop_pct'],
         crop_mode=config['crop_mode'],
         num_workers=options.workers,
+        persistent_workers=options.workers > 0,
         device=device,
         pin_memory=device.type == 'cuda',
         # timm's prefetcher erases with random numbers of the training process, one batch ahead: those of a resumed

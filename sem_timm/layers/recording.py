@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 from torch import fx, nn
 
+from sem_timm.compat import is_exporting
 from sem_timm.errors import ModelError
 
 Function = TypeVar('Function', bound=Callable[..., Any])
@@ -22,7 +23,7 @@ def is_recorded() -> bool:
     """Whether `torch.jit.trace` or `torch.export` writes operations down for programs that know common ones only."""
     if torch.compiler.is_compiling():
         # Until torch 2.10, torch.compile says that it exports as well.
-        return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+        return is_exporting() and not torch.compiler.is_dynamo_compiling()
     return torch.jit.is_tracing()
 
 

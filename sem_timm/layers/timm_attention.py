@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
-from timm.layers.create_attn import create_attn
+from timm.layers.create_attn import get_attn
 from torch import Tensor, nn
 
+from sem_timm.compat import create_attn
 from sem_timm.errors import OptionError, closest
 from sem_timm.layers.recording import one_node
 
@@ -45,8 +47,17 @@ _NEEDED_OPTIONS: dict[str, dict[str, Any]] = {'ge': {'use_mlp': False}}
 
 
 def timm_attention_names() -> tuple[str, ...]:
-    """The names of timm's ``create_attn`` that keep the shape of their input."""
-    return _TIMM_ATTENTION_NAMES
+    """The names of timm's ``create_attn`` that keep the shape of their input; those that this timm has."""
+    return tuple(name for name in _TIMM_ATTENTION_NAMES if _is_known(name))
+
+
+@cache
+def _is_known(name: str) -> bool:
+    try:
+        get_attn(name)
+    except AssertionError:  # what older timm says of 'coord' and those that came with it
+        return False
+    return True
 
 
 def timm_attention(
@@ -75,8 +86,8 @@ def timm_attention(
     Raises:
         OptionError: If the name or the layout is unknown.
     """
-    if name not in _TIMM_ATTENTION_NAMES:
-        raise OptionError(f'timm attention {name!r} is unknown or unfit. {closest(name, _TIMM_ATTENTION_NAMES)}')
+    if name not in timm_attention_names():
+        raise OptionError(f'timm attention {name!r} is unknown or unfit. {closest(name, timm_attention_names())}')
     if channel_dim not in (1, -1):
         raise OptionError(f'channel_dim={channel_dim!r}: write 1 for (B, C, H, W) or -1 for (B, ..., C).')
     if num_prefix_tokens and channel_dim == 1:

@@ -17,7 +17,6 @@ import timm
 from timm.models import (
     DefaultCfg,
     PretrainedCfg,
-    get_arch_pretrained_cfgs,
     is_model,
     model_entrypoint,
     register_model,
@@ -26,6 +25,7 @@ from timm.models import (
 )
 from torch import nn
 
+from sem_timm.compat import get_arch_pretrained_cfgs
 from sem_timm.layers import SEM, AttentionCore, ChannelsFirst, ExternalAttention2d, MultiHeadExternalAttention
 from sem_timm.registry.table import AttentionTable, read_table
 from sem_timm.registry.variant_operation import VariantOperation, variant_operation_names

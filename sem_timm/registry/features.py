@@ -6,8 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
+
+from sem_timm.compat import on_meta
 
 Patch = Callable[[nn.Module], nn.Module]
 
@@ -27,8 +28,7 @@ def build_features(build: partial[nn.Module], patch: Patch) -> nn.Module:
 def _on_meta(build: partial[nn.Module]) -> nn.Module:
     """What ``build`` builds, but without weights, memory or random numbers."""
     device = {'device': 'meta'} if 'device' in build.keywords else {}
-    with torch.device('meta'):
-        return build(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, **device)
+    return on_meta(partial(build, pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, **device))
 
 
 def _patch_own_features(build: partial[nn.Module], patch: Patch) -> nn.Module:

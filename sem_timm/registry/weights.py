@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from timm.models import PretrainedCfg, load_state_dict, load_state_dict_from_hf
-from timm.models._hub import HF_WEIGHTS_NAME, load_state_dict_from_path
+from timm.models._hub import HF_WEIGHTS_NAME
 from torch import Tensor, nn
 
 from sem_timm.errors import OptionError
@@ -27,10 +27,13 @@ def own_weights(cfg: PretrainedCfg, cache_dir: Any) -> Weights:
     if cfg.custom_load:  # a foreign format, which only the base's family reads
         return weights
     if cfg.source == 'local-dir' and cfg.file:
+        from timm.models._hub import load_state_dict_from_path  # which came with such cfgs
+
         weights = load_state_dict_from_path(cfg.file)
     elif cfg.source == 'hf-hub' and cfg.hf_hub_id:
         filename = cfg.hf_hub_filename or HF_WEIGHTS_NAME
-        weights = load_state_dict_from_hf(cfg.hf_hub_id, filename, cache_dir=cache_dir)
+        where = {'cache_dir': cache_dir} if cache_dir else {}  # timm < 1.0.15 knows none
+        weights = load_state_dict_from_hf(cfg.hf_hub_id, filename, **where)
     elif cfg.state_dict:
         weights = cfg.state_dict
     elif cfg.file:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from sem_timm.compat import forget_compiled
 from sem_timm.errors import ModelError
 from sem_timm.surgery.patch import check_undoable
 from sem_timm.surgery.rewrite import DISABLED, edit_of
@@ -54,8 +55,10 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
                 switched.append((module, cls))
                 module.__dict__[DISABLED] = _Off()
                 module.__class__ = base
+        forget_compiled()
         yield model
     finally:
         for module, cls in switched:
             module.__class__ = cls
             module.__dict__.pop(DISABLED, None)
+        forget_compiled()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sem_timm.compat import forget_compiled
 from sem_timm.errors import ModelError, PlanError, SwapWarning
 from sem_timm.meta.skeleton import dtype_of
 from sem_timm.random_state import preserved_random_state
@@ -103,6 +104,7 @@ def apply_plan(model: nn.Module, plan: Plan, prepare: Callable[[list[Built]], No
         raise
     freeze(model, plan.unread, plan.computed)
     note_statistics(model)
+    forget_compiled()
     return model
 
 
@@ -180,6 +182,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         while (edit := edit_of(module)) is not None:
             put_back(module, edit)
+    forget_compiled()
     return model
 
 

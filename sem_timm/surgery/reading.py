@@ -37,7 +37,8 @@ def planning() -> Iterator[None]:
 
 def _on_cpu() -> AbstractContextManager[object]:
     """Where tensors are made by default, wherever the caller has them made; free where that is so already."""
-    return nullcontext() if torch.get_default_device().type == 'cpu' else torch.device('cpu')
+    # Asked of a tensor: torch.get_default_device does not know of ``with torch.device(...)`` until torch 2.5.
+    return nullcontext() if torch.empty(0).device.type == 'cpu' else torch.device('cpu')
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from timm.layers import get_notrace_functions
 from torch import fx, nn
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
+from sem_timm.compat import REFUSING_PROXIES, get_notrace_functions
 from sem_timm.errors import TraceError, is_between, line_of
 from sem_timm.meta.state import State
 from sem_timm.meta.vocabulary import DEVICE_QUESTIONS
@@ -49,7 +49,9 @@ class LevelTracer(fx.Tracer):
         methods: frozenset[str] = frozenset(),
         autowrap: tuple[Any, ...] = (),
     ) -> None:
-        super().__init__(autowrap_functions=autowrap)
+        super().__init__(autowrap_functions=(*autowrap, *REFUSING_PROXIES))
+        if REFUSING_PROXIES:
+            self._autowrap_search.append(torch)  # where they are called, as torch.cat
         self.values = values
         self.symbolic = symbolic
         self.methods = methods

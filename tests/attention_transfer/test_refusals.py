@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import sem_timm
-from sem_timm import ModelError, OptionError, RefusedError
+from sem_timm import MissingPackageError, ModelError, OptionError, RefusedError
 from sem_timm.attention_transfer import initialize_memories
 from tests.attention_transfer.small_transformer import batches, create, labelled, swapped
 from tests.refusals import refused
@@ -257,6 +258,13 @@ def test_why_timm_cannot_make_an_optimizer_is_passed_on(monkeypatch: pytest.Monk
     model = swapped()
     with refused(model, OptionError, "optimizer='bnbadam': CUDA required"):
         sem_timm.transfer(model, batches(), optimizer='bnbadam')
+
+
+def test_distillation_needs_a_timm_that_has_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, 'timm.task', None)  # as before timm 1.0.23
+    model = swapped()
+    with refused(model, MissingPackageError, "'timm>=1.0.23'", "stages=('initialize', 'match')"):
+        sem_timm.transfer(model, batches(), stages=('match', 'distill'))
 
 
 def test_distillation_needs_a_classifier_of_timm() -> None:

@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 import sem_timm
 from tests.compatibility.cells import capability
-from tests.compatibility.twins import Twins, assert_same_gradients, gradients
+from tests.compatibility.twins import Twins, assert_close, assert_same_gradients, gradients
 from tests.twins import assert_equal
+from tests.versions import CHECKPOINTS_REENTRANTLY
 
 
 @capability('`set_grad_checkpointing`: the same gradients')
@@ -23,7 +24,9 @@ def test_set_grad_checkpointing(twins: Twins) -> None:
     expected = learn(twins.base, True)
     assert_same_gradients(twins, expected, learn(twins.model, True))
     model = twins.moved()
-    assert_equal(learn(model, True), learn(model, False))
+    # Computed again by a backward of its own, gradients are summed in another order.
+    same = assert_close if CHECKPOINTS_REENTRANTLY else assert_equal
+    same(learn(model, True), learn(model, False))
 
 
 @capability('`torch.utils.checkpoint` around each patched module: the same gradients')

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo import mark_dynamic
-from torch.compiler import config
 
 from tests.compatibility.cells import capability
 from tests.compatibility.twins import Twins, assert_close, gradients, unpatched
 from tests.outputs import outputs, tensors
+from tests.versions import compiles_once_more, without_compiled_files
 
 BATCH_SIZES = (2, 5, 3)
 ALIKE = (5, 6)  # at 4 and at 8 torch chooses other kernels, and compiles anew
@@ -34,7 +34,7 @@ def forgotten() -> Iterator[None]:
     torch.compiler.reset()
     # Inductor lays images out as channels_last, in which a backward of oneDNN writes past the end of its memory (torch
     # 2.15), without a patch too; see `test_channels_last`.
-    with torch.backends.mkldnn.flags(enabled=False), config.patch(force_disable_caches=True):
+    with torch.backends.mkldnn.flags(enabled=False), without_compiled_files():
         yield
     torch.compiler.reset()
 
@@ -67,7 +67,7 @@ def captured(twins: Twins, model: nn.Module) -> list[Results]:
     use = torch.compile(model, fullgraph=True, backend='eager', dynamic=True)
     results = []
     for number, images in enumerate(map(twins.images, BATCH_SIZES)):
-        with torch.compiler.set_stance('fail_on_recompile' if number else 'default'):
+        with compiles_once_more(number == 0):
             learned = gradients(model, images, call=use)
         results.append((outputs(use, images), learned))
     return results
@@ -89,7 +89,7 @@ def compiled_by_inductor(twins: Twins, model: nn.Module) -> list[Results]:
     for number, images in enumerate(map(twins.images, ALIKE)):
         mark_dynamic(images, 0)
         seen: list[list[Tensor]] = []
-        with torch.compiler.set_stance('fail_on_recompile' if number else 'default'):
+        with compiles_once_more(number == 0):
             learned = gradients(model, images, call=keep)
         results.append((seen[0], learned))
     return results

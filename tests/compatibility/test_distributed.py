@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 import sem_timm
 from tests.compatibility.cells import Cell, capability
@@ -18,6 +17,7 @@ from tests.compatibility.families import OPERATIONS, columns_of
 from tests.compatibility.twins import Twins, assert_close, assert_same_gradients, gradients, make, new_parameters
 from tests.outputs import loss_of
 from tests.twins import assert_equal
+from tests.versions import fully_shard
 
 IMAGES = 4
 

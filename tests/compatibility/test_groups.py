@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from timm.models import group_parameters
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 import sem_timm
+from sem_timm.compat import param_groups_layer_decay, param_groups_weight_decay
 from tests.compatibility.cells import capability
 from tests.compatibility.twins import Twins, new_parameters
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import timm
 import torch
-from torch.distributed.fsdp import fully_shard
 
 import sem_timm
 from sem_timm.finetuning.sharding import whole_state
+from tests.versions import fully_shard
 
 
 def main() -> None:

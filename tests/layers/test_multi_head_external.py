@@ -15,6 +15,7 @@ from torch.func import functional_call, jvp, vmap
 from sem_timm.errors import OptionError
 from sem_timm.layers.multi_head_external import MultiHeadExternalAttention
 from tests.layers.attention_inputs import both_modes, close, in_forward_mode, trained
+from tests.versions import since_timm
 
 
 def published(layer: MultiHeadExternalAttention, x: Tensor) -> Tensor:
@@ -194,6 +195,7 @@ def test_dropout_acts_in_training_alone() -> None:
     assert not torch.equal(layer(x), layer(x))
 
 
+@since_timm('1.0.16', 'attn_layer= of its transformers')
 def test_timm_builds_a_vision_transformer_with_it() -> None:
     model = timm.create_model(
         'vit_tiny_patch16_224', attn_layer=MultiHeadExternalAttention, depth=2, img_size=64, num_classes=3

@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 import pytest
 import timm
 import torch
-import torch.compiler.config
 from torch import Tensor, nn
 
 from sem_timm.errors import OptionError
 from sem_timm.layers import SEM, ChannelGate, Excitation
 from tests.lively import lively
 from tests.thorough import thorough
+from tests.versions import compiles_once_more, without_compiled_files
 
 Gate = TypeVar('Gate', bound=ChannelGate)
 
@@ -326,11 +326,11 @@ def test_one_compiled_training_step_serves_all_batches() -> None:
     compiled = torch.compile(sem, fullgraph=True)
     torch.compiler.reset()
     # With oneDNN, layouts are chosen that let everything pass; and what was compiled before may be on disk.
-    with torch.backends.mkldnn.flags(enabled=False), torch.compiler.config.patch(force_disable_caches=True):
+    with torch.backends.mkldnn.flags(enabled=False), without_compiled_files():
         for number, batch_size in enumerate((5, 6)):
             x = torch.randn(batch_size, 16, 6, 6, requires_grad=True)
             torch._dynamo.mark_dynamic(x, 0)
-            with torch.compiler.set_stance('fail_on_recompile' if number else 'default'):
+            with compiles_once_more(number == 0):
                 out = compiled(x)
             inputs = [x, *sem.parameters()]
             found, expected = (torch.autograd.grad(y.square().sum(), inputs) for y in (out, sem(x)))

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.models import save_for_hf
 from torch import nn
 
 import sem_timm
@@ -19,6 +18,7 @@ from sem_timm.registry import base_architecture
 from tests.refusals import refused
 from tests.registry.models import image, train
 from tests.twins import trained
+from tests.versions import save_for_hf
 
 
 def pair(variant: str, **options: Any) -> tuple[Any, Any]:

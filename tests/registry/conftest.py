@@ -12,6 +12,7 @@ import torch
 from timm.models import _registry as timm_registry
 
 from tests.registry.models import train
+from tests.versions import clear_model_entries
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def registrations() -> Iterator[None]:
     yield
     for name in timm_registry._model_entrypoints.keys() - before:
         del timm_registry._model_entrypoints[name]
-        timm_registry._clear_model_entries(name)
+        clear_model_entries(name)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from torch import nn
 
 from sem_timm import SEM
 
-BASES = [name for name in timm.list_models() if not timm.models.is_model_in_modules(name, 'registry')]
+BASES = [name for name in timm.list_models() if not timm.models.is_model_in_modules(name, ['registry'])]
 
 
 def gates(model: nn.Module) -> dict[str, SEM]:

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import timm
 from timm.models import _registry as timm_registry
-from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, is_model, model_entrypoint, register_model
+from timm.models import get_pretrained_cfg, is_model, model_entrypoint, register_model
 from torch import nn
 
 import sem_timm
 from sem_timm import AttentionCore, OptionError, RefusedError
+from sem_timm.compat import get_arch_pretrained_cfgs
 from sem_timm.registry.table import read_table
 from tests.registry.models import BASES
+from tests.versions import since_timm, weightless
 
 SOURCES = {'url', 'file', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'architecture'}
 
@@ -39,6 +41,7 @@ def named(suffix: str) -> set[str]:
     return {name.removesuffix(suffix) for name in timm.list_models(f'*{suffix}')}
 
 
+@since_timm('1.0.31', 'all architectures of the table')
 def test_architectures_with_sites_have_variants_and_others_have_not() -> None:
     sites = {name: counts for name, counts in read_table().sites.items() if name in BASES}
     assert named('_ea') == {name for name, (external, _) in sites.items() if external}
@@ -79,9 +82,9 @@ def test_newer_architectures_have_variants_if_a_plan_finds_attention(newer_archi
     for base in newer_architectures:
         assert is_model(f'{base}_sem') and is_model(f'{base}_ea') and is_model(f'{base}_eamlp')
     for suffix in ('ea', 'eamlp'):
-        assert sem_timm.patched_modules(timm.create_model(f'newer_vit_{suffix}', device='meta'))
+        assert sem_timm.patched_modules(weightless(f'newer_vit_{suffix}'))
         with pytest.raises(RefusedError, match='nothing in ResNet can take'):
-            timm.create_model(f'newer_resnet_{suffix}', device='meta')
+            weightless(f'newer_resnet_{suffix}')
 
 
 @pytest.mark.parametrize('operation', ['efficient', 'linear', 'halo', 'catt', 'caam'])
@@ -91,7 +94,7 @@ def test_other_attentions_are_registered_on_request(operation: str, registration
     assert named(f'_{operation}') == named('_ea')
     assert timm.list_pretrained(f'*_{operation}') == []
     option = {f'{operation}_target': r'blocks\.[01]\.attn'}
-    model = timm.create_model(f'test_vit_{operation}', device='meta', **option)
+    model = weightless(f'test_vit_{operation}', **option)
     cores = {name: core for name, core in model.named_modules() if isinstance(core, AttentionCore)}
     assert {name.rpartition('.')[0] for name in cores} == {'blocks.0.attn', 'blocks.1.attn'}
     assert {part.operation for part in sem_timm.patched_modules(model)} == {sem_timm.AttentionConfig(operation)}

@@ -12,13 +12,14 @@ import pytest
 import timm
 import torch
 from timm.models import _registry as timm_registry
-from timm.models import get_pretrained_cfg, is_model, model_entrypoint, resolve_model_input_args
+from timm.models import get_pretrained_cfg, is_model, model_entrypoint
 from torch import nn
 
 import sem_timm
 from sem_timm import ExternalAttention, MultiHeadExternalAttention, OptionError, SwapWarning
 from tests.registry.models import BASES, assert_equal, image, outputs, train
 from tests.thorough import first_of_each
+from tests.versions import since_timm, weightless
 
 VARIANTS = {'ea': ('external', ExternalAttention), 'eamlp': ('eamlp', MultiHeadExternalAttention)}
 
@@ -107,7 +108,7 @@ def test_from_scratch_nothing_is_lost_and_nothing_said() -> None:
 
 @pytest.mark.parametrize('suffix', VARIANTS)
 def test_variant_is_made_without_memory(suffix: str) -> None:
-    model = timm.create_model(f'vit_small_patch16_224_{suffix}', device='meta', dtype=torch.bfloat16)
+    model = weightless(f'vit_small_patch16_224_{suffix}', dtype=torch.bfloat16)
     assert len(cores(model)) == 12
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {('meta', torch.bfloat16)}
     with torch.device('meta'):
@@ -201,8 +202,11 @@ def test_everything_else_is_passed_through(calls: list[dict[str, Any]], tmp_path
     )
 
 
+@since_timm('1.0.31', 'resolve_model_input_args')
 def test_weights_of_the_base_are_found_from_a_cfg_of_the_variant(calls: list[dict[str, Any]]) -> None:
     """timm's scripts hand on the cfg itself, and that of the variant names no weights."""
+    from timm.models import resolve_model_input_args
+
     arguments = resolve_model_input_args('test_vit_ea.r160_in1k', {'input_size': (1, 96, 96)}, ea_memory=8)
     base, cfg = get_pretrained_cfg('test_vit.r160_in1k'), get_pretrained_cfg('test_vit_ea.r160_in1k')
     assert base is not None and base.hf_hub_id == 'timm/test_vit.r160_in1k'

@@ -26,6 +26,7 @@ from tests.lively import lively
 from tests.registry.models import assert_equal, gates, image, outputs, train
 from tests.thorough import first_of_each
 from tests.twins import trained
+from tests.versions import weightless
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_features_take_a_wrapper_of_the_callers_own() -> None:
 
 def test_features_on_a_device_and_in_a_dtype() -> None:
     for base in ('test_efficientnet', 'test_vit'):
-        model = timm.create_model(f'{base}_sem', features_only=True, device='meta', dtype=torch.bfloat16)
+        model = weightless(f'{base}_sem', features_only=True, dtype=torch.bfloat16)
         assert gates(model)
         assert {(p.device.type, p.dtype) for p in model.parameters()} == {('meta', torch.bfloat16)}
 

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import timm
 from timm.models import _registry as timm_registry
-from timm.models import get_arch_pretrained_cfgs, is_model, model_entrypoint, register_model
+from timm.models import is_model, model_entrypoint, register_model
 from torch import nn
 
+from sem_timm.compat import get_arch_pretrained_cfgs
 from sem_timm.registry import register_variants
 from tests.registry.models import BASES, gates
+from tests.versions import clear_model_entries
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def user_architecture() -> Iterator[str]:
     yield 'user_resnet'
     for name in ('user_resnet', *(f'user_resnet_{suffix}' for suffix in ('sem', 'ea', 'eamlp'))):
         timm_registry._model_entrypoints.pop(name, None)
-        timm_registry._clear_model_entries(name)
+        clear_model_entries(name)
 
 
 def test_every_architecture_has_a_variant() -> None:
@@ -67,7 +69,7 @@ def test_cfgs_of_users_in_either_form_are_mirrored(user_architecture: str, monke
     for given, source in ((old, old['url']), (new, 'timm/user_resnet.tag')):
         for name in ('user_resnet', 'user_resnet_sem'):
             timm_registry._model_entrypoints.pop(name, None)
-            timm_registry._clear_model_entries(name)
+            clear_model_entries(name)
         monkeypatch.setitem(globals(), 'default_cfgs', {'user_resnet': given})
         register_model(entrypoint)
         register_variants('sem')
@@ -80,8 +82,8 @@ def test_listings_of_modules_are_unchanged() -> None:
     for module in timm.list_modules():
         has_variants = any(name.endswith('_sem') for name in timm.list_models(module=module))
         assert has_variants == (module == 'registry')
-    assert timm.models.is_model_in_modules('resnet50_sem', 'registry')
-    assert not timm.models.is_model_in_modules('resnet50_sem', 'resnet')
+    assert timm.models.is_model_in_modules('resnet50_sem', ['registry'])
+    assert not timm.models.is_model_in_modules('resnet50_sem', ['resnet'])
 
 
 def test_entrypoints_are_functions_of_an_importable_module() -> None:

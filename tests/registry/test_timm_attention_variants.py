@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from timm.models import is_model, save_for_hf
+from timm.models import is_model
 
 import sem_timm
 from sem_timm import OptionError, SwapWarning, TimmAttentionConfig
 from sem_timm.registry import base_architecture
 from tests.registry.models import BASES
+from tests.versions import save_for_hf, weightless
 
 
 def test_they_are_there_for_every_architecture_and_claim_no_weights(registrations: None) -> None:
@@ -28,13 +29,13 @@ def test_they_are_there_for_every_architecture_and_claim_no_weights(registration
 def test_options_have_the_prefix_of_the_operation(registrations: None) -> None:
     sem_timm.register_variants('timm_cbam')
     options = {'timm_cbam_target': r'layer4\..*', 'timm_cbam_position': 'output'}
-    model = timm.create_model('test_resnet_timm_cbam', device='meta', **options)
+    model = weightless('test_resnet_timm_cbam', **options)
     records = sem_timm.patched_modules(model)
     assert {record.name for record in records} == {'layer4.0'}
     assert {record.operation for record in records} == {TimmAttentionConfig('cbam', position='output')}
     for name in ('timm_cbam_memory', 'timm_cbam_name'):
         with pytest.raises(OptionError, match=r'(?s)test_resnet_timm_cbam: option .* the prefix timm_cbam_'):
-            timm.create_model('test_resnet_timm_cbam', device='meta', **{name: 3})
+            weightless('test_resnet_timm_cbam', **{name: 3})
 
 
 @pytest.mark.parametrize('name', ['se', 'timm_bat', 'cbam', 'external2d'])

@@ -11,13 +11,14 @@ import timm
 import torch
 from timm.layers import is_exportable, is_scriptable
 from timm.models import _registry as timm_registry
-from timm.models import model_entrypoint, resolve_model_input_args
+from timm.models import model_entrypoint
 from torch import nn
 
 import sem_timm
 from sem_timm import OptionError
 from tests.lively import lively
 from tests.registry.models import BASES, assert_equal, gates, image, outputs, train
+from tests.versions import since_timm
 
 
 @pytest.fixture
@@ -111,7 +112,10 @@ def test_entrypoint_works_without_create_model() -> None:
     assert outputs(model, image())[0].shape == (2, 3)
 
 
+@since_timm('1.0.31', 'resolve_model_input_args')
 def test_arguments_of_timms_scripts_build_a_variant() -> None:
+    from timm.models import resolve_model_input_args
+
     arguments = resolve_model_input_args('test_resnet_sem.r160_in1k', {'input_size': (1, 96, 96)}, sem_reduction=8)
     model = timm.create_model(**arguments)
     assert {gate.reduction for gate in gates(model).values()} == {8}

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.models import load_state_dict, model_entrypoint, save_for_hf
+from timm.models import load_state_dict, model_entrypoint
 from torch import nn
 
 import sem_timm
 from sem_timm import OptionError
 from tests.registry.models import assert_equal, gates, image, outputs, train
+from tests.versions import save_for_hf
 
 
 def fine_tuned(name: str = 'test_resnet_sem', **kwargs: Any) -> nn.Module:

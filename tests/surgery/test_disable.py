@@ -134,6 +134,17 @@ def test_compiled_models_can_be_disabled() -> None:
     assert torch.equal(run(compiled, images), patched)
 
 
+def test_compiled_code_follows_undo_and_another_patch() -> None:
+    base, model, images = both('sem')
+    compiled: Any = torch.compile(model, backend='eager')
+    patched = run(compiled, images)
+    sem_timm.unpatch_model(model)
+    assert torch.equal(run(compiled, images), run(base, images)) and not torch.equal(run(base, images), patched)
+    trained(sem_timm.patch_model(model, 'eca'))
+    assert torch.equal(run(compiled, images), run(model, images))
+    assert not torch.equal(run(compiled, images), run(base, images))
+
+
 def test_what_cannot_be_disabled() -> None:
     base, model, _ = both('both')
     sem_timm.drop_unread_parameters(model)

@@ -12,6 +12,7 @@ import sem_timm
 from sem_timm import OptionError
 from tests.families import FAMILIES
 from tests.surgery.gates_by_hand import assert_gated_by_hand, instance_enhancement, vision_transformer
+from tests.versions import weightless
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_class_tokens_alone_have_nothing_to_pool_over() -> None:
         ('cait_xxs24_224', {'img_size': 64}, r'blocks_token_only\.\d+', 'LayerScaleBlockClassAttn'),
         ('crossvit_9_240', {}, r'blocks\.\d+\.fusion\.\d+', 'CrossAttentionBlock'),
     ):
-        model = timm.create_model(architecture, num_classes=10, device='meta', **options)
+        model = weightless(architecture, num_classes=10, **options)
         with pytest.raises(sem_timm.RefusedError, match='no positions to pool over'):
             sem_timm.plan_model(model, target=target)
         plan = sem_timm.plan_model(model)

@@ -15,6 +15,7 @@ import sem_timm
 from sem_timm import RefusedError
 from tests.families import FAMILIES
 from tests.surgery.small_blocks import Copy, Net, Zero, block, left_of
+from tests.versions import weightless
 
 
 def partial(self: Any, x: Tensor) -> Tensor:
@@ -412,7 +413,7 @@ def test_a_shortcut_that_is_an_argument(given: bool) -> None:
 
 @pytest.mark.parametrize('architecture', ['repvgg_a0', 'mobileone_s0'])
 def test_sums_of_parallel_convolutions_are_no_residual_adds(architecture: str) -> None:
-    model = timm.create_model(architecture, device='meta')
+    model = weightless(architecture)
     assert {site.position for site in sem_timm.plan_model(model)} == {'output'}
     with pytest.raises(RefusedError, match='no residual add'):
         sem_timm.plan_model(model, position='residual')

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 import sem_timm
 from tests.families import FAMILIES
+from tests.versions import weightless
 
 
 def patched_resnet(**options: Any) -> Any:
@@ -49,7 +49,7 @@ def forward(self, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_code_reads_like_hand_written_code() -> None:
-    model = timm.create_model('resnet50', device='meta')
+    model = weightless('resnet50')
     plan = sem_timm.plan_model(model)
     assert plan.code('layer1.0') == BOTTLENECK
     assert plan.code('layer1.1') == BOTTLENECK.replace('    x = self.downsample(x)\n', '')
@@ -154,13 +154,13 @@ def test_a_traceback_shows_the_lines() -> None:
 
 
 def test_equal_edits_share_a_class() -> None:
-    first, second = timm.create_model('resnet50', device='meta'), timm.create_model('resnet26', device='meta')
+    first, second = weightless('resnet50'), weightless('resnet26')
     for model in (first, second):
         sem_timm.patch_model(model)
     classes = {type(module) for m in (first, second) for module in m.modules() if isinstance(module, Bottleneck)}
     assert len(classes) == 2  # with and without a projection
     assert type(first.layer1[1]) is type(second.layer4[1])
-    other = sem_timm.patch_model(timm.create_model('resnet26', device='meta'), reduction=8)
+    other = sem_timm.patch_model(weightless('resnet26'), reduction=8)
     assert type(other.layer1[1]) is not type(first.layer1[1])  # it remembers another configuration
 
 
@@ -244,6 +244,7 @@ import pickle, sys, torch
 with open(sys.argv[1], 'rb') as file:
     model, images, expected = pickle.load(file)
 import sem_timm
+from tests.versions import weightless
 with torch.no_grad():
     assert torch.equal(model(images), expected)
 print(type(model.layer1[0]).__name__, len(sem_timm.patched_modules(model)))

@@ -15,6 +15,7 @@ import sem_timm
 from tests.swap.classes import CLASSES
 from tests.swap.swapping import swap, swapped
 from tests.twins import assert_equal
+from tests.versions import since_torch
 
 VIT = CLASSES['layers.attention.Attention']
 
@@ -134,6 +135,7 @@ def test_weights_that_are_quantised_in_a_plain_layer(is_swapped: bool) -> None:
         assert_equal([found], [expected_queries(attention.qkv, TOKENS, attention.num_heads)])
 
 
+@since_torch('2.5', 'export that shows layers as what they are')
 def test_an_export_computes_the_rows_that_are_read() -> None:
     attention: Any = swapped(VIT).get_submodule('blocks.0.attn')
     exported = torch.export.export(attention, (TOKENS,), strict=False)

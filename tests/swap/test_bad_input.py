@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from timm.layers import Attention, AttentionRope
 from torch import nn
 
 import sem_timm
@@ -16,6 +15,7 @@ from tests.refusals import refused
 from tests.snapshot import assert_same, snapshot
 from tests.swap.classes import CLASSES
 from tests.swap.swapping import outputs, swap, swapped
+from tests.versions import Attention, AttentionRope
 
 VIT = CLASSES['layers.attention.Attention']
 CALLS = pytest.mark.parametrize('call', [sem_timm.plan_model, sem_timm.patch_model], ids=['plan', 'patch'])

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +16,7 @@ from tests.swap.classes import CLASSES
 from tests.swap.small_attention import Model, Projected
 from tests.swap.swapping import outputs, swap
 from tests.swap.test_core_scale import PlainAttention
+from tests.versions import Attention
 
 SIZE, TOKENS = (3, 32, 32), 16
 CAUSAL = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()

@@ -6,7 +6,6 @@ from functools import cache
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from tests.swap.classes import CLASSES
 from tests.swap.small_attention import WIDTH, Model, Projected
 from tests.swap.swapping import assert_all_learn, backward, outputs, swap
 from tests.thorough import first_of_each
+from tests.versions import Attention
 
 _VIT: dict[str, Any] = {'img_size': 64, 'embed_dim': 64, 'depth': 2, 'num_heads': 2}
 _CAIT = Family('cait_xxs24_224', options={'img_size': 64, 'depth': 1})
@@ -247,7 +247,7 @@ def test_attention_of_torch_itself_is_named() -> None:
         sem_timm.plan_model(model, 'external', input_size=(3, 32, 32))
 
 
-class Derived(timm.layers.Attention):
+class Derived(Attention):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         return 2 * super().forward(x, attn_mask, is_causal)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 import sem_timm
+from sem_timm.compat import param_groups_layer_decay
 from tests.families import Family
 from tests.swap.classes import CLASSES
 from tests.swap.swapping import backward, outputs, shapes, swap, swapped, without_gradient

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from timm.layers import Attention
 from torch import Tensor, nn
 
 import sem_timm
@@ -21,6 +20,7 @@ from tests.swap.classes import CLASSES
 from tests.swap.swapping import assert_all_learn, backward, outputs, shapes, swap, swapped
 from tests.thorough import first_of_each
 from tests.twins import assert_equal
+from tests.versions import Attention
 
 CAIT = Family('cait_xxs24_224', options={'img_size': 64, 'depth': 2}, other_size=None)
 VIT = CLASSES['layers.attention.Attention']

@@ -1,0 +1,102 @@
+"""What the tests gave with which versions of Python, torch and timm: a log, and the page docs/versions.md made of it.
+
+benchmarks/compat.sh calls it in each environment of its matrix, with what pytest wrote:
+
+    python benchmarks/versions.py RESULTS.xml...
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from xml.etree import ElementTree
+
+from run_log import Record, append_record, read_log
+
+DOCS = Path(__file__).parents[1] / 'docs'
+PACKAGES = ('torch', 'torchvision', 'timm', 'numpy')
+
+_HEAD = """# Versions
+
+The tests, run with the oldest versions of Python, torch and timm, with some between, and with the newest.
+`benchmarks/compat.sh` runs them, each combination in an environment of its own, and makes this page. The floors and
+classifiers of `pyproject.toml` are what passed here.
+
+| run on | Python | torch | torchvision | timm | numpy | passed | failed | expected to fail | not run |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+
+_MIDDLE = """
+All but the tests marked `slow` and `thorough`. What is *expected to fail* is known not to work, in most cells because
+timm's own model cannot do it, and would be an error if it did. *Not run* is what a version cannot do at all:
+"""
+
+_FOOT = """
+Those conditions are in `tests/versions.py`; of timm, `sem_timm/compat.py` says which names older versions lack.
+What an older version has not is refused where it is asked for, such as the stage `'distill'` of `transfer` before
+timm 1.0.23. The table of the architectures with self-attention was made with the newest timm; an older one registers
+variants of the architectures that it has.
+"""
+
+
+def record_of(results: Iterable[Path]) -> Record:
+    """What one run gave, in one file or in several parts, with the versions of the Python that this is."""
+    outcomes: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    cases = {
+        (case.get('classname'), case.get('name')): case  # of a test that was run again, the last one
+        for part in results
+        for case in ElementTree.parse(part).getroot().iter('testcase')
+    }
+    for case in cases.values():
+        found = next((part for part in case if part.tag in ('failure', 'error', 'skipped')), None)
+        if found is None:
+            outcomes['passed'] += 1
+        elif found.tag != 'skipped':
+            outcomes['failed'] += 1
+        elif found.get('type') == 'pytest.xfail':
+            outcomes['xfailed'] += 1
+        else:
+            outcomes['skipped'] += 1
+            reasons[found.get('message', '').removeprefix('Skipped: ')] += 1
+    versions = {'python': platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    return {'date': date.today().isoformat(), **versions, **outcomes, 'reasons': dict(reasons)}
+
+
+def page(records: Iterable[Record]) -> str:
+    """The newest run of each combination, the oldest combination first, as a page."""
+    newest = {(order(r['torch']), order(r['timm']), order(r['python'])): r for r in records}
+    rows, reasons = [], []
+    for _, record in sorted(newest.items()):
+        versions = [str(record[name]) for name in ('date', 'python', *PACKAGES)]
+        counts = [f'{record.get(outcome, 0):,}' for outcome in ('passed', 'failed', 'xfailed', 'skipped')]
+        rows.append(f'| {" | ".join(versions + counts)} |\n')
+        for reason, count in sorted(record['reasons'].items()):
+            reasons.append((reason, f'{count} with torch {record["torch"]}, timm {record["timm"]}'))
+    listed: dict[str, list[str]] = {}
+    for reason, where in reasons:
+        listed.setdefault(reason, []).append(where)
+    notes = ''.join(f'- {reason}: {"; ".join(dict.fromkeys(wheres))}\n' for reason, wheres in listed.items())
+    return _HEAD + ''.join(rows) + _MIDDLE + '\n' + (notes or '- nothing\n') + _FOOT
+
+
+def order(release: str) -> tuple[int, ...]:
+    """A release as numbers that compare."""
+    return tuple(map(int, re.findall(r'\d+', release.split('+')[0])))
+
+
+def main(*results: str) -> None:
+    """Logs what pytest wrote, and writes the page anew."""
+    log = DOCS / 'versions.jsonl'
+    append_record(log, record_of(map(Path, results)))
+    (DOCS / 'versions.md').write_text(page(read_log(log)), encoding='utf-8')
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])

@@ -1,0 +1,138 @@
+"""Names that older versions of timm and torch have elsewhere, or not at all: the one place that knows of versions.
+
+The newest version comes first in each, so that what is there for older ones can be removed when they no longer matter.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import timm
+import timm.optim
+import torch
+from timm.layers import SEModule
+from timm.layers import create_attn as _create_attn
+from timm.models import PretrainedCfg, get_pretrained_cfg, split_model_name_tag
+from torch import nn
+
+from sem_timm.errors import MissingPackageError
+from sem_timm.random_state import preserved_random_state
+
+try:
+    from timm.models import get_arch_pretrained_cfgs
+except ImportError:  # timm < 1.0.10
+
+    def get_arch_pretrained_cfgs(model_name: str) -> dict[str, PretrainedCfg]:
+        """Copies of the pretrained cfgs of an architecture by name with tag, the default first."""
+        from timm.models._registry import _model_with_tags
+
+        names = _model_with_tags.get(split_model_name_tag(model_name)[0], [])
+        return {name: cfg for name in names if (cfg := get_pretrained_cfg(name)) is not None}
+
+
+try:
+    from timm.layers import get_notrace_functions
+except ImportError:  # timm < 1.0.17
+    from timm.models._features_fx import get_notrace_functions
+
+try:
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+except ImportError:  # timm < 1.0.12
+    from timm.optim.optim_factory import param_groups_layer_decay, param_groups_weight_decay
+
+try:
+    from torch.compiler import is_exporting
+except ImportError:  # torch < 2.7, which does not tell an export from other compilation
+    from torch.compiler import is_compiling as is_exporting
+
+_TORCH = tuple(map(int, torch.__version__.split('.')[:2]))
+
+# Functions of torch whose arguments are lists of tensors, or a device. Before torch 2.9 they take no proxy there.
+_REFUSING_PROXIES = (
+    *(torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack, torch.dstack),
+    *(
+        torch.arange,
+        torch.empty,
+        torch.eye,
+        torch.full,
+        torch.linspace,
+        torch.ones,
+        torch.rand,
+        torch.randn,
+        torch.zeros,
+    ),
+    *(torch.empty_like, torch.full_like, torch.ones_like, torch.rand_like, torch.randn_like, torch.zeros_like),
+)
+REFUSING_PROXIES: tuple[Callable[..., Any], ...] = () if _TORCH >= (2, 9) else _REFUSING_PROXIES
+
+__all__ = [
+    'REFUSING_PROXIES',
+    'create_attn',
+    'forget_compiled',
+    'get_arch_pretrained_cfgs',
+    'get_notrace_functions',
+    'is_exporting',
+    'list_optimizers',
+    'logit_distillation_task',
+    'on_meta',
+    'param_groups_layer_decay',
+    'param_groups_weight_decay',
+]
+
+
+def create_attn(
+    name: str, channels: int, device: torch.device | str | None, dtype: torch.dtype | None, **options: Any
+) -> Any:
+    """One of timm's attention modules, where and of the type that was asked for."""
+    if 'device' in inspect.signature(SEModule).parameters:
+        return _create_attn(name, channels, device=device, dtype=dtype, **options)
+    with nullcontext() if device is None else torch.device(device):  # timm < 1.0.21
+        return _create_attn(name, channels, **options).to(dtype)
+
+
+def list_optimizers() -> list[str]:
+    """Names of all optimizers that timm makes."""
+    listed = getattr(timm.optim, 'list_optimizers', None)
+    if listed is None:  # timm < 1.0.12 has an if-chain
+        return re.findall(r"opt_lower == '(\w+)'", inspect.getsource(timm.optim.create_optimizer_v2))
+    return [str(name) for name in listed()]
+
+
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """What is built, on the meta device: without weights, memory or random numbers."""
+    try:
+        with torch.device('meta'):
+            return build()
+    except RuntimeError as error:
+        if 'meta tensor' not in str(error):
+            raise
+    with preserved_random_state():  # timm < 1.0.20 asks tensors for numbers as it builds: there with weights at first
+        return build().to('meta')
+
+
+def forget_compiled() -> None:
+    """Has compiled code look anew at modules whose classes changed, which until torch 2.4 it does not by itself."""
+    if 'torch._dynamo' in sys.modules and _TORCH < (2, 5):
+        torch.compiler.reset()
+
+
+def logit_distillation_task() -> Callable[..., Any]:
+    """`timm.task.LogitDistillationTask`.
+
+    Raises:
+        MissingPackageError: If this timm has none.
+    """
+    try:
+        from timm.task import LogitDistillationTask
+    except ImportError as error:  # timm < 1.0.23
+        raise MissingPackageError(
+            f"stage 'distill' is timm's own distillation task, which timm {timm.__version__} has not. "
+            "Do: pip install 'timm>=1.0.23', or leave it out: stages=('initialize', 'match')."
+        ) from error
+    task: Callable[..., Any] = LogitDistillationTask
+    return task

@@ -1,0 +1,140 @@
+"""What older versions of torch and timm cannot do, or do under other names: the one place of the tests that asks."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import timm
+import torch
+from packaging.version import Version
+from timm.models import _registry
+from torch import nn
+
+from sem_timm.errors import MissingPackageError
+
+TORCH = Version(torch.__version__).release
+TIMM = Version(timm.__version__).release
+
+# The newest timm of which all architectures that the tests name were tried.
+_COMPLETE = (1, 0, 31)
+
+
+# Whether timm's gradient checkpointing runs a backward inside of the backward.
+CHECKPOINTS_REENTRANTLY = TIMM < (1, 0, 13)
+
+
+def since_timm(release: str, what: str) -> pytest.MarkDecorator:
+    """Marks a test of what timm has since a release."""
+    return pytest.mark.skipif(Version(release).release > TIMM, reason=f'timm {timm.__version__} has no {what}')
+
+
+def since_torch(release: str, what: str) -> pytest.MarkDecorator:
+    """Marks a test of what torch has, or can do, since a release."""
+    return pytest.mark.skipif(Version(release).release > TORCH, reason=f'torch {torch.__version__} has no {what}')
+
+
+def unless_timm_fails(plainly: Callable[[], Any]) -> None:
+    """Ends a test that an older timm cannot pass: it fails with the plain model already, which this does."""
+    try:
+        plainly()
+    except Exception as error:
+        if TIMM >= _COMPLETE:
+            raise
+        pytest.skip(f'timm {timm.__version__} itself: {type(error).__name__}: {error}')
+
+
+def lacking(error: BaseException) -> str:
+    """Why a test cannot run with an older timm: that lacks an architecture, an option, or what is needed of it here."""
+    if TIMM >= _COMPLETE:
+        return ''
+    text = str(error).partition('\n')[0]
+    if isinstance(error, MissingPackageError):
+        return text
+    unknown = re.search(r'Unknown model \((\w+)\)', str(error))  # in what another process printed, too
+    if unknown is not None:
+        name = re.sub('_(sem|ea|eamlp)$', '', unknown[1])
+        known = timm.is_model(name) and timm.model_entrypoint(name).__module__ != 'tests.small_models'
+        return '' if known else f'timm {timm.__version__} has no {name}'
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if '/torch/' not in frame.filename]
+    last = frames[-1]
+    if '/timm/' not in last.filename:
+        return ''
+    if last.name == 'parse_model_name':
+        return f'timm {timm.__version__} has no models of local-dir:'
+    if isinstance(error, TypeError) and re.search('unexpected keyword|multiple values', text):
+        return f'timm {timm.__version__} itself: {text}'
+    if isinstance(error, RuntimeError) and 'meta tensor' in text:
+        return f'timm {timm.__version__} itself cannot build all models on the meta device'
+    return ''
+
+
+def clear_model_entries(name: str) -> None:
+    """Takes an architecture out of timm's registry, which has a function for it since timm 1.0.31."""
+    if hasattr(_registry, '_clear_model_entries'):
+        _registry._clear_model_entries(name)
+        return
+    tagged = [entry for entry in _registry._model_pretrained_cfgs if entry.partition('.')[0] == name]
+    for store in (_registry._model_pretrained_cfgs, _registry._model_entrypoints, _registry._model_to_module):
+        for entry in (name, *tagged):
+            store.pop(entry, None)
+    for store in (_registry._model_with_tags, getattr(_registry, '_model_default_cfgs', {})):
+        store.pop(name, None)
+    _registry._model_has_pretrained.difference_update((name, *tagged))
+    for names in _registry._module_to_models.values():
+        names.discard(name)
+
+
+def weightless(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+    """A model of timm on the meta device, where timm before 1.0.21 has no argument for it."""
+    if TIMM >= (1, 0, 21):
+        return timm.create_model(name, device='meta', dtype=dtype, **options)
+    return timm.create_model(name, **options).to('meta', dtype)
+
+
+def compiles_once_more(allowed: bool) -> AbstractContextManager[Any]:
+    """A context in which torch.compile compiles what is new to it, or else raises."""
+    if allowed:
+        return nullcontext()
+    if TORCH >= (2, 6):
+        return torch.compiler.set_stance('fail_on_recompile')
+    return torch._dynamo.config.patch(error_on_recompile=True)
+
+
+def without_compiled_files() -> AbstractContextManager[Any]:
+    """A context in which torch.compile does not look on the disk for what was compiled before."""
+    if TORCH >= (2, 7):
+        import torch.compiler.config
+
+        return torch.compiler.config.patch(force_disable_caches=True)
+    import torch._inductor.config
+
+    return torch._inductor.config.patch(force_disable_caches=True)
+
+
+def fully_shard(module: nn.Module, **kwargs: Any) -> nn.Module:
+    """FSDP2, which was private before torch 2.6."""
+    if TORCH >= (2, 6):
+        from torch.distributed import fsdp
+    else:
+        from torch.distributed._composable import fsdp
+    sharded: nn.Module = fsdp.fully_shard(module, **kwargs)
+    return sharded
+
+
+try:
+    from timm.layers import Attention, AttentionRope
+except ImportError:  # timm < 1.0.16
+    from timm.models.eva import EvaAttention as AttentionRope
+    from timm.models.vision_transformer import Attention
+
+try:
+    from timm.models import save_for_hf
+except ImportError:  # timm < 1.0.16
+    from timm.models._hub import save_for_hf
+
+__all__ = ['Attention', 'AttentionRope', 'save_for_hf']
