@@ -92,6 +92,7 @@ def place_of(error: Exception) -> str:
     """The text of an error with the line of other people's code that caused it."""
     where = line_of(traceback.extract_tb(error.__traceback__))
     text = str(error).split('\n', 1)[0]
+    text = text if len(text) <= 160 else f'{text[:160]} …'  # torch explains some things at length
     return f'{text} ({where})' if where else text
 
 

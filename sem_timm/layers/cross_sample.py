@@ -36,8 +36,9 @@ class CrossSampleAttention(AttentionCore):
         num_heads: Number of heads with dictionaries and fusions of their own; with 1 all heads share them.
         head_axis: Which axis of q counts the heads, from the end.
         dictionary: Number of entries.
-        init: 'identity' for a fusion that starts as in-sample attention alone, 'paper' for the published dictionary,
-            uniform in [0, 0.01), with a fusion of PyTorch's default initial values.
+        init: 'identity' for a fusion that starts as in-sample attention alone: plain softmax attention, without the
+            position biases that the replaced attention may have had. 'paper' for the published dictionary, uniform in
+            [0, 0.01), with a fusion of PyTorch's default initial values.
         device: Where the parameters are created.
         dtype: Type of the parameters.
 

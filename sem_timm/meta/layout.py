@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -38,3 +38,14 @@ def set_layout(tensor: Tensor, layout: Layout) -> Tensor:
 def layout_of(value: Any) -> Layout | None:
     """The layout that `LayoutMode` found for a tensor; None for parameters and for what derives only from them."""
     return getattr(value, '_layout', None) if isinstance(value, Tensor) else None
+
+
+def set_learned(tensor: Tensor) -> Tensor:
+    """Marks a tensor as one that is computed from parameters and from no data."""
+    tensor._learned = True  # type: ignore[attr-defined]
+    return tensor
+
+
+def is_learned(value: Any) -> bool:
+    """Whether a value is a parameter, or a tensor that `LayoutMode` saw computed from parameters and from no data."""
+    return isinstance(value, nn.Parameter) or getattr(value, '_learned', False)

@@ -18,7 +18,7 @@ from torch import nn
 
 from sem_timm.errors import ModelError, OptionError, place_of
 from sem_timm.meta.layout import Layout, set_layout
-from sem_timm.meta.layout_mode import LayoutMode
+from sem_timm.meta.layout_mode import AnsweringMode, LayoutMode
 from sem_timm.meta.state import State
 
 _SHARED: tuple[type, ...] = (
@@ -181,13 +181,17 @@ def probe(model: nn.Module, input_size: tuple[int, ...] | None = None, batch_siz
     """
     failure: Exception | None = None
     for size in _input_sizes(model, input_size):
-        try:
-            # A fresh copy for each try: a forward that fails half-way may leave caches behind.
-            skeleton = weightless(model)
-            image = torch.empty(batch_size, *size, dtype=dtype_of(skeleton), device='meta')
-            return probe_call(skeleton, size, set_layout(image, Layout(channel=1)))
-        except Exception as error:  # any exception of a foreign forward: try the next size, report the first
-            failure = failure or error
+        # Of what decides by numbers, such as by x.sum() > 0, one way is taken; it is not read itself.
+        for mode in (AnsweringMode(False), AnsweringMode(True)):
+            try:
+                # A fresh copy for each try: a forward that fails half-way may leave caches behind.
+                skeleton = weightless(model)
+                image = torch.empty(batch_size, *size, dtype=dtype_of(skeleton), device='meta')
+                return probe_call(skeleton, size, set_layout(image, Layout(channel=1)), mode=mode)
+            except Exception as error:  # any exception of a foreign forward: try the next size, report the first
+                failure = failure or error
+            if not mode.asked:
+                break
     assert failure is not None
     reason = f'{type(failure).__name__}: {place_of(failure)}'
     if input_size is not None:
@@ -198,7 +202,9 @@ def probe(model: nn.Module, input_size: tuple[int, ...] | None = None, batch_siz
     ) from failure
 
 
-def probe_call(skeleton: nn.Module, input_size: tuple[int, ...], *args: Any, **kwargs: Any) -> Probe:
+def probe_call(
+    skeleton: nn.Module, input_size: tuple[int, ...], *args: Any, mode: LayoutMode | None = None, **kwargs: Any
+) -> Probe:
     """Calls a weightless copy once on meta tensors, which have layouts, and records the calls of all its modules."""
     found = Probe(skeleton, input_size)
     modules = dict(skeleton.named_modules())
@@ -207,7 +213,7 @@ def probe_call(skeleton: nn.Module, input_size: tuple[int, ...], *args: Any, **k
         # Where torch looks for a compiled call before it looks for hooks, which would cost more than the forwards.
         module.__dict__['_compiled_call_impl'] = _recorder(found, name, module)
     try:
-        with torch.no_grad(), LayoutMode():
+        with torch.no_grad(), mode or LayoutMode():
             skeleton(*args, **kwargs)
     finally:
         for module in modules.values():

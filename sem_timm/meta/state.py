@@ -28,6 +28,7 @@ class State:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.attributes = dict(module.__dict__)
+        self.buffers = dict(module._buffers)
         # Lists, dictionaries and sets may change while they stay the same objects.
         self.contents = {
             name: copy.copy(value)
@@ -54,11 +55,17 @@ class State:
             if not isinstance(before, dict) or not _only_remembers(before, now[name], is_memory)
         ]
 
+    def rebound(self) -> list[str]:
+        """Names of the buffers that are other tensors now, as a traced ``self.count += 1`` leaves one."""
+        return [name for name, value in self.buffers.items() if self.module._buffers.get(name) is not value]
+
     def restore(self) -> None:
         """Undoes all changes."""
         for name in self.added():
             del self.module.__dict__[name]
         self.module.__dict__.update(self.attributes)
+        self.module._buffers.clear()
+        self.module._buffers.update(self.buffers)
         for name, before in self.contents.items():
             container: Any = self.attributes[name]
             if _entries(container) != _entries(before):

@@ -47,6 +47,7 @@ class Kind(Enum):
     DROPOUT = auto()
     LAYER = auto()  # multiplies by a weight that it is given
     NORM = auto()
+    FILL = auto()  # numbers of its own, in the shape of the first operand
     LOOKUP = auto()  # asks for a size, a type, a device
 
 
@@ -150,7 +151,7 @@ WORDS: dict[str, Word] = dict(
         *_words(Kind.REDUCTION, 'mean sum', shape=shapes.reduced),
         *_words(Kind.MATRIX_PRODUCT, 'matmul', layout=rules.multiplied, shape=shapes.multiplied),
         *_words(Kind.MATRIX_PRODUCT, 'bmm', layout=rules.multiplied),
-        *_words(Kind.MATRIX_PRODUCT, 'einsum', layout=rules.unknown),
+        *_words(Kind.MATRIX_PRODUCT, 'einsum baddbmm', layout=rules.unknown),
         *_words(Kind.SOFTMAX, 'softmax', shape=shapes.like_input),
         *_words(Kind.ATTENTION, 'scaled_dot_product_attention', shape=shapes.attended),
         *_words(Kind.DROPOUT, 'dropout', memory=EITHER),
@@ -167,6 +168,8 @@ WORDS: dict[str, Word] = dict(
         *_words(Kind.NORM, 'l2_normalize'),
         *_words(Kind.MAP, 'relu gelu silu hardswish hardsigmoid relu6 sigmoid tanh', shape=shapes.like_input),
         *_words(Kind.MAP, 'addcmul', shape=shapes.elementwise),
+        *_words(Kind.FILL, 'zeros_like ones_like full_like empty_like rand_like randn_like'),
+        *_words(Kind.FILL, 'new_zeros new_ones new_full new_empty'),
         *_words(Kind.LOOKUP, 'size dim numel stride is_floating_point is_contiguous'),
     )
 )
@@ -262,6 +265,10 @@ SWITCHES = {'autocast', 'no_grad', 'enable_grad', 'set_grad_enabled', 'inference
 SWITCHES |= {'is_autocast_enabled', 'is_grad_enabled', 'is_inference_mode_enabled'}
 # Whether gradients are computed is asked of a tensor, too, and is another thing in training than in a plan.
 SWITCHES |= {'requires_grad', 'grad_fn', 'is_leaf'}
+
+# Functions of torch that make something of numbers, sizes and types alone; in C, they take none that are traced.
+MAKERS = {'ones', 'zeros', 'full', 'empty', 'eye', 'arange', 'linspace', 'tril_indices', 'triu_indices', 'tensor'}
+MAKERS |= {'finfo', 'iinfo'}
 
 DEVICE_QUESTIONS = ('device', 'is_cuda', 'is_cpu', 'is_meta', 'is_mps', 'is_xpu')
 

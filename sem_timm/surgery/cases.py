@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sem_timm.errors import GuardError, RefusedError, TraceError
-from sem_timm.meta.layout import Layout, layout_of, set_layout
+from sem_timm.meta.layout import Layout, is_learned, layout_of, set_layout, set_learned
 from sem_timm.meta.skeleton import dtype_of, on_meta, probe_call, weightless
 from sem_timm.surgery.decisions import FITS
 from sem_timm.surgery.placement import Placement, Placer
@@ -42,10 +42,12 @@ def has_cases(edit: Edit) -> bool:
     return f'def {FITS}(' in edit.source
 
 
-def layouts_of_arguments(reader: Reader, name: str) -> dict[str, tuple[Layout | None, ...]]:
-    """The layouts of the tensors in each argument of the call of a module."""
+def layouts_of_arguments(reader: Reader, name: str) -> dict[str, tuple[Layout | bool, ...]]:
+    """The layouts of the tensors in each argument of the call of a module; whether one is learned that has none."""
     values = bound_arguments(reader.modules[name], reader.probe.calls[name])
-    return {key: tuple(layout_of(leaf) for leaf in _tensors(value)) for key, value in values.items()}
+    return {
+        key: tuple(layout_of(leaf) or is_learned(leaf) for leaf in _tensors(value)) for key, value in values.items()
+    }
 
 
 def run_other_case(
@@ -121,14 +123,14 @@ def _placed(
     return placement
 
 
-def _on_meta(value: Any, layouts: tuple[Layout | None, ...], dtype: torch.dtype, at_least: int) -> Any:
+def _on_meta(value: Any, layouts: tuple[Layout | bool, ...], dtype: torch.dtype, at_least: int) -> Any:
     """An argument without numbers and with its layouts, of a number of samples."""
-    known: Iterator[Layout | None] = iter(layouts if len(layouts) == len(_tensors(value)) else ())
+    known: Iterator[Layout | bool] = iter(layouts if len(layouts) == len(_tensors(value)) else ())
 
     def convert(tensor: Tensor) -> Tensor:
-        twin, layout = on_meta(tensor, dtype), next(known, None)
-        if layout is None:
-            return twin
+        twin, layout = on_meta(tensor, dtype), next(known, False)
+        if isinstance(layout, bool):
+            return set_learned(twin) if layout else twin
         if layout.batch is not None and twin.shape[layout.batch] == 1:
             twin = torch.cat([twin] * at_least, layout.batch)
         return set_layout(twin, layout)

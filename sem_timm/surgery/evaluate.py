@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_map_only
 
-from sem_timm.meta.layout_mode import LayoutMode
+from sem_timm.meta.layout_mode import AnsweringMode
 from sem_timm.meta.skeleton import Call
 from sem_timm.surgery.aliasing import linked, passed_on, passed_on_in_either_mode
 from sem_timm.surgery.bytecode import may_write
@@ -58,7 +58,7 @@ def evaluate(trace: Trace, module: nn.Module, known: Mapping[str, Call], *, trai
     names = [str(node.target) for node in graph.nodes if node.op == 'placeholder']
     # On the meta device a run costs no arithmetic, so all nodes are run, those that nothing reads included.
     recorder = _Recorder(module, graph, known)
-    with torch.no_grad(), LayoutMode():
+    with torch.no_grad(), AnsweringMode(False):
         recorder.run(*(trace.values[name] for name in names), enable_io_processing=False)
     return dict(recorder.env)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from sem_timm.meta.layout import layout_of
-from sem_timm.meta.vocabulary import looks_up, word_of
+from sem_timm.meta.vocabulary import Kind, looks_up, word_of
 
 Values = dict[fx.Node, Any]
 
@@ -49,8 +49,8 @@ def ancestors(nodes: Iterable[fx.Node], values: Mapping[fx.Node, Any] | None = N
     return found
 
 
-def read_by(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Nodes and all whose numbers they are computed from, past questions for a shape or a type.
+def read_by(nodes: Iterable[fx.Node], stops: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """Nodes and all whose numbers they are computed from, past questions for a shape or a type, up to some stops.
 
     Of ``q = self.q(x) * self.k(x).shape[-1] ** -0.5`` the keys are an ancestor, and are not read.
     """
@@ -58,13 +58,17 @@ def read_by(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     waiting = list(nodes)
     while waiting:
         node = waiting.pop()
-        if node in found:
+        if node in found or node in stops:
             continue
         found.add(node)
-        word = word_of(node)
-        # x.view_as(y) reads x; of y it takes the shape.
-        lends = word is not None and word.lends
-        waiting += () if looks_up(node) else node.all_input_nodes[:1] if lends else node.all_input_nodes
+        word, inputs = word_of(node), node.all_input_nodes
+        if looks_up(node):
+            continue
+        if word is not None and word.lends:  # x.view_as(y) reads x, and of y it takes the shape
+            inputs = inputs[:1]
+        elif word is not None and word.kind is Kind.FILL:  # torch.full_like(x, fill) takes the shape of x
+            inputs = inputs[1:]
+        waiting += inputs
     return found
 
 

@@ -30,7 +30,7 @@ from sem_timm.errors import TraceError, from_package
 from sem_timm.meta.layout_mode import LayoutMode
 from sem_timm.meta.skeleton import Call
 from sem_timm.meta.state import outline, plain
-from sem_timm.meta.vocabulary import PASSING_LAYERS
+from sem_timm.meta.vocabulary import PASSING_LAYERS, Kind, kind_of
 from sem_timm.random_state import preserved_random_state, random_states
 from sem_timm.surgery.aliasing import tensors_in
 from sem_timm.surgery.bytecode import names_called, surroundings
@@ -38,6 +38,7 @@ from sem_timm.surgery.effects import needed_for
 from sem_timm.surgery.evaluate import Partial, run_part
 from sem_timm.surgery.graphs import Values, output_of
 from sem_timm.surgery.reading import Reading
+from sem_timm.surgery.replay import replayed
 from sem_timm.surgery.rewrite import Edit, patched_class
 from sem_timm.surgery.stand_in import StandIns, cloned, shell_of
 
@@ -86,7 +87,7 @@ def prove_swap(
         with _explained(module), _WithoutDropout():
             # Larger numbers than elsewhere, so that a softmax is far from a mean and shows a wrong scale.
             real = (nn.Softmax, *PASSING_LAYERS)
-            adding = {str(node.target) for core in cores[training].values() for node in core.adding}
+            adding = {name for core in cores[training].values() for name in core.adding}
             proof = _Proof(StandIns(reading, module, training, spread=2.0, real=real, adding=adding))
             old = proof.run(edit.base, {})
             values = proof.run_graph(reading, cores[training])
@@ -217,6 +218,8 @@ def _identity(x: Tensor, shortcut: Tensor | None = None, shortcut_first: bool = 
 def _nodes(core: Core) -> Iterator[fx.Node]:
     yield from (core.query, core.key, core.value, core.output, core.scale.query)
     yield from (factor for factor, _ in core.scale.factors)
+    for step in core.steps:
+        yield from (step.node, *step.node.all_input_nodes)
 
 
 def _core_stand_in(name: str, core: Core, values: Values, seen: dict[str, tuple[Any, ...]]) -> Callable[..., Tensor]:
@@ -252,10 +255,16 @@ def _check_core(core: Core, values: Values, inputs: tuple[Any, ...], reads_keys:
         expected = [core.scale.of_queries(unscaled, factors, query.shape[-1]), key, value]
     if not _alike(list(inputs[: len(expected)]), expected, SWAP_TOLERANCE):
         raise TraceError('swapped, its core gets something else')
-    if reads_keys and not core.extras:
+    called = kind_of(core.output) is Kind.ATTENTION
+    output = values[core.output].mT if core.transposed else values[core.output]
+    if not called:
+        weights = replayed(core, values, with_terms=True).to(value.dtype)
+        if not _alike(weights @ value, output, SWAP_TOLERANCE):
+            raise TraceError('its logits are changed in a way that is not read, such as in place')
+        output = replayed(core, values, with_terms=False).to(value.dtype) @ value
+    if reads_keys and not (called and core.extras):
         query, key, value = inputs[:3]
         plainly = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1) @ value
-        output = values[core.output].mT if core.transposed else values[core.output]
         if not _alike(plainly, output, SWAP_TOLERANCE):
             raise TraceError('softmax(q k / sqrt(d)) v is not what its core computes')
 

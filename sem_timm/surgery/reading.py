@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sem_timm.errors import TraceError
+from sem_timm.errors import TraceError, place_of
 from sem_timm.meta.skeleton import Call, Probe, probe
 from sem_timm.random_state import preserved_random_state
 from sem_timm.surgery.bytecode import may_add
@@ -210,7 +210,7 @@ def _evaluated(found: Trace, module: nn.Module, call: Call, known: dict[str, Cal
         try:
             values[training] = evaluate(found, module, known, training=training)
         except Exception as error:  # a graph that does not run on the traced call's own values is wrong
-            raise TraceError(f'{type(module).__name__}: the traced forward does not run: {error}') from error
+            raise TraceError(f'{type(module).__name__}: the traced forward does not run: {place_of(error)}') from error
         adds[training] = residual_adds(found.graphs[training], module, values[training])
         output = next(values[training][node] for node in found.graphs[training].nodes if node.op == 'output')
         if _shapes(output) != _shapes(call.output):

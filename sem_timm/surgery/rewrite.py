@@ -62,7 +62,7 @@ class Note(NamedTuple):
     number: int
     input_size: tuple[int, ...]
     sites: tuple[Site | AttentionSite, ...]
-    layouts: dict[str, tuple[Layout | None, ...]] = {}  # noqa: RUF012 (never changed)
+    layouts: dict[str, tuple[Layout | bool, ...]] = {}  # noqa: RUF012 (never changed)
 
 
 def edit_of(module: nn.Module, *, inherited: bool = False) -> Edit | None:

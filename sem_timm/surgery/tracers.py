@@ -6,6 +6,7 @@ import operator
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import get_ident
 from types import FunctionType
 from typing import Any
@@ -17,9 +18,11 @@ from torch.utils._pytree import tree_leaves
 
 from sem_timm.compat import REFUSING_PROXIES, get_notrace_functions
 from sem_timm.errors import TraceError, is_between, line_of
+from sem_timm.meta.layout_mode import LayoutMode
 from sem_timm.meta.state import State
-from sem_timm.meta.vocabulary import DEVICE_QUESTIONS
+from sem_timm.meta.vocabulary import DEVICE_QUESTIONS, MAKERS
 from sem_timm.random_state import random_states
+from sem_timm.surgery.bytecode import names_called
 from sem_timm.surgery.decisions import NO_TENSOR, check
 from sem_timm.surgery.graphs import ancestors
 
@@ -86,9 +89,10 @@ class LevelTracer(fx.Tracer):
         # A traced forward may fill caches with proxies or count itself: all of it is taken back.
         state, drawn = State(module), random_states()
         try:
-            graph = self.trace(module)
+            with self._makers_recorded(module):
+                graph = self.trace(module)
         finally:
-            added, changed = state.added(), state.changed(_is_memory)
+            added, changed = state.added(), [*state.rebound(), *state.changed(_is_memory)]
             state.restore()
             for name in leaves:
                 del module.__dict__[name]
@@ -106,6 +110,29 @@ class LevelTracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         return super().getattr(attr, attr_val, parameter_proxy_cache) if self._is_recorded() else attr_val
+
+    @contextmanager
+    def _makers_recorded(self, module: nn.Module) -> Iterator[None]:
+        """Lets functions of torch that make tensors of sizes be nodes; left alone, they take no traced sizes."""
+        makers = {name: getattr(torch, name) for name in names_called(type(module)) & MAKERS}
+
+        def recorded(make: Any) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                # A type of floats that is known is asked now; a tensor would be a constant of the graph.
+                is_asked = isinstance(make, type) and not any(isinstance(each, fx.Proxy) for each in args)
+                if is_asked or not self._is_recorded():
+                    return make(*args, **kwargs)
+                return self.create_proxy('call_function', make, args, kwargs)
+
+            return call
+
+        for name, make in makers.items():
+            setattr(torch, name, recorded(make))
+        try:
+            yield
+        finally:
+            for name, make in makers.items():
+                setattr(torch, name, make)
 
     def _is_recorded(self) -> bool:
         """Whether what happens now is part of the traced forward."""
@@ -145,16 +172,19 @@ class _GuidedTracer(LevelTracer):
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
         self.computing = True
         try:
-            with torch.no_grad():
+            with torch.no_grad(), LayoutMode():
                 value = self.known[proxy.node] = self._compute(proxy.node)
                 proxy.node.meta[NO_TENSOR] = not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
         finally:
             self.computing = False
         return proxy
 
+    def _known(self, node: fx.Node) -> Any:
+        # A tensor that the forward made by itself is an attribute of the root, until the trace is over.
+        return self.known[node] if node in self.known else getattr(self.root, str(node.target))
+
     def _compute(self, node: fx.Node) -> Any:
-        args = map_arg(node.args, lambda n: self.known[n])
-        kwargs = map_arg(node.kwargs, lambda n: self.known[n])
+        args, kwargs = map_arg((node.args, node.kwargs), self._known)
         if node.op == 'placeholder':
             return self.values[str(node.target)]
         if node.op == 'call_function':

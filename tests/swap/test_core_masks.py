@@ -90,6 +90,33 @@ def test_a_fixed_mask_of_the_model() -> None:
     torch.testing.assert_close(outputs(model, images), expected, rtol=1e-4, atol=1e-5)
 
 
+class Making(nn.Module):
+    """Makes a mask, or a bias, for the module in it."""
+
+    def __init__(self, learned: bool) -> None:
+        super().__init__()
+        self.inner = Attention(TOKENS, num_heads=2)
+        self.table = nn.Parameter(torch.randn(TOKENS, TOKENS))
+        self.learned = learned
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[1]
+        hidden = torch.full((n, n), float('-inf'), device=x.device).triu(1)
+        return self.inner(x, attn_mask=2 * self.table if self.learned else hidden)
+
+
+def test_a_mask_that_the_parent_makes_is_none_of_its_biases() -> None:
+    model, images = Model(Making(learned=False)).eval(), torch.randn(2, *SIZE)
+    with refused(model, RefusedError, 'attention.inner: it has a fixed mask (16, 16)'):
+        sem_timm.patch_model(model, 'external', input_size=SIZE)
+    expected = outputs(model, images)
+    swap(model, PlainAttention, input_size=SIZE)
+    torch.testing.assert_close(outputs(model, images), expected, rtol=1e-4, atol=1e-5)
+    for operation in ('external', PlainAttention):
+        (site,) = sem_timm.plan_model(Model(Making(learned=True)), operation, input_size=SIZE)
+        assert not site.masked
+
+
 @pytest.mark.parametrize('operation', ['external', 'catt', 'eamlp'])
 def test_an_argument_that_makes_a_call_causal(operation: str) -> None:
     model = Model(Outer(is_causal=True))

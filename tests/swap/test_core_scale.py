@@ -33,7 +33,7 @@ class PlainAttention(AttentionCore):
 
 
 # What position biases are computed from, which a swap drops.
-_BIASES = ('bias_table', 'attention_biases', 'rel_pos_', 'cpb_mlp.2', 'meta_mlp')
+_BIASES = ('bias_table', 'attention_biases', 'rel_pos_', 'rel_pos.mlp.fc2', '_rel', 'cpb_mlp.2', 'meta_mlp')
 
 
 def without_biases(family: Family) -> nn.Module:

@@ -23,7 +23,7 @@ from sem_timm.meta.layout import layout_of
 from sem_timm.meta.vocabulary import Kind, kind_of
 from sem_timm.surgery.effects import needed_for
 from sem_timm.surgery.evaluate import run_part
-from sem_timm.surgery.graphs import Values, called_module
+from sem_timm.surgery.graphs import Values, called_module, is_data
 
 Counted = Literal['channel', 'batch']
 
@@ -68,8 +68,11 @@ class _Indices(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.op == 'placeholder':
             return tree_map_only(Tensor, self._counted, self.known[n])
-        if n.op == 'get_attr':
-            return tree_map_only(Tensor, self._ones, self.known[n])
+        value = self.known[n]
+        # What comes of no data, such as the angles of rotary embeddings, has neither channels nor samples.
+        computed = isinstance(value, Tensor) and value.is_floating_point() and not is_data(value)
+        if n.op == 'get_attr' or computed:
+            return tree_map_only(Tensor, self._ones, value)
         # What has weights computes new features: the number of each channel starts anew, and samples stay apart.
         if (n.op == 'call_module' and not self._is_free(n)) or kind_of(n) in (Kind.LAYER, Kind.NORM):
             inputs = [leaf for leaf in tree_leaves(self.fetch_args_kwargs_from_env(n)) if isinstance(leaf, Tensor)]

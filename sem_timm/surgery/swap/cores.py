@@ -13,7 +13,7 @@ is the core of ``q``, ``k`` and ``v``, with a scale and with ``bias`` as an extr
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,13 +21,17 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from sem_timm.meta.vocabulary import KEEPS_PLACES, Kind, kind_of, looks_up, operation_name
-from sem_timm.surgery.graphs import Values, Verdict
+from sem_timm.surgery.aliasing import Memory
+from sem_timm.surgery.effects import writes_in
+from sem_timm.surgery.graphs import Values, Verdict, is_data
 from sem_timm.surgery.swap.nodes import (
+    OFF,
+    bounds,
     is_matrix_transpose,
-    is_over_last_axis,
     is_softmax,
     only_adds,
     passes,
+    softmax_axis,
 )
 from sem_timm.surgery.swap.scale import Scale, Step, scale_of_call, scale_of_steps
 
@@ -38,7 +42,8 @@ class Extra:
 
     Attributes:
         node: The bias or mask.
-        how: 'added' or 'subtracted'; 'kept' or 'dropped' for the pairs where a mask is True; 'otherwise'.
+        how: 'added' or 'subtracted'; 'kept' or 'dropped' for the pairs where a mask is True; 'within' for what is given
+            to a call that adds something learned; 'otherwise'.
     """
 
     node: fx.Node
@@ -59,7 +64,7 @@ class Core:
         key_transposed: Whether the keys lie transposed already.
         transposed: Whether the result is (..., d_v, N), as in ``v @ attention.mT``.
         is_causal: Whether a token sees only those before it.
-        adding: Calls of children that add something to the logits, which is learned and goes with the old core.
+        steps: What is done to the products until the softmax, in this order; nothing in a call.
     """
 
     output: fx.Node
@@ -71,11 +76,16 @@ class Core:
     key_transposed: bool = False
     transposed: bool = False
     is_causal: bool = False
-    adding: tuple[fx.Node, ...] = ()
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def adding(self) -> set[str]:
+        """Names of the children that add something to the logits, which is learned and goes with the old core."""
+        return {str(step.node.target) for step in self.steps if step.node.op == 'call_module'}
 
 
-# Added to a logit, it switches a pair off, to say nothing of minus infinity; penalties that are weighed lie above.
-_OFF = -1e4
+# What moves or changes logits so that they are products no more.
+_MIXES = (Kind.PERMUTATION, Kind.MAP, Kind.DROPOUT, Kind.NORM)
 
 
 class NotACore(Exception):
@@ -115,13 +125,14 @@ def _called(node: fx.Node, values: Values) -> Core:
 
 def _spelled_out(softmax: fx.Node, module: nn.Module, values: Values) -> Core:
     logits, steps = _product_behind(softmax, module, values)
+    _check_not_written({logits, *(step.node for step in steps)}, module, values)
     query, key = _factors(logits)
-    if not is_over_last_axis(softmax, module, values) or values[softmax].shape[-1] != values[logits].shape[-1]:
+    axis, shape = softmax_axis(softmax, module, values), values[logits].shape
+    # Keys times queries, k @ q.mT, have their softmax over the first axis of the two.
+    flipped = axis == -2 and values[softmax].shape == shape
+    if not flipped and (axis != -1 or values[softmax].shape[-1] != shape[-1]):
         raise NotACore('its softmax is not over the keys')
-    scale = scale_of_steps(query, key, logits, steps, values)
-    extras = tuple(extra for step in steps for extra in _extras(step, values))
-    adding = tuple(step.node for step in steps if step.node.op == 'call_module')
-    current, transposed = softmax, False
+    current, transposed = softmax, flipped
     while True:
         users = list(current.users)
         product = next((user for user in users if kind_of(user) is Kind.MATRIX_PRODUCT), None)
@@ -138,12 +149,37 @@ def _spelled_out(softmax: fx.Node, module: nn.Module, values: Values) -> Core:
         _check_read_by(following, users)
         current = following
     left, right = _factors(product)
+    if not (left is current and not transposed) and not (right is current and transposed):
+        if flipped:
+            raise NotACore('its softmax is not over the keys')
+        raise NotACore('its attention weights meet the values in an order that is not read')
+    if flipped:
+        query, key = _unflipped(query, key, steps, values)
+    scale = scale_of_steps(query, key, logits, steps, values)
     # The product of queries and keys is written q @ k.mT, so the keys are transposed in it.
-    if left is current and not transposed:
-        return Core(product, query, key, right, scale, extras, key_transposed=True, adding=adding)
-    if right is current and transposed:
-        return Core(product, query, key, left, scale, extras, key_transposed=True, transposed=True, adding=adding)
-    raise NotACore('its attention weights meet the values in an order that is not read')
+    value = left if transposed else right
+    extras = _extras_of(steps, logits, values)
+    return Core(product, query, key, value, scale, extras, not flipped, transposed, steps=tuple(steps))
+
+
+def _unflipped(key: fx.Node, query: fx.Node, steps: list[Step], values: Values) -> tuple[fx.Node, fx.Node]:
+    """Queries and keys of a product ``k @ q.mT``."""
+    plain = all(step.multiplies or kind_of(step.node) in (Kind.CAST, Kind.COPY) for step in steps)
+    numbers = all(len(_tensors_beside(step, values)) == 0 for step in steps)
+    if not is_matrix_transpose(query, values) or not plain or not numbers:
+        raise NotACore(
+            'its keys are multiplied by its queries, and not the other way round, which is read only plainly'
+        )
+    return query.all_input_nodes[0], key
+
+
+def _check_not_written(logits: set[fx.Node], module: nn.Module, values: Values) -> None:
+    """Raises NotACore if logits are written into in lines of their own, as by ``logits.masked_fill_(mask, -inf)``."""
+    nodes = next(iter(logits)).graph.nodes
+    memory = Memory(values)
+    for node, target in writes_in(nodes, module).items():
+        if node not in logits and any(memory.shared(target, each) for each in logits):
+            raise NotACore(f'its logits are written into in place ({operation_name(node)}), beside what is read')
 
 
 def _check_read_by(reader: fx.Node, users: list[fx.Node]) -> None:
@@ -154,7 +190,7 @@ def _check_read_by(reader: fx.Node, users: list[fx.Node]) -> None:
 
 
 def _product_behind(softmax: fx.Node, module: nn.Module, values: Values) -> tuple[fx.Node, list[Step]]:
-    """The product of queries and keys that a softmax is fed by, and the steps back to it."""
+    """The product of queries and keys that a softmax is fed by, and the steps from it."""
     current: Any = softmax.args[0] if softmax.args else softmax.kwargs.get('input')
     steps: list[Step] = []
     moved: list[fx.Node] = []
@@ -165,9 +201,9 @@ def _product_behind(softmax: fx.Node, module: nn.Module, values: Values) -> tupl
         if kind_of(current) is Kind.MATRIX_PRODUCT:
             if moved:
                 raise NotACore(_mixed('its logits are', moved))
-            return current, steps
+            return current, steps[::-1]
         operands = [o for o in current.all_input_nodes if isinstance(values[o], Tensor)]
-        if kind_of(current) in KEEPS_PLACES and operands:
+        if kind_of(current) in KEEPS_PLACES and operands and not bounds(current):
             shape = values[current].shape
             # Of logits + bias the logits are the operand that a product leads to, whichever is written first.
             whole = [o for o in operands if values[o].shape == shape] or operands[:1]
@@ -177,7 +213,7 @@ def _product_behind(softmax: fx.Node, module: nn.Module, values: Values) -> tupl
         elif (kind_of(current) is Kind.RESHAPE or only_adds(current, module, values)) and operands:
             steps.append(Step(current, operands[0]))
             current = operands[0]
-        elif operands and (current.op == 'call_module' or kind_of(current) is Kind.PERMUTATION):
+        elif operands and (current.op == 'call_module' or kind_of(current) in _MIXES or bounds(current)):
             moved.append(current)
             current = operands[0]
         else:
@@ -185,10 +221,25 @@ def _product_behind(softmax: fx.Node, module: nn.Module, values: Values) -> tupl
     raise NotACore('its softmax is not over products of queries and keys')
 
 
+def _extras_of(steps: list[Step], product: fx.Node, values: Values) -> tuple[Extra, ...]:
+    """What some steps add to the logits, or mask them by."""
+    extras: list[Extra] = []
+    for step in steps:
+        # (logits + mask) * scale has another mask than the one that is added; what is switched off stays so.
+        changed = ('added', 'subtracted', *(('kept', 'dropped') if step.negates else ()))
+        if step.multiplies or step.negates:
+            extras = [replace(extra, how='otherwise') if extra.how in changed else extra for extra in extras]
+        fits = values[step.logits].shape == values[product].shape
+        extras += [e if fits or e.how == 'within' else replace(e, how='otherwise') for e in _extras(step, values)]
+    return tuple(extras)
+
+
 def _extras(step: Step, values: Values) -> list[Extra]:
     """What a step adds to logits, or masks them by."""
     node, kind, name = step.node, kind_of(step.node), operation_name(step.node).rstrip('_')
-    others = [o for o in node.all_input_nodes if o is not step.logits and isinstance(values[o], Tensor)]
+    others = _tensors_beside(step, values)
+    if kind is None:  # a child or function that only adds
+        return [Extra(other, 'within') for other in others if is_data(values[other])]
     if kind in (Kind.CAST, Kind.COPY, Kind.EXPANSION, Kind.RESHAPE):
         return []
     # A scale is the same for all keys; what differs between keys is none, and comes below.
@@ -201,15 +252,26 @@ def _extras(step: Step, values: Values) -> list[Extra]:
         return [Extra(others[0], how if _is_lowest(fill, values) else 'otherwise')]
     if kind is Kind.SUM and not node.kwargs:
         return [Extra(other) for other in others]
-    if kind is Kind.DIFFERENCE and node.args[0] is step.logits and not node.kwargs:
+    if kind is Kind.DIFFERENCE and not step.negates and not node.kwargs:
         return [Extra(other, 'subtracted') for other in others]
     return [Extra(other, 'otherwise') for other in others]
 
 
+def _tensors_beside(step: Step, values: Values) -> list[fx.Node]:
+    """The tensors that a step takes beside logits."""
+    return [o for o in step.node.all_input_nodes if o is not step.logits and isinstance(values[o], Tensor)]
+
+
 def _is_lowest(fill: Any, values: Values) -> bool:
-    """Whether a number is as low as one that switches a pair off; a tensor of one number is taken for that."""
+    """Whether a number is as low as one that switches a pair off; a stored tensor of one number is taken for that."""
+    if isinstance(fill, fx.Node) and isinstance(values[fill], Tensor):
+        if fill.op == 'get_attr':
+            return bool(values[fill].numel() == 1)
+        given = [*fill.args, *fill.kwargs.values()]
+        # torch.full((), -1e9), torch.full_like(logits, -inf)
+        return 'full' in operation_name(fill) and len(given) > 1 and _is_lowest(given[-1], values)
     fill = values[fill] if isinstance(fill, fx.Node) else fill
-    return isinstance(fill, Tensor) or (isinstance(fill, (int, float)) and fill <= _OFF)
+    return isinstance(fill, (int, float)) and fill <= OFF
 
 
 def _leads_to_product(node: fx.Node, module: nn.Module, values: Values) -> bool:
@@ -230,7 +292,7 @@ def _mixed(what: str, nodes: list[fx.Node]) -> str:
 def _factors(product: fx.Node) -> tuple[fx.Node, fx.Node]:
     operands = [*product.args, *product.kwargs.values()]
     if len(operands) != 2 or not all(isinstance(operand, fx.Node) for operand in operands):
-        raise NotACore('its products are written with einsum, which is not read')
+        raise NotACore(f'its products are written with {operation_name(product)}, which is not read')
     first, second = operands
     assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
     return first, second

@@ -6,6 +6,7 @@ the old core: keys and values that the new one does not read, position biases, m
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -30,19 +31,25 @@ from sem_timm.surgery.proof import prove_swap
 from sem_timm.surgery.reading import Reader, Reading, bound_arguments
 from sem_timm.surgery.rewrite import Edit, edit_of
 from sem_timm.surgery.sites import AttentionSite, Refused, Swap
+from sem_timm.surgery.structure import call_key
 from sem_timm.surgery.swap.cores import Core, Extra, cores_of, judged_softmaxes
 from sem_timm.surgery.swap.edit import SwappedGraphs, guards_for_unread, swapped, unread_arguments
 from sem_timm.surgery.swap.grids import Grids
-from sem_timm.surgery.swap.queries import check_sources, heads_of, mask_of
+from sem_timm.surgery.swap.queries import check_sources, heads_of
 from sem_timm.surgery.swap.rehearsal import rehearse_swap
 from sem_timm.surgery.swap.rows import Rows
 from sem_timm.surgery.swap.scale import check_scale
-from sem_timm.surgery.swap.whole import CAUSAL, place_whole
+from sem_timm.surgery.swap.terms import mask_of
+from sem_timm.surgery.swap.whole import check_order, check_stored, check_terms, place_whole
 from sem_timm.surgery.trial import try_swap
 
 
 class NoCore(Refused):
     """A module has no softmax in its own forward that could be a core."""
+
+
+class Unread(Refused):
+    """A module has a softmax, or may have one, and no core that can be read."""
 
 
 def attention_modules(reader: Reader) -> list[str]:
@@ -84,8 +91,8 @@ class Swapper:
         self.operation = operation
         self.candidates = attention_modules(reader)
         self._grids = Grids(reader, self.candidates)
-        self._buffers = {id(buffer) for buffer in reader.probe.skeleton.buffers()}
         self._tables_of: dict[type, frozenset[str]] = {}
+        self._tried: set[Hashable] = set()
         self._heads: dict[tuple[fx.Node, tuple[int, ...]], tuple[int, int]] = {}
         # The readings of each module in which cores were looked for, and what became of the softmaxes there.
         self.judged: dict[str, list[tuple[Reading, list[Verdict[Core]]]]] = {}
@@ -105,7 +112,22 @@ class Swapper:
             return self._cores(name)
         if name and name not in self.candidates:  # a module that is read by itself was one in its model
             raise NoCore(self._no_core(name))
-        return place_whole(self.reader, self.operation, name, other_case)
+        placement = place_whole(self.reader, self.operation, name, other_case)
+        self._check_whole(name)
+        return placement
+
+    def _check_whole(self, name: str) -> None:
+        """Raises Refused if a module that is replaced as a whole does what the new one cannot know of."""
+        module, call = self.reader.modules[name], self.reader.probe.calls[name]
+        try:
+            reading, cores = self._read(name)
+            check_terms(cores, module, reading.values[False], self.operation)
+        except Unread:  # talking heads, say
+            form = self.reader.structures.describe(module), call_key(bound_arguments(module, call), shapes=True)
+            check_stored(module, call)
+            if form not in self._tried:
+                check_order(module, call)
+            self._tried.add(form)
 
     def prove(self, name: str, placement: Placement) -> None:
         """Compares the edited forward with the original in numbers; raises TraceError if they differ."""
@@ -144,7 +166,7 @@ class Swapper:
             if not reading.trace.methods:
                 break
         if reasons:
-            raise Refused(str(reasons[0])) from reasons[0]
+            raise Unread(str(reasons[0])) from reasons[0]
         raise NoCore(self._no_core(name))
 
     def _no_core(self, name: str) -> str:
@@ -181,8 +203,7 @@ class Swapper:
         query, key, value = values[core.query], values[core.key], values[core.value]
         if not query.is_floating_point():
             raise Refused(f'its queries are of {query.dtype}')
-        if core.is_causal:
-            raise Refused(CAUSAL)
+        mask = self.mask(core, module, values)
         if self.operation.reads_keys:
             check_scale(core.scale)
         check_sources(core, values, self.operation)
@@ -196,7 +217,6 @@ class Swapper:
         layout = layout_of(tokens)
         as_tokens = layout is not None and tokens.ndim == 3 and tokens.shape[1] == query.shape[-2]
         prefix = layout.prefix if layout is not None and as_tokens else 0
-        mask = self.mask(core, module, values)
         site = AttentionSite(
             name=name,
             class_name=type(module).__name__,
@@ -216,7 +236,7 @@ class Swapper:
 
     def mask(self, core: Core, module: nn.Module, values: Values) -> Extra | None:
         """What of a core's extras the new core is handed, or raises Refused."""
-        return mask_of(core, module, values, self.operation, self._buffers)
+        return mask_of(core, module, values, self.operation)
 
     def _edited(
         self, name: str, reading: Reading, cores: list[Core], attributes: tuple[str, ...]

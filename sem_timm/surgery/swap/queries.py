@@ -1,17 +1,13 @@
-"""What a core's queries, keys and masks say: where they come from, which axis is which, what may be passed on."""
+"""What a core's queries and keys say: where they come from, and which axis is which."""
 
 from __future__ import annotations
 
-from operator import attrgetter
-
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
-from sem_timm.surgery.bytecode import names_called_by
-from sem_timm.surgery.graphs import Values, ancestors, called_module, is_data
+from sem_timm.surgery.graphs import Values, ancestors
 from sem_timm.surgery.sites import Refused, Swap
 from sem_timm.surgery.swap.axes import changes_along_axes
-from sem_timm.surgery.swap.cores import Core, Extra
+from sem_timm.surgery.swap.cores import Core
 
 
 def check_sources(core: Core, values: Values, operation: Swap) -> None:
@@ -61,90 +57,3 @@ def heads_of(core: Core, module: nn.Module, values: Values) -> tuple[int, int]:
     if len(heads) != 1 or heads[0] in samples:
         return 1, -3
     return int(query.shape[heads[0]]), heads[0] - query.ndim
-
-
-def mask_of(core: Core, module: nn.Module, values: Values, operation: Swap, tables: set[int]) -> Extra | None:
-    """What of a core's extras the new core is handed as its mask.
-
-    That is what the caller gave, or what is fixed. What is learned is a bias of positions, and goes with the old core;
-    so does a mask of windows, which logits are laid out anew for.
-
-    Args:
-        core: The core.
-        module: The module it is in.
-        values: The value of every node.
-        operation: The operation.
-        tables: Identities of the model's buffers, which a module may be handed.
-
-    Raises:
-        Refused: If there are several masks, or one that the operation cannot honour.
-    """
-    if len(core.extras) == 1 and values[core.extras[0].node] is None:
-        return core.extras[0] if core.extras[0].node.op == 'placeholder' else None
-    # Learned biases are neither given nor fixed: they say where tokens are, which the new core learns anew.
-    given = [extra for extra in core.extras if _is_data_of_its_own(extra.node, core, values)]
-    fixed = [extra for extra in core.extras if _is_fixed_mask(extra.node, core, module, values, tables)]
-    masks = given + [extra for extra in fixed if extra not in given]
-    for mask in masks:
-        shape = tuple(values[mask.node].shape)
-        is_pairwise = len(shape) < 2 or shape[-2] != 1
-        if is_pairwise and not operation.takes_pairwise_mask:
-            with_mask = 'it is called with a mask' if mask in given else 'it has a fixed mask'
-            raise Refused(f'{with_mask} {shape} for pairs of tokens, which {operation} cannot honour')
-        if mask.how == 'otherwise':
-            raise Refused(f'it applies a mask {shape} in a way that is not read')
-    if len(masks) > 1:
-        raise Refused(f'it applies {len(masks)} masks; {operation} takes one')
-    return masks[0] if masks else None
-
-
-def _is_data_of_its_own(extra: fx.Node, core: Core, values: Values) -> bool:
-    """Whether something added to the logits is data of its own, not a bias computed from queries or parameters."""
-    given = _data_arguments([extra], values)
-    return bool(given - _data_arguments([core.query, core.key], values))
-
-
-def _is_fixed_mask(extra: fx.Node, core: Core, module: nn.Module, values: Values, tables: set[int]) -> bool:
-    """Whether something added to logits is not learned, and says which token sees which."""
-    value, shape = values[extra], (*values[core.query].shape[:-1], _num_keys(core, values))
-    if is_data(value) or not isinstance(value, Tensor) or value.numel() == 1:
-        return False
-    # A mask of pairs broadcasts to the logits (..., N, M); a table that does not is something else, such as an index.
-    if len(value.shape) > len(shape) or any(m not in (1, s) for m, s in zip(value.shape[::-1], shape[::-1])):
-        return False
-    return not any(_is_learned(node, module, values, tables) for node in _tables_behind(extra, values))
-
-
-def _tables_behind(extra: fx.Node, values: Values) -> set[fx.Node]:
-    """The nodes of tensors that do not derive from the model's input and that one is computed from."""
-    found: set[fx.Node] = set()
-    waiting = [extra]
-    while waiting:
-        node = waiting.pop()
-        holds_tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves(values[node]))
-        if node not in found and holds_tensors and not is_data(values[node]):
-            found.add(node)
-            waiting += node.all_input_nodes
-    return found
-
-
-def _num_keys(core: Core, values: Values) -> int:
-    return int(values[core.key].shape[-1 if core.key_transposed else -2])
-
-
-def _is_learned(node: fx.Node, module: nn.Module, values: Values, tables: set[int]) -> bool:
-    """Whether a node brings in a parameter, or something from outside the module that may be computed from one."""
-    if node.op == 'placeholder':
-        value = values[node]
-        is_table = id(value) in tables or id(getattr(value, '_base', None)) in tables
-        return isinstance(value, Tensor) and value.is_floating_point() and not is_data(value) and not is_table
-    if node.op == 'get_attr':
-        return isinstance(attrgetter(str(node.target))(module), nn.Parameter)
-    if node.op != 'call_module':
-        return False
-    child = called_module(node, module)
-    if child is not None:
-        return next(child.parameters(), None) is not None
-    # One of its own methods: whatever parameter or child it mentions may be in what it returns.
-    mentioned = names_called_by(type(module), str(node.target))
-    return bool(mentioned & {*module._parameters, *module._modules})

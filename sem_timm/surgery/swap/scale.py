@@ -43,6 +43,11 @@ class Step:
         """Whether it multiplies or divides the logits."""
         return kind_of(self.node) in (Kind.PRODUCT, Kind.QUOTIENT)
 
+    @property
+    def negates(self) -> bool:
+        """Whether it subtracts the logits from something."""
+        return kind_of(self.node) is Kind.DIFFERENCE and self.node.args[0] is not self.logits
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -113,15 +118,13 @@ def scale_of_steps(query: fx.Node, key: fx.Node, product: fx.Node, steps: list[S
     number = plain.number
     sources |= set() if plain.transposed else {plain.query}
     factors: list[tuple[fx.Node, bool]] = []
-    for step in reversed(steps):
+    for step in steps:
         operands: tuple[Any, ...] = step.node.args
-        kind = kind_of(step.node)
         if not step.multiplies:
-            if kind is Kind.DIFFERENCE and operands[0] is not step.logits:
-                number = -number
+            number = -number if step.negates else number
             continue
         others = [*[operand for operand in operands if operand is not step.logits], *step.node.kwargs.values()]
-        divides = kind is Kind.QUOTIENT
+        divides = kind_of(step.node) is Kind.QUOTIENT
         if len(others) != 1 or (divides and operands[0] is not step.logits):
             return replace(plain, refusal=f'how its logits are scaled is not read ({operation_name(step.node)})')
         (other,) = others

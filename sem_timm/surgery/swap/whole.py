@@ -6,15 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from sem_timm.meta.layout import layout_of
-from sem_timm.meta.skeleton import Call
+from sem_timm.meta.layout import is_learned, layout_of
+from sem_timm.meta.skeleton import Call, filled
+from sem_timm.random_state import preserved_random_state
+from sem_timm.surgery.graphs import Values
 from sem_timm.surgery.placement import Placement, free_names, written
 from sem_timm.surgery.reading import Reader, Reading, bound_arguments
 from sem_timm.surgery.sites import AttentionSite, Refused, Swap
+from sem_timm.surgery.swap.cores import Core
 from sem_timm.surgery.swap.edit import SwappedGraphs, calling, guards_for_unread
+from sem_timm.surgery.swap.terms import CAUSAL, mask_of
 from sem_timm.surgery.trace import Trace, forward_signature
 from sem_timm.surgery.trial import try_swap
 
@@ -71,6 +76,55 @@ def place_whole(reader: Reader, operation: Swap, name: str, other_case: Callable
     return Placement((site,), edit, None, SwappedGraphs({}, trace.graphs))
 
 
+def check_terms(cores: list[Core], module: nn.Module, values: Values, operation: Swap) -> None:
+    """Raises Refused if the logits of a module get a mask, or some other term, that nothing in its place is given."""
+    for core in cores:
+        mask = mask_of(core, module, values, operation)
+        # The mask of the module is handed on under the name that timm gives it.
+        if mask is not None and str(mask.node.target) != 'attn_mask':
+            shape = tuple(values[mask.node].shape)
+            raise Refused(f'its logits get a mask {shape}, or another such term, that {operation} is not given')
+
+
+def check_stored(module: nn.Module, call: Call) -> None:
+    """Raises Refused if a module whose attention is not read holds, or is given, what may be a mask."""
+    tokens = call.output.shape[1]
+    given = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
+    for value in (*module.buffers(), *(each for each in given if layout_of(each) is None)):
+        is_index = not value.is_floating_point() and value.dtype != torch.bool
+        if tuple(value.shape[-2:]) == (tokens, tokens) and not is_index and not is_learned(value):
+            raise Refused(f'its attention is not read, and a tensor {tuple(value.shape)} in it may be a mask')
+
+
+def check_order(module: nn.Module, call: Call) -> None:
+    """Raises Refused if tokens do not see those after them, which is tried in numbers, or those before them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(like: Tensor) -> Tensor:
+        if not like.is_floating_point():
+            return torch.zeros(like.shape, dtype=like.dtype)
+        # Small ones, so that every weight of a softmax shows in double precision.
+        return torch.rand(like.shape, generator=generator, dtype=torch.float64) * 0.01
+
+    given: Any = tree_map_only(Tensor, numbers, (call.args, call.kwargs))
+    tokens = next(leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor))
+    tried = filled(module, generator).double()
+    outputs = []
+    try:
+        with torch.no_grad(), preserved_random_state(on_gpus=False):
+            for place in (None, 0, -1):
+                kept = tokens.clone()
+                if place is not None:
+                    tokens[:, place] += 1.0
+                outputs.append(tried(*given[0], **given[1]))
+                tokens.copy_(kept)
+    except Exception as error:
+        raise Refused(f'whether its attention is causal could not be tried: {error}') from error
+    plain, first, last = outputs
+    if torch.equal(plain[:, 0], last[:, 0]) != torch.equal(plain[:, -1], first[:, -1]):
+        raise Refused(CAUSAL)
+
+
 def _check_contract(values: dict[str, Any], call: Call) -> None:
     # What takes the place of a whole module sees tokens, and perhaps a mask of them, and nothing else.
     first, *others = values.items()
@@ -85,9 +139,6 @@ def _check_contract(values: dict[str, Any], call: Call) -> None:
         raise Refused(f'it is also given {data[0]}, which depends on the data')
     if values.get('is_causal') is True:
         raise Refused(CAUSAL)
-
-
-CAUSAL = 'its attention is causal: a token sees only those before it'
 
 
 def _rate(module: nn.Module, name: str) -> float:
