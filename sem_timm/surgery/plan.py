@@ -58,7 +58,7 @@ class Plan:
     sliced: dict[str, Rows] = field(default_factory=dict)
     computed: tuple[str, ...] = ()
     originals: dict[str, Original] = field(default_factory=dict, repr=False)
-    layouts: dict[str, dict[str, tuple[Layout | None, ...]]] = field(default_factory=dict, repr=False)
+    layouts: dict[str, dict[str, tuple[Layout | bool, ...]]] = field(default_factory=dict, repr=False)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.sites)
