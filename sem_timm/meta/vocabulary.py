@@ -167,6 +167,7 @@ WORDS: dict[str, Word] = dict(
         *_words(Kind.NORM, 'l2_normalize'),
         *_words(Kind.MAP, 'relu gelu silu hardswish hardsigmoid relu6 sigmoid tanh', shape=shapes.like_input),
         *_words(Kind.MAP, 'addcmul', shape=shapes.elementwise),
+        *_words(Kind.MAP, 'new_full', shape=shapes.filled),
         *_words(Kind.LOOKUP, 'size dim numel stride is_floating_point is_contiguous'),
     )
 )

@@ -11,11 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 from sem_timm.meta.layout import layout_of
 from sem_timm.meta.skeleton import Call
+from sem_timm.surgery.arguments import forward_signature
 from sem_timm.surgery.placement import Placement, free_names, written
 from sem_timm.surgery.reading import Reader, Reading, bound_arguments
 from sem_timm.surgery.sites import AttentionSite, Refused, Swap
 from sem_timm.surgery.swap.edit import SwappedGraphs, calling, guards_for_unread
-from sem_timm.surgery.trace import Trace, forward_signature
+from sem_timm.surgery.trace import Trace
 from sem_timm.surgery.trial import try_swap
 
 
