@@ -147,6 +147,11 @@ def multiplied(input: Tensor, other: Tensor) -> Any:
     return input.new_empty((*input.shape[:-1], other.shape[-1]))
 
 
+def filled(input: Tensor, size: Any, fill_value: Any, **kwargs: Any) -> Any:
+    """``Tensor.new_full`` by a tensor, whose number torch would ask for."""
+    return input.new_empty(size, **kwargs) if isinstance(fill_value, Tensor) else NotImplemented
+
+
 def attended(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """``scaled_dot_product_attention``."""
     return query.new_empty((*query.shape[:-1], value.shape[-1]))

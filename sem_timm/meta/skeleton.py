@@ -7,9 +7,11 @@ tracing or a probe does to it, caches it fills included, never reaches the live 
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
@@ -60,22 +62,39 @@ class Probe:
     changed: dict[str, str] = field(default_factory=dict)
 
 
-def weightless(model: nn.Module) -> nn.Module:
-    """Copies the structure of ``model`` to the meta device, in eval mode and without hooks; reads no weights."""
-    return _Copier(on_meta).copy(model)
+def weightless(model: nn.Module, *, with_own_hooks: bool = False) -> nn.Module:
+    """Copies the structure of ``model`` to the meta device, in eval mode and without hooks; reads no weights.
+
+    Args:
+        model: The model.
+        with_own_hooks: Keep hooks that come from the package of the model's class: its forwards may have registered
+            them in an earlier call, and rely on what they collect.
+    """
+    copier = _Copier(on_meta)
+    skeleton = copier.copy(model)
+    if with_own_hooks:
+        copier.copy_own_hooks(model)
+    return skeleton
+
+
+def _package(of: Any) -> str:
+    return str(getattr(of, '__module__', '')).partition('.')[0]
 
 
 def shadow(model: nn.Module) -> nn.Module:
-    """Copies the structure of ``model`` around its own weights, in eval mode and without hooks.
+    """Copies the structure of ``model`` around its own weights, in eval mode.
 
-    What a forward of the copy fills in or counts, also in buffers, does not reach the model; its parameters are the
-    model's own.
+    Of its hooks it has those that come from the package of its class, on which its forwards may rely. What a forward
+    of the copy fills in or counts, also in buffers, does not reach the model; its parameters are the model's own.
     """
 
     def own(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
 
-    return _Copier(own).copy(model)
+    copier = _Copier(own)
+    twin = copier.copy(model)
+    copier.copy_own_hooks(model)
+    return twin
 
 
 def filled(skeleton: nn.Module, generator: torch.Generator) -> nn.Module:
@@ -98,6 +117,8 @@ def on_meta(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Ten
 
 
 _FRESH = dict(nn.Module().__dict__)
+_HOOKS = ('_forward_hooks', '_forward_pre_hooks')
+_FLAGS_OF_HOOKS = ('_forward_hooks_with_kwargs', '_forward_pre_hooks_with_kwargs', '_forward_hooks_always_called')
 
 
 class _Copier:
@@ -118,6 +139,17 @@ class _Copier:
             self._fill(self.twins[id(module)], module)
         copied: nn.Module = self.twins[id(model)]
         return copied
+
+    def copy_own_hooks(self, model: nn.Module) -> None:
+        """Gives the modules of a copy those of the original's hooks on forwards that come from its class's package."""
+        package = _package(type(model))
+        for module in model.modules():
+            twin = self.twins[id(module)]
+            for store in _HOOKS:
+                own = {key: hook for key, hook in getattr(module, store).items() if _package(hook) == package}
+                getattr(twin, store).update((key, self._value(hook)) for key, hook in own.items())
+            for store in _FLAGS_OF_HOOKS:
+                getattr(twin, store).update(getattr(module, store))
 
     def _fill(self, twin: Any, module: nn.Module) -> None:
         state = twin.__dict__
@@ -157,14 +189,22 @@ class _Copier:
             return partial(self._value(value.func), *arguments, **self._value(value.keywords))
         if isinstance(value, tuple) and hasattr(value, '_fields'):
             return type(value)(*(self._value(entry) for entry in value))
-        if isinstance(value, dict):
-            copied = copy.copy(value)
-            copied.update({key: self._value(entry) for key, entry in value.items()})
-            return copied
         try:
-            return copy.deepcopy(value, dict(self.twins))
+            return self._mapping(value) if isinstance(value, dict) else copy.deepcopy(value, self.twins)
         except Exception:  # such as a lock or an open file
             return value
+
+    def _mapping(self, value: dict[Any, Any]) -> dict[Any, Any]:
+        """A dictionary of a class of its own, which may forbid what dictionaries allow, such as ``update``."""
+        try:
+            copied = copy.copy(value)
+        except Exception:  # even what a copy is filled by
+            copied = type(value).__new__(type(value))
+            vars(copied).update(vars(value))
+        put = OrderedDict.__setitem__ if isinstance(value, OrderedDict) else dict.__setitem__
+        for key, entry in value.items():
+            put(copied, key, self._value(entry))
+        return copied
 
 
 def probe(model: nn.Module, input_size: tuple[int, ...] | None = None, batch_size: int = 2) -> Probe:
@@ -180,47 +220,87 @@ def probe(model: nn.Module, input_size: tuple[int, ...] | None = None, batch_siz
         ModelError: If no input size is known and none of the likely ones is accepted.
     """
     failure: Exception | None = None
-    for size in _input_sizes(model, input_size):
+    found: Probe | None = None
+    hooked = any(getattr(module, store) for module in model.modules() for store in _HOOKS)
+    for size, with_own_hooks in product(_input_sizes(model, input_size), (False, True) if hooked else (False,)):
         # Of what decides by numbers, such as by x.sum() > 0, one way is taken; it is not read itself.
         for mode in (AnsweringMode(False), AnsweringMode(True)):
             try:
                 # A fresh copy for each try: a forward that fails half-way may leave caches behind.
-                skeleton = weightless(model)
-                image = torch.empty(batch_size, *size, dtype=dtype_of(skeleton), device='meta')
-                return probe_call(skeleton, size, set_layout(image, Layout(channel=1)), mode=mode)
+                found = Probe(weightless(model, with_own_hooks=with_own_hooks), size)
+                _record(found, mode, _image(found.skeleton, size, batch_size))
+                return found
             except Exception as error:  # any exception of a foreign forward: try the next size, report the first
                 failure = failure or error
             if not mode.asked:
                 break
     assert failure is not None
     reason = f'{type(failure).__name__}: {place_of(failure)}'
+    part = None if found is None else _part_that_runs(found, batch_size)
+    advice = '\n  Give the shape of one input: plan_model(model, ..., input_size=(3, 224, 224)).'
     if input_size is not None:
-        raise OptionError(f'{type(model).__name__} does not accept input_size={input_size}: {reason}') from failure
-    raise ModelError(
-        f'{type(model).__name__} could not be run on a meta tensor to learn its shapes. {reason}\n'
-        '  Give the shape of one input: plan_model(model, ..., input_size=(3, 224, 224)).'
-    ) from failure
+        advice = ''
+    if part is not None:
+        call = f'plan_model(model.{part[0]}, ..., input_size={part[1]})'
+        advice = f'\n  A part of it does, and can be patched where it is: {call}.'
+    if input_size is not None:
+        text = f'{type(model).__name__} does not accept input_size={input_size}: {reason}{advice}'
+        raise OptionError(text) from failure
+    text = f'{type(model).__name__} could not be run on a meta tensor to learn its shapes. {reason}{advice}'
+    raise ModelError(text) from failure
 
 
-def probe_call(
-    skeleton: nn.Module, input_size: tuple[int, ...], *args: Any, mode: LayoutMode | None = None, **kwargs: Any
-) -> Probe:
+def _image(skeleton: nn.Module, size: tuple[int, ...], batch_size: int) -> torch.Tensor:
+    image = torch.empty(batch_size, *size, dtype=dtype_of(skeleton), device='meta')
+    return set_layout(image, Layout(channel=1))
+
+
+def _part_that_runs(found: Probe, batch_size: int) -> tuple[str, tuple[int, ...]] | None:
+    """Of a model that failed half-way the largest part that had run, and runs by itself; with its input size.
+
+    Such as the backbone of a detector, which decides by numbers what comes after it.
+    """
+    parts = {}
+    for name, call in found.calls.items():
+        inputs = [*call.args, *call.kwargs.values()]
+        if len(inputs) == 1 and isinstance(inputs[0], torch.Tensor) and inputs[0].ndim > 2:
+            parts[name] = tuple(inputs[0].shape[1:])
+    modules = {name: found.skeleton.get_submodule(name) for name in parts}
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
+    name = max(sizes, key=sizes.__getitem__, default='')
+    if not sizes or not sizes[name]:
+        return None
+    name = min((other for other in sizes if sizes[other] == sizes[name]), key=len)
+    try:
+        skeleton = weightless(modules[name])
+        probe_call(skeleton, parts[name], _image(skeleton, parts[name], batch_size))
+    except Exception:  # what its parent does before it matters
+        return None
+    return name, parts[name]
+
+
+def probe_call(skeleton: nn.Module, input_size: tuple[int, ...], *args: Any, **kwargs: Any) -> Probe:
     """Calls a weightless copy once on meta tensors, which have layouts, and records the calls of all its modules."""
     found = Probe(skeleton, input_size)
+    _record(found, LayoutMode(), *args, **kwargs)
+    return found
+
+
+def _record(found: Probe, mode: LayoutMode, *args: Any, **kwargs: Any) -> None:
+    skeleton = found.skeleton
     modules = dict(skeleton.named_modules())
     states = {name: State(module) for name, module in modules.items()}
     for name, module in modules.items():
         # Where torch looks for a compiled call before it looks for hooks, which would cost more than the forwards.
         module.__dict__['_compiled_call_impl'] = _recorder(found, name, module)
     try:
-        with torch.no_grad(), mode or LayoutMode():
+        with torch.no_grad(), mode:
             skeleton(*args, **kwargs)
     finally:
         for module in modules.values():
             del module.__dict__['_compiled_call_impl']
     changed = {name: state.changed() for name, state in states.items()}
     found.changed.update((name, attributes[0]) for name, attributes in changed.items() if attributes)
-    return found
 
 
 def _recorder(found: Probe, name: str, module: nn.Module) -> Callable[..., Any]:
@@ -229,11 +309,13 @@ def _recorder(found: Probe, name: str, module: nn.Module) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         count = found.counts.get(name, 0)
         found.counts[name] = count + 1
+        # The copy has no hooks, but a forward may have registered some, as to collect what its blocks return.
+        called: Any = module._call_impl if module._forward_hooks or module._forward_pre_hooks else module.forward
         if count:
-            return module.forward(*args, **kwargs)
+            return called(*args, **kwargs)
         # Lists are taken as they are now: dense blocks append to theirs later.
         given = _snapshot(args), {key: _snapshot(value) for key, value in kwargs.items()}
-        output = module.forward(*args, **kwargs)
+        output = called(*args, **kwargs)
         found.calls[name] = Call(*given, output)
         return output
 

@@ -169,7 +169,8 @@ WORDS: dict[str, Word] = dict(
         *_words(Kind.MAP, 'relu gelu silu hardswish hardsigmoid relu6 sigmoid tanh', shape=shapes.like_input),
         *_words(Kind.MAP, 'addcmul', shape=shapes.elementwise),
         *_words(Kind.FILL, 'zeros_like ones_like full_like empty_like rand_like randn_like'),
-        *_words(Kind.FILL, 'new_zeros new_ones new_full new_empty'),
+        *_words(Kind.FILL, 'new_zeros new_ones new_empty'),
+        *_words(Kind.FILL, 'new_full', shape=shapes.filled),
         *_words(Kind.LOOKUP, 'size dim numel stride is_floating_point is_contiguous'),
     )
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dis
+import inspect
+import sys
 from collections.abc import Callable, Hashable, Iterator
 from functools import lru_cache, wraps
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
@@ -11,7 +13,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from sem_timm.meta.vocabulary import WALKS, WALKS_OF_TENSORS, Kind, names_of, writes_by_name
+from sem_timm.meta.vocabulary import SWITCHES, WALKS, WALKS_OF_TENSORS, Kind, names_of, writes_by_name
+from sem_timm.surgery.equivalents import forward_of
 
 _Function = TypeVar('_Function', bound=Callable[..., Any])
 
@@ -31,11 +34,12 @@ def _cached(function: _Function) -> _Function:
 
 
 def code_of(cls: Any) -> Hashable:
-    """What identifies the forward of a module class: its code, which may change while the function stays."""
-    return cast(Hashable, getattr(cls.forward, '__code__', cls.forward))
+    """What identifies the forward of a module class, or the call of another: code may change while functions stay."""
+    forward = forward_of(cls) if hasattr(cls, 'forward') else cls.__call__
+    return cast(Hashable, getattr(forward, '__code__', forward))
 
 
-_LIBRARIES = ('torch', 'math', 'functools', 'itertools', 'typing', 'builtins')
+_LIBRARIES = {'torch', *sys.stdlib_module_names}
 
 
 @_cached
@@ -120,12 +124,46 @@ def _held(cell: CellType) -> tuple[Any, ...]:
         return ()
 
 
+def switches_in(module: nn.Module) -> set[str]:
+    """Names of switches that the forward of a module uses, see `SWITCHES`; an attribute of that name is none."""
+    found = names_called(type(module)) & SWITCHES
+    codes = _run_by(type(module), 'forward')[0] if found else ()
+    return {name for name in found if not all(_means_plain_value(name, code, module) for code, _ in codes)}
+
+
+def _means_plain_value(name: str, code: CodeType, module: nn.Module) -> bool:
+    """Whether a name stands in some code, where it does, for a number, a text or None that a module keeps."""
+    path: list[str] = []
+    for step in dis.get_instructions(code):
+        value = step.argval[-1] if isinstance(step.argval, tuple) and step.argval else step.argval
+        if step.opname.startswith('LOAD_FAST') and value == 'self':
+            path = ['self']
+        elif path and step.opname in ('LOAD_ATTR', 'LOAD_METHOD', 'STORE_ATTR'):
+            path.append(value)
+        else:  # getattr(self, 'name') is told from the text alone
+            path = ['self', name] if step.opname == 'LOAD_CONST' and value == name else []
+        if value == name and not (path and isinstance(_kept(module, path[1:]), _PLAIN)):
+            return False
+    return True
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _kept(owner: Any, path: list[str]) -> Any:
+    """What an object keeps under a name, or an object that it keeps under another."""
+    for name in path:
+        children = getattr(owner, '_modules', {})
+        owner = children[name] if name in children else inspect.getattr_static(owner, name, _kept)
+    return owner
+
+
 def _definitions(cls: type, name: str) -> Iterator[FunctionType]:
     """The function a class has under a name, and those of its bases as far as super() reaches."""
     for base in cls.__mro__:
         if name not in vars(base) or base is nn.Module:
             continue
-        value = vars(base)[name]
+        value = forward_of(base) if name == 'forward' else vars(base)[name]
         function = value.fget if isinstance(value, property) else getattr(value, '__func__', value)
         if not isinstance(function, FunctionType):
             return

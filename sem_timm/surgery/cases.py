@@ -28,13 +28,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sem_timm.errors import GuardError, RefusedError, TraceError
 from sem_timm.meta.layout import Layout, is_learned, layout_of, set_layout, set_learned
-from sem_timm.meta.skeleton import dtype_of, on_meta, probe_call, weightless
+from sem_timm.meta.skeleton import Call, dtype_of, on_meta, probe_call, weightless
+from sem_timm.surgery.arguments import bind, forward_signature, passed, same_tensors
 from sem_timm.surgery.decisions import FITS
 from sem_timm.surgery.placement import Placement, Placer
 from sem_timm.surgery.reading import Reader, bound_arguments, planning
 from sem_timm.surgery.rewrite import CASES, Edit, edit_of, note_of, patched_class, put_back
 from sem_timm.surgery.sites import AttentionSite, Refused
-from sem_timm.surgery.trace import forward_signature
 
 
 def has_cases(edit: Edit) -> bool:
@@ -111,10 +111,12 @@ def _placed(
     note, skeleton = note_of(module), weightless(module)
     skeleton.__class__ = patched_class(edit)  # whatever somebody derived from it
     put_back(skeleton, edit)
-    call = forward_signature(edit.base).bind(*args, **kwargs)
-    for key, value in call.arguments.items():
-        call.arguments[key] = _on_meta(value, note.layouts.get(key, ()), dtype_of(skeleton), at_least)
-    reader = Reader(probe_call(skeleton, note.input_size, *call.args, **call.kwargs))
+    signature = forward_signature(edit.base)
+    given = bind(signature, Call(args, kwargs, None))
+    values = {k: _on_meta(v, note.layouts.get(k, ()), dtype_of(skeleton), at_least) for k, v in given.items()}
+    values |= {key: values[other] for key, other in same_tensors(given).items()}
+    args, kwargs = passed(signature, values)
+    reader = Reader(probe_call(skeleton, note.input_size, *args, **kwargs))
     placer = placer_of(reader, edit.operation)
     placement = placer.place('')
     placer.prove('', placement)

@@ -23,8 +23,9 @@ from torch.utils._pytree import tree_map_only
 from sem_timm.errors import GuardError
 from sem_timm.meta.skeleton import Call, dtype_of, on_meta, weightless
 from sem_timm.random_state import preserved_random_state
+from sem_timm.surgery.aliasing import tensors_in
+from sem_timm.surgery.arguments import bind, forward_signature
 from sem_timm.surgery.structure import call_key
-from sem_timm.surgery.trace import bind, forward_signature
 
 # What came of it, by the forward and the form of the call; as many as a model meets sizes of images.
 _TRIED: WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = WeakKeyDictionary()
@@ -39,7 +40,7 @@ def tried(fits: Callable[..., bool], forward: Callable[..., Any]) -> Callable[..
         if not fits(module, *args, **kwargs):
             return False
         # A compiler follows the checks in the code itself; and on a copy this is the run that tells.
-        if torch.compiler.is_compiling() or module.__dict__.get(_ON_TRIAL):
+        if torch.compiler.is_compiling() or module.__dict__.get(ON_TRIAL):
             return True
         key = (forward, call_key(bind(forward_signature(type(module)), Call(args, kwargs, None)), shapes=True))
         known = _TRIED.setdefault(module, {})
@@ -53,15 +54,16 @@ def tried(fits: Callable[..., bool], forward: Callable[..., Any]) -> Callable[..
 
 
 # Marks the copy that a forward is tried on.
-_ON_TRIAL = '_surgery_on_trial'
+ON_TRIAL = '_surgery_on_trial'
 
 
 def _runs(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> bool:
     with torch.inference_mode(False), torch.no_grad(), preserved_random_state(on_gpus=False):
         copy = weightless(module)
-        copy.__dict__[_ON_TRIAL] = True
+        copy.__dict__[ON_TRIAL] = True
         # Under autocast an input may be narrower than the weights; sizes are the same.
-        given, named = tree_map_only(Tensor, functools.partial(on_meta, dtype=dtype_of(copy)), (args, kwargs))
+        twins = {tensor: on_meta(tensor, dtype_of(copy)) for tensor in {*tensors_in((args, kwargs))}}
+        given, named = tree_map_only(Tensor, twins.__getitem__, (args, kwargs))
         try:
             forward(copy, *given, **named)
         except GuardError:

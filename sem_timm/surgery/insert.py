@@ -12,9 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 from sem_timm.errors import TraceError
 from sem_timm.meta.layout import Layout, layout_of
+from sem_timm.surgery.arguments import forward_signature
 from sem_timm.surgery.blocks import find_blocks
 from sem_timm.surgery.bytecode import iterates_children
 from sem_timm.surgery.cases import run_other_case
+from sem_timm.surgery.equivalents import encoder_layer, forward_of
 from sem_timm.surgery.placement import (
     Placement,
     Rehearsal,
@@ -30,7 +32,6 @@ from sem_timm.surgery.residual import ResidualAdd, last_of_each_output, site_lay
 from sem_timm.surgery.rewrite import Edit
 from sem_timm.surgery.sites import Insertion, Refused, Site
 from sem_timm.surgery.source import output_source
-from sem_timm.surgery.trace import forward_signature
 from sem_timm.surgery.trial import shape_text, try_insertion
 
 
@@ -55,6 +56,8 @@ class Inserter:
             Refused: If it cannot take the operation.
         """
         check_editable(self.reader, name)
+        if forward_of(type(self.reader.modules[name.rpartition('.')[0]])) is encoder_layer:
+            raise Refused('in inference its parent, a TransformerEncoderLayer, computes it without calling it')
         reading = self._residual_reading(name)
         if reading is not None:
             return self._at_residual(name, reading)

@@ -104,7 +104,8 @@ def _planned(
             failures = placer.unreadable().items()
             work.refusals.update((name, reason) for name, reason in failures if name not in unwanted)
         if not work.placements:
-            raise RefusedError(_nothing(model, operation, placer.noun, work.refusals, bool(unwanted)))
+            nothing = _nothing(model, operation, placer.noun, work.refusals, bool(unwanted))
+            raise RefusedError(nothing + ('' if work.refusals or unwanted else _example(reader, placer)))
         order = {name: work.placements[name] for name in reader.modules if name in work.placements}
         after = placer.rehearse(order)
     return Plan(
@@ -210,6 +211,18 @@ def _nothing(model: nn.Module, operation: Any, noun: str, refusals: dict[str, st
     found = f'exclude leaves no {noun}; exclude less.' if excluded else f'it has no {noun}, as far as can be seen.'
     found = f'{len(refusals)} {noun} were found and refused:' if refusals else found
     return f'nothing in {type(model).__name__} can take {operation}; {found}{"".join(reasons)}'
+
+
+def _example(reader: Reader, placer: Placer) -> str:
+    """What to type for a network without blocks of its own: the largest outer module that takes the operation."""
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in reader.modules.items() if name}
+    for name in sorted(sizes, key=lambda name: (name.count('.'), -sizes[name])):
+        try:
+            placer.place(name)
+        except (Refused, TraceError):
+            continue
+        return f"\n  target= takes other modules by name, such as target='{name}'."
+    return ''
 
 
 _ADVICE = {

@@ -33,6 +33,7 @@ from sem_timm.meta.state import outline, plain
 from sem_timm.meta.vocabulary import PASSING_LAYERS, Kind, kind_of
 from sem_timm.random_state import preserved_random_state, random_states
 from sem_timm.surgery.aliasing import tensors_in
+from sem_timm.surgery.arguments import forward_signature, passed
 from sem_timm.surgery.bytecode import names_called, surroundings
 from sem_timm.surgery.effects import needed_for
 from sem_timm.surgery.evaluate import Partial, run_part
@@ -150,7 +151,8 @@ class _Proof:
         with torch.no_grad(), preserved_random_state(on_gpus=False):
             torch.default_generator.manual_seed(0)  # of the CPU only; torch.manual_seed would reach the GPUs too
             before = _outlines(module, base)
-            result = cls.forward(module, **given)
+            args, kwargs = passed(forward_signature(base), given)
+            result = cls.forward(module, *args, **kwargs)
             after = _outlines(module, base)
             drawn = random_states()
         # A graph has no attributes and no globals: what a forward leaves in them would be lost.
@@ -276,6 +278,8 @@ class _WithoutDropout(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in (F.dropout, torch.dropout):
             return args[0] if args else kwargs['input']
+        if func is F.multi_head_attention_forward:
+            kwargs['training'] = False
         if func is F.scaled_dot_product_attention:
             if len(args) > 4:
                 args = (*args[:4], 0.0, *args[5:])

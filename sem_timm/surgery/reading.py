@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from threading import RLock
 from typing import Any
 
@@ -15,13 +14,14 @@ from torch import Tensor, nn
 from sem_timm.errors import TraceError, place_of
 from sem_timm.meta.skeleton import Call, Probe, probe
 from sem_timm.random_state import preserved_random_state
+from sem_timm.surgery.arguments import bind, forward_signature
 from sem_timm.surgery.bytecode import may_add
 from sem_timm.surgery.evaluate import evaluate
 from sem_timm.surgery.graphs import Values
 from sem_timm.surgery.residual import ResidualAdd, residual_adds
 from sem_timm.surgery.rewrite import edit_of
 from sem_timm.surgery.structure import Structures, call_key
-from sem_timm.surgery.trace import Trace, bind, forward_signature, is_guided, trace
+from sem_timm.surgery.trace import Trace, is_guided, trace
 
 # While torch.fx traces, it catches the calls of all modules of the process; and the random generators, which a forward
 # must not draw from while it is traced, are the process's. So one plan is made at a time.
@@ -75,6 +75,8 @@ class Reader:
     def read_with(self, name: str, *, inline_methods: bool) -> Reading:
         """As `read`, with the module's own methods followed or kept as single nodes, whatever sums they hold.
 
+        Functions that have an equivalent are spelled out.
+
         Raises:
             TraceError: If its forward cannot be traced or evaluated.
         """
@@ -93,8 +95,10 @@ class Reader:
         key = (structure, call_key(values, shapes=True), _shapes(self.probe.calls[name].output), inline_methods)
         if key not in self._readings:
             try:
-                follow = self._read if inline_methods is None else partial(self._reading, inline_methods=inline_methods)
-                self._readings[key] = follow(name, values)
+                if inline_methods is None:
+                    self._readings[key] = self._read(name, values)
+                else:
+                    self._readings[key] = self._reading(name, values, inline_methods=inline_methods, spell_out=True)
             except TraceError as error:
                 self._readings[key] = error
         return self._readings[key]
@@ -129,24 +133,24 @@ class Reader:
         return name
 
     def _read(self, name: str, values: dict[str, Any]) -> Reading:
-        reading = self._reading(name, values, False)
+        reading = self._reading(name, values)
         if not reading.adds[False] and reading.trace.methods:
             # The sum may stand in one of the module's own methods.
             try:
-                inlined = self._reading(name, values, True)
+                inlined = self._reading(name, values, inline_methods=True)
             except TraceError:
                 return reading
             return inlined if inlined.adds[False] else reading
         return reading
 
-    def _reading(self, name: str, values: dict[str, Any], inline_methods: bool) -> Reading:
+    def _reading(self, name: str, values: dict[str, Any], **how: bool) -> Reading:
         module, call = self.modules[name], self.probe.calls[name]
-        cached = self._trace(module, call, values, inline_methods)
+        cached = self._trace(module, call, values, how)
         try:
             return self._evaluated(replace(cached, values=values), name)
         except TraceError:
             # Perhaps a graph of a module that differs in a number of a child.
-            return self._evaluated(trace(module, call, inline_methods=inline_methods), name)
+            return self._evaluated(trace(module, call, **how), name)
 
     def _evaluated(self, found: Trace, name: str) -> Reading:
         prefix = f'{name}.' if name else ''
@@ -157,14 +161,13 @@ class Reader:
         known = {child: call for child, call in below.items() if self.probe.counts[prefix + child] == 1}
         return _evaluated(found, self.modules[name], self.probe.calls[name], known)
 
-    def _trace(self, module: nn.Module, call: Call, values: dict[str, Any], inline_methods: bool) -> Trace:
+    def _trace(self, module: nn.Module, call: Call, values: dict[str, Any], how: dict[str, bool]) -> Trace:
         structure = self.structures.describe(module)
-        shapeless = (structure, call_key(values, shapes=False), inline_methods)
-        exact = (structure, call_key(values, shapes=True), inline_methods)
+        shapeless, exact = ((structure, call_key(values, shapes=shapes), *how.items()) for shapes in (False, True))
         found = self._traces.get(shapeless) or self._traces.get(exact)
         if found is None:
             try:
-                found = trace(module, call, inline_methods=inline_methods)
+                found = trace(module, call, **how)
             except TraceError as error:
                 found = error
             # A value-guided trace holds for the shapes it was made with, and so does a failure of one.

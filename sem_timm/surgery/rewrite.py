@@ -23,6 +23,7 @@ from torch import nn
 from sem_timm.errors import ModelError
 from sem_timm.meta.layout import Layout
 from sem_timm.surgery.decisions import FITS, check
+from sem_timm.surgery.equivalents import attributes_of, forward_of
 from sem_timm.surgery.fitting import tried
 from sem_timm.surgery.loading import loading
 from sem_timm.surgery.sites import AttentionSite, Operation, Site
@@ -127,6 +128,7 @@ def _made(edit: Edit) -> type:
         '__reduce_ex__': _reduce_ex,
         CASES: (),
         '_load_from_state_dict': loading(edit),
+        **(attributes_of(edit.base) if edit.position == 'core' else {}),
         **{name: _folding(name) for name in _FOLDS if callable(getattr(edit.base, name, None))},
     }
     metaclass: Any = type(edit.base)
@@ -159,8 +161,7 @@ def _compiled(edit: Edit) -> dict[str, Callable[..., Any]]:
     # Annotations are kept as written and not evaluated: the names in them belong to another file.
     flags = __future__.annotations.compiler_flag
     exec(compile(edit.source, filename, 'exec', flags=flags, dont_inherit=True), scope, made)
-    base: Any = edit.base
-    original = base.forward
+    original = forward_of(edit.base)
     for method in made.values():
         method.__defaults__, method.__kwdefaults__ = original.__defaults__, original.__kwdefaults__
         method.__module__ = edit.base.__module__

@@ -7,8 +7,10 @@ import builtins
 import inspect
 import keyword
 import operator
+import re
 import textwrap
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from math import isfinite
 from types import FunctionType
@@ -28,10 +30,11 @@ def graph_source(
 
     What a call has to satisfy for the graphs to hold is asked first, in a function of its own; others are handed on.
     """
+    taken = {name for name in trace.signature.parameters if name not in trace.values}  # those of *args and **kwargs
     evaluation = divide(graphs[False])
     training = evaluation if graphs[True] is graphs[False] else divide(graphs[True])
-    asked, more = _in_modes(training[0], evaluation[0], _questions)
-    code, bindings = _in_modes(training[1], evaluation[1], _body)
+    asked, more = _in_modes(training[0], evaluation[0], partial(_questions, taken=taken))
+    code, bindings = _in_modes(training[1], evaluation[1], partial(_body, taken=taken))
     checked = any(node.target is check for graph in (training[1], evaluation[1]) for node in graph.nodes)
     if not asked and not trace.guards and not checked:
         return _function(trace.signature, code), tuple(sorted(bindings.items()))
@@ -93,8 +96,7 @@ def _header(signature: inspect.Signature) -> Iterator[str]:
             yield '*'
         keyword_only |= parameter.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_POSITIONAL)
         text = stars.get(parameter.kind, '') + parameter.name
-        if parameter.annotation is not inspect.Parameter.empty:
-            text += f': {_annotation(parameter.annotation)}'
+        text += _annotation(': ', parameter.annotation)
         if parameter.default is not inspect.Parameter.empty:
             plain = isinstance(parameter.default, (type(None), bool, int, str))
             plain |= isinstance(parameter.default, float) and isfinite(parameter.default)
@@ -105,14 +107,20 @@ def _header(signature: inspect.Signature) -> Iterator[str]:
 
 
 def _returns(signature: inspect.Signature) -> str:
-    if signature.return_annotation is inspect.Signature.empty:
+    return _annotation(' -> ', signature.return_annotation)
+
+
+def _annotation(sign: str, annotation: Any) -> str:
+    """An annotation behind a sign; nothing for none, and for what cannot be written down, such as ``Unpack[...]``."""
+    if annotation is inspect.Parameter.empty:
         return ''
-    return f' -> {_annotation(signature.return_annotation)}'
-
-
-def _annotation(annotation: Any) -> str:
     # Text already, where the file postpones the evaluation of annotations.
-    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    try:
+        ast.parse(text, mode='eval')
+    except SyntaxError:
+        return ''
+    return sign + text
 
 
 def _passed_on(signature: inspect.Signature) -> Iterator[str]:
@@ -126,17 +134,17 @@ def _passed_on(signature: inspect.Signature) -> Iterator[str]:
         yield forms.get(parameter.kind, name)
 
 
-def _body(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
+def _body(graph: fx.Graph, taken: set[str]) -> tuple[str, dict[str, Any]]:
     """The statements of a graph's code, and the globals they need."""
-    written, globals_ = _written(graph)
+    written, globals_ = _written(graph, taken)
     return '\n'.join(text for _, text in written if text), globals_
 
 
-def _questions(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
+def _questions(graph: fx.Graph, taken: set[str]) -> tuple[str, dict[str, Any]]:
     """The statements of a graph that ends in checks, each of which returns False where it fails."""
     if not any(node.target is check for node in graph.nodes):
         return '', {}
-    written, globals_ = _written(graph)
+    written, globals_ = _written(graph, taken)
     lines = []
     for node, (_, text) in zip(graph.nodes, written):
         if node.target is check:
@@ -155,17 +163,19 @@ def _call_in(text: str) -> ast.Call:
 
 def statements(graph: fx.Graph) -> list[tuple[str, str]]:
     """How the value of each node of a graph is called in its code, and the statement that makes it, if there is one."""
+    return _written(graph, set())[0]
+
+
+def _written(graph: fx.Graph, taken: set[str]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+    """Name and statement of each node, none of them one that is taken, and the globals they need."""
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph, {}))
-    return _written(copy)[0]
-
-
-def _written(graph: fx.Graph) -> tuple[list[tuple[str, str]], dict[str, Any]]:
-    """Name and statement of each node, and the globals they need; fx's own names of the nodes are lost."""
-    own = _own_functions(graph)
-    names = _human_names(graph, {*_RESERVED, *own.values()})
+    graph, own = copy, _own_functions(copy)
+    names = _human_names(graph, {*_RESERVED, *own.values(), *taken})
     for index, node in enumerate(graph.nodes):
         node.name = f'node{index}x'  # fx insists on names of its own, so these only mark the places
+        if node.op == 'placeholder':  # kwargs['mask'] can be read, and is no name of an argument
+            node.target = node.name
     code = graph.python_code(root_module='self')
     function = next(node for node in ast.parse(code.src).body if isinstance(node, ast.FunctionDef))
     written = {name: own.get(value, name) for name, value in code.globals.items() if isinstance(value, FunctionType)}
@@ -241,7 +251,7 @@ def _human_names(graph: fx.Graph, reserved: set[str]) -> dict[fx.Node, str]:
             continue
         # What is read at its use has no name to hand on.
         sources = [source for source in node.all_input_nodes if source.op != 'get_attr' or len(source.users) > 1]
-        if sources and last_use[sources[0]] == index and not _reads(node):
+        if sources and last_use[sources[0]] == index and not _reads(node) and names[sources[0]].isidentifier():
             names[node] = names[sources[0]]
         else:
             stem = _stem(node, names)
@@ -263,7 +273,7 @@ def _stem(node: fx.Node, names: dict[fx.Node, str]) -> str:
     if node.op == 'call_function' and node.target is getattr:
         return str(node.args[1])
     if _reads(node) and isinstance(node.args[0], fx.Node):
-        return f'{names[node.args[0]]}_{node.args[1]}'
+        return f'{re.sub("[^0-9a-zA-Z]+", "_", names[node.args[0]]).strip("_")}_{node.args[1]}'
     name = getattr(node.target, '__name__', str(node.target)).strip('_')
     return name if node.op != 'call_module' and name.isidentifier() else 'out'
 

@@ -23,6 +23,8 @@ from torch.utils._pytree import tree_map_only
 from sem_timm.meta.skeleton import Call
 from sem_timm.meta.state import INFRASTRUCTURE
 from sem_timm.surgery.aliasing import Passing, linked, passed_on, tensors_in
+from sem_timm.surgery.arguments import same_tensors
+from sem_timm.surgery.fitting import ON_TRIAL
 from sem_timm.surgery.graphs import called_module
 from sem_timm.surgery.reading import Reading
 
@@ -86,6 +88,8 @@ class StandIns:
         needed = tensors_in([reading.trace.values, self._read, [o for of in self._outputs.values() for o in of]])
         self.numbers = Numbers(max((tensor.numel() for tensor in needed), default=0), spread)
         self.arguments = {n: self.numbers.like(v, seed) for seed, (n, v) in enumerate(reading.trace.values.items())}
+        for name, other in same_tensors(reading.trace.values).items():
+            self.arguments[name] = self.arguments[other]
         self._samples: dict[str, list[float]] = {}  # what each child was given in the first run
         self.calls: list[tuple[str, float]] = []
 
@@ -97,6 +101,7 @@ class StandIns:
             shell.__dict__.update({key: _with_shells(value, shells) for key, value in shell.__dict__.items()})
             _empty_caches(shell)
         root.__dict__['training'] = self.training
+        root.__dict__[ON_TRIAL] = True  # a copy beside it would call the same stand-ins
         read = [self._put(shells.values(), name) for name, value in self._read.items() if isinstance(value, Tensor)]
         self.calls = []
         for seed, target in enumerate(self._outputs):
@@ -179,8 +184,9 @@ def shell_of(module: nn.Module, cls: type) -> nn.Module:
 
 
 def cloned(value: Any) -> Any:
-    """A value with copies of the tensors in it."""
-    return tree_map_only(Tensor, torch.clone, value)
+    """A value with copies of the tensors in it, one of each."""
+    copies: dict[Tensor, Tensor] = {tensor: tensor.clone() for tensor in {*tensors_in(value)}}
+    return tree_map_only(Tensor, copies.__getitem__, value)
 
 
 def _sample(value: Any) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sem_timm.meta.layout import layout_of
 from sem_timm.meta.state import INFRASTRUCTURE
+from sem_timm.surgery.arguments import same_tensors
 from sem_timm.surgery.bytecode import code_of, names_called
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -102,7 +103,8 @@ def _without_integers(value: Any) -> Hashable:
 
 def call_key(values: dict[str, Any], *, shapes: bool) -> Hashable:
     """What of a call can steer a trace: kinds of arguments and constants, and with ``shapes`` all sizes and layouts."""
-    return tuple((name, _argument(value, shapes)) for name, value in values.items())
+    described = tuple((name, _argument(value, shapes)) for name, value in values.items())
+    return described, *same_tensors(values).items()
 
 
 def _argument(value: Any, shapes: bool) -> Hashable:

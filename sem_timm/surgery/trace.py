@@ -26,9 +26,10 @@ from torch.fx.node import map_arg
 
 from sem_timm.errors import TraceError, place_of
 from sem_timm.meta.skeleton import Call
-from sem_timm.meta.vocabulary import SWITCHES
-from sem_timm.surgery.bytecode import names_called
+from sem_timm.surgery.arguments import bind, conditions, forward_signature, same_tensors
+from sem_timm.surgery.bytecode import names_called, switches_in
 from sem_timm.surgery.decisions import check
+from sem_timm.surgery.equivalents import forward_of
 from sem_timm.surgery.tracers import LEVELS, LevelTracer, is_unpacked, own_methods
 
 _CONSTANTS = (type(None), bool, int, float, str)
@@ -49,7 +50,7 @@ class Trace:
 
     Attributes:
         signature: The signature of the forward, without ``self``.
-        values: Argument values of the traced call, by parameter name, defaults included.
+        values: Argument values of the traced call, by how its code names them, defaults included.
         graphs: The graph in training and in eval mode; the same object twice where they agree.
         guards: What the call must satisfy for the graphs to hold.
         methods: Names of the module's own methods that the graphs call like children.
@@ -66,37 +67,35 @@ class Trace:
     edits: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
-def trace(module: nn.Module, call: Call, *, inline_methods: bool = False) -> Trace:
+def trace(module: nn.Module, call: Call, *, inline_methods: bool = False, spell_out: bool = False) -> Trace:
     """Traces the forward of ``module``, a module of a weightless copy, as it was called in ``call``.
 
     Args:
         module: The module; attributes that its forward fills in as a side effect may change.
         call: A call of the module on meta tensors.
         inline_methods: Follow calls of the module's own methods instead of keeping each as one node.
+        spell_out: Follow equivalents of functions, which may round differently, and take arguments that are one tensor
+            for one.
 
     Raises:
         TraceError: If no level can trace it; the message names the line that stopped the last one.
     """
     signature = forward_signature(type(module))
-    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    if any(parameter.kind not in plain for parameter in signature.parameters.values()):
-        raise TraceError(
-            f'{type(module).__name__}.forward{signature} takes arguments that have no names for the caller.'
-        )
-    forward = type(module).forward
-    if hasattr(forward, '__wrapped__'):
+    if hasattr(forward_of(type(module)), '__wrapped__'):
         raise TraceError(f'{type(module).__name__}.forward is decorated, which a graph cannot show.')
-    switches = names_called(type(module)) & SWITCHES
+    switches = switches_in(module)
     if switches:
         raise TraceError(f'{type(module).__name__}.forward uses {min(switches)}, which a graph cannot show.')
     values = bind(signature, call)
+    form = [*conditions(type(module), values)]
+    form += [f'{name} is {other}' for name, other in same_tensors(values).items()] if spell_out else []
     methods: frozenset[str] = frozenset() if inline_methods else frozenset(own_methods(type(module)))
     failure: Exception | None = None
     for name, level in LEVELS.items():
-        tracers = partial(level, methods=methods)
+        tracers = partial(level, methods=methods, spell_out=spell_out)
         try:
             graphs, guards = _both_modes(module, values, signature, tracers)
-            return Trace(signature, values, graphs, guards, methods, name)
+            return Trace(signature, values, graphs, (*map(Guard, form), *guards), methods, name)
         except Exception as error:  # whatever the foreign forward raises on a proxy means: this level cannot
             failure = error
     assert failure is not None
@@ -106,22 +105,6 @@ def trace(module: nn.Module, call: Call, *, inline_methods: bool = False) -> Tra
 def is_guided(trace: Trace) -> bool:
     """Whether the trace took decisions that depend on the values of the traced call."""
     return any(node.target is check for graph in trace.graphs.values() for node in graph.nodes)
-
-
-def forward_signature(cls: type) -> inspect.Signature:
-    """The signature of a module class's forward, without ``self`` and as written (annotations not evaluated)."""
-    signature = inspect.signature(cls.forward, follow_wrapped=False)  # type: ignore[attr-defined]
-    own, *others = signature.parameters.values()
-    # A decorator may have left nothing but *args, which holds more than ``self``.
-    kept = [own, *others] if own.kind is inspect.Parameter.VAR_POSITIONAL else others
-    return signature.replace(parameters=kept)
-
-
-def bind(signature: inspect.Signature, call: Call) -> dict[str, Any]:
-    """The value of every parameter in a call, defaults included."""
-    bound = signature.bind(*call.args, **call.kwargs)
-    bound.apply_defaults()
-    return dict(bound.arguments)
 
 
 def _both_modes(
@@ -168,7 +151,9 @@ def _training_flag(module: nn.Module) -> Iterator[_TrainingFlag]:
         return flag.value
 
     cls: Any = type(module)
-    module.__class__ = type(cls)(cls.__name__, (cls,), {'training': property(read), '__module__': cls.__module__})
+    flagged = type(cls)(cls.__name__, (cls,), {'training': property(read), '__module__': cls.__module__})
+    flagged.forward = forward_of(cls)  # fx reads the forward that it finds in the class
+    module.__class__ = flagged
     try:
         yield flag
     finally:
@@ -200,8 +185,11 @@ def _with_free_arguments(
         if name not in symbolic:
             guards.append(Guard(f'{name} is None' if values[name] is None else f'{name} == {values[name]!r}'))
     for name in given:
-        if signature.parameters[name].default is None and not _indifferent(
-            module, values, symbolic, name, graph, level
+        parameter = signature.parameters.get(name)  # of what has no name none is optional
+        if (
+            parameter is not None
+            and parameter.default is None
+            and not _indifferent(module, values, symbolic, name, graph, level)
         ):
             guards.append(Guard(f'{name} is not None'))
     return graph, guards

@@ -22,8 +22,10 @@ from sem_timm.meta.layout_mode import LayoutMode
 from sem_timm.meta.state import State
 from sem_timm.meta.vocabulary import DEVICE_QUESTIONS, MAKERS
 from sem_timm.random_state import random_states
+from sem_timm.surgery.arguments import forward_signature, passed, same_tensors
 from sem_timm.surgery.bytecode import names_called
 from sem_timm.surgery.decisions import NO_TENSOR, check
+from sem_timm.surgery.equivalents import equivalent_of
 from sem_timm.surgery.graphs import ancestors
 
 
@@ -51,6 +53,7 @@ class LevelTracer(fx.Tracer):
         symbolic: frozenset[str],
         methods: frozenset[str] = frozenset(),
         autowrap: tuple[Any, ...] = (),
+        spell_out: bool = False,
     ) -> None:
         super().__init__(autowrap_functions=(*autowrap, *REFUSING_PROXIES))
         if REFUSING_PROXIES:
@@ -58,6 +61,8 @@ class LevelTracer(fx.Tracer):
         self.values = values
         self.symbolic = symbolic
         self.methods = methods
+        self.spell_out = spell_out
+        self.same = same_tensors(values) if spell_out else {}
         self.mode = _mode()
         self.thread = get_ident()
 
@@ -66,13 +71,19 @@ class LevelTracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         # fx would rename concrete arguments and assert on them; here each keeps its name, whatever its value.
-        given = {}
+        given: dict[str, Any] = {}
         for name, value in self.values.items():
             proxy: Any = self.create_proxy('placeholder', name, (), {})
             if is_unpacked(value):
                 proxy = tuple(proxy[index] for index in range(len(value)))  # a forward may ask whether it is one
-            given[name] = proxy if name in self.symbolic else value
-        return (lambda root, *_: root_fn(root, **given)), [self.root]
+            given[name] = given[self.same[name]] if name in self.same else proxy if name in self.symbolic else value
+        args, kwargs = passed(forward_signature(type(self.root)), given)
+        return (lambda root, *_: root_fn(root, *args, **kwargs)), [self.root]
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
+        spelled_out = equivalent_of(target) if self.spell_out and kind == 'call_function' else None
+        made = NotImplemented if spelled_out is None else spelled_out(*args, **kwargs)
+        return super().create_proxy(kind, target, args, kwargs, *rest, **named) if made is NotImplemented else made
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _mode() != self.mode:
@@ -160,8 +171,8 @@ class _GuidedProxy(fx.Proxy):
 class _GuidedTracer(LevelTracer):
     """Computes every node on the meta device as it is recorded, and lets control flow follow the values."""
 
-    def __init__(self, values: dict[str, Any], symbolic: frozenset[str], methods: frozenset[str] = frozenset()) -> None:
-        super().__init__(values, symbolic, methods, tuple(get_notrace_functions()))
+    def __init__(self, values: dict[str, Any], symbolic: frozenset[str], **how: Any) -> None:
+        super().__init__(values, symbolic, autowrap=tuple(get_notrace_functions()), **how)
         self.known: dict[fx.Node, Any] = {}
         self.computing = False
 
@@ -228,8 +239,8 @@ class _GuidedTracer(LevelTracer):
         return iter([entries[i] for i in range(self.decide(obj, len))])
 
 
-def _with_notrace_functions(values: dict[str, Any], symbolic: frozenset[str], methods: frozenset[str]) -> LevelTracer:
-    return LevelTracer(values, symbolic, methods, tuple(get_notrace_functions()))
+def _with_notrace_functions(values: dict[str, Any], symbolic: frozenset[str], **how: Any) -> LevelTracer:
+    return LevelTracer(values, symbolic, autowrap=tuple(get_notrace_functions()), **how)
 
 
 # By what is said of a module that was traced so.

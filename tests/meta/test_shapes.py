@@ -75,6 +75,7 @@ CALLS: dict[str, Callable[[Make], Any]] = {
     'cat of two ranks': lambda m: torch.cat((m(0), tokens(m)), 1),
     'concat of one': lambda m: torch.concat((tokens(m),), 1),
     'concatenate': lambda m: torch.concatenate((a_map(m), a_map(m)), dim=1),
+    'new_full': lambda m: tokens(m).new_full((3, 1), 2.0),
     'stack': lambda m: torch.stack((tokens(m), tokens(m)), -1),
     'roll': lambda m: torch.roll(columns(m), (-1, 2), (1, 2)),
     'roll by nothing': lambda m: torch.roll(a_map(m), 0, 1),

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import sem_timm
-from sem_timm import RefusedError
-from tests.surgery.traced_blocks import SIZE, Net, assert_same_call, block, twins
+from sem_timm.surgery import edit_of
+from tests.surgery.traced_blocks import assert_same_call, twins
 
 # Arguments
 
@@ -96,26 +96,87 @@ def test_tensors_may_be_none_and_be_given() -> None:
     assert_same_call(base, patched, x)
 
 
-def many_arguments(self: Any, x: Tensor, *masks: Tensor) -> Tensor:
+# Arguments without names of their own
+
+
+def source_of(patched: nn.Module) -> str:
+    edit = edit_of(patched)
+    assert edit is not None
+    return edit.source
+
+
+def ignores_them(self: Any, x: Tensor, *others: Tensor, **named: Tensor) -> Tensor:
     return x + self.conv(x)
 
 
-def many_keywords(self: Any, x: Tensor, **masks: Tensor) -> Tensor:
-    return x + self.conv(x)
-
-
-@pytest.mark.parametrize('forward', [many_arguments, many_keywords])
-def test_any_number_of_arguments_only_at_the_output(forward: Callable[..., Any]) -> None:
-    model = Net(block(forward))
-    with pytest.raises(RefusedError, match=r'Block_many_\w+\.forward.*arguments'):
-        sem_timm.plan_model(model, target='block', position='residual', input_size=SIZE)
+def test_arguments_that_nobody_reads_stay_free() -> None:
+    base, patched = twins(ignores_them)
     x = torch.randn(2, 8, 8, 8)
-    expected = model.block(x)
-    sem_timm.patch_model(model, target='block', input_size=SIZE)
-    more = (x,) if forward is many_arguments else ()
-    named = {'mask': x} if forward is many_keywords else {}
-    assert torch.equal(expected, model.block(x, *more, **named))
-    assert [site.position for site in sem_timm.patched_modules(model)] == ['output']
+    assert_same_call(base, patched, x)
+    assert_same_call(base, patched, x, x, mask=x)
+
+
+def multiplies_by_all(self: Any, x: Tensor, *masks: Tensor) -> Tensor:
+    out = self.conv(x)
+    for mask in masks:
+        out = out * mask
+    return x + out
+
+
+def test_arguments_by_place_are_read_as_many_as_were_given() -> None:
+    x, mask, other = torch.randn(2, 8, 8, 8), torch.rand(2, 1, 8, 8), torch.rand(8, 1, 1)
+    base, patched = twins(multiplies_by_all)
+    assert_same_call(base, patched, x)
+    assert 'if not (not masks' in source_of(patched)
+    base, patched = twins(multiplies_by_all, mask, other)
+    assert_same_call(base, patched, x, mask, other)
+    assert 'len(masks) == 2' in source_of(patched)
+    # Others are another case.
+    assert_same_call(base, patched, x, mask)
+    assert_same_call(base, patched, x)
+
+
+def passes_all_on(self: Any, x: Tensor, **options: Any) -> Tensor:
+    return x + self.pick(self.conv(x), **options)
+
+
+def test_arguments_by_name_are_read_as_they_were_named() -> None:
+    x, mask = torch.randn(2, 8, 8, 8), torch.rand(2, 1, 8, 8)
+    base, patched = twins(passes_all_on, mask=mask, twice=True)
+    assert_same_call(base, patched, x, mask=mask, twice=True)
+    assert_same_call(base, patched, x, mask=mask, twice=False)
+    assert "options.keys() == {'mask', 'twice'}" in source_of(patched)
+    assert_same_call(base, patched, x, mask=mask)
+    base, patched = twins(passes_all_on)
+    assert_same_call(base, patched, x)
+    assert_same_call(base, patched, x, mask=mask)
+
+
+def decides_by_what_it_is_given(self: Any, x: Tensor, *args: Any, mask: Tensor, **options: Any) -> Tensor:
+    if len(args) > 1 or options.get('twice', False):
+        return x
+    y = options['masks'][0] * self.conv(x) * args[0]
+    return x + y * mask
+
+
+def test_arguments_of_all_kinds_decide() -> None:
+    x, mask = torch.randn(2, 8, 8, 8), torch.rand(2, 1, 8, 8)
+    given = {'mask': mask, 'masks': (mask, mask), 'twice': False}
+    base, patched = twins(decides_by_what_it_is_given, 2.0, **given)
+    assert_same_call(base, patched, x, 2.0, **given)
+    assert_same_call(base, patched, x, 3.0, **given)
+    assert_same_call(base, patched, x, 2.0, **{**given, 'masks': (mask,)})
+    with pytest.raises(sem_timm.GuardError):  # where nothing is added
+        patched(x, 2.0, **{**given, 'twice': True})
+
+
+def only_by_place(self: Any, x: Tensor, scale: float, /) -> Tensor:
+    return x + self.conv(x) * scale
+
+
+def test_arguments_that_have_no_name_for_the_caller() -> None:
+    base, patched = twins(only_by_place, 2.0)
+    assert_same_call(base, patched, torch.randn(2, 8, 8, 8), 3.0)
 
 
 # Training mode

@@ -34,14 +34,14 @@ class Pick(nn.Module):
 class Net(nn.Module):
     """A stem and one block, which is called with further arguments."""
 
-    def __init__(self, block: nn.Module, **arguments: Any) -> None:
+    def __init__(self, block: nn.Module, *more: Any, **arguments: Any) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
         self.block = block
-        self.arguments = arguments
+        self.more, self.arguments = more, arguments
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block(self.stem(x), **self.arguments)
+        return self.block(self.stem(x), *self.more, **self.arguments)
 
 
 def block(forward: Callable[..., Any]) -> Any:
@@ -51,9 +51,9 @@ def block(forward: Callable[..., Any]) -> Any:
 SIZE = (3, 8, 8)
 
 
-def twins(forward: Callable[..., Any], **arguments: Any) -> tuple[Any, Any]:
+def twins(forward: Callable[..., Any], *more: Any, **arguments: Any) -> tuple[Any, Any]:
     """A block and its patched twin with the same weights."""
-    base, model = block(forward), Net(block(forward), **arguments)
+    base, model = block(forward), Net(block(forward), *more, **arguments)
     model.block.load_state_dict(base.state_dict())
     sem_timm.patch_model(model, target='block', position='residual', input_size=SIZE)
     return base, model.block

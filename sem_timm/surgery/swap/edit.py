@@ -20,6 +20,7 @@ from sem_timm.surgery.swap.nodes import is_matrix_transpose
 from sem_timm.surgery.swap.packed import slice_packed
 from sem_timm.surgery.swap.prune import prune
 from sem_timm.surgery.swap.rows import Rows
+from sem_timm.surgery.swap.sizes import put_sizes
 from sem_timm.surgery.trace import Guard
 
 
@@ -77,6 +78,8 @@ def swapped(
         copies = {old: new if copy is output else copy for old, copy in copies.items()}
     _loosen_types(edited, module)
     prune(edited, module, known)
+    if put_sizes(edited, module, known):
+        prune(edited, module, known)
     sliced, computed = slice_packed(edited, module, known)
     if operation.folds_projection:
         fold_projections(edited, cores, module, known)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import replace
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from sem_timm.errors import TraceError
 from sem_timm.meta.layout import layout_of
 from sem_timm.meta.vocabulary import Kind, names_of
-from sem_timm.surgery.bytecode import names_called
+from sem_timm.surgery.bytecode import names_called, names_called_by
 from sem_timm.surgery.cases import run_other_case
 from sem_timm.surgery.graphs import Values, Verdict, ancestors
 from sem_timm.surgery.placement import (
@@ -73,7 +74,11 @@ def may_attend(module: nn.Module) -> bool:
         return isinstance(module, nn.MultiheadAttention)
     if edit_of(module, inherited=True) is not None or any(isinstance(child, nn.Softmax) for child in module.children()):
         return True
-    return bool(names_called(type(module)) & names_of(Kind.SOFTMAX, Kind.ATTENTION))
+    mentioned, words = names_called(type(module)), names_of(Kind.SOFTMAX, Kind.ATTENTION)
+    # Or it leaves that to an object, such as a processor, which is handed the module.
+    kept = [type(module.__dict__[name]) for name in sorted(mentioned & module.__dict__.keys())]
+    called = [cls for cls in kept if isinstance(vars(cls).get('__call__'), FunctionType)]
+    return bool(mentioned & words) or any(names_called_by(cls, '__call__') & words for cls in called)
 
 
 def other_case(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -104,10 +109,6 @@ class Swapper:
             Refused: If it has none that the operation can replace.
         """
         check_editable(self.reader, name)
-        if isinstance(self.reader.modules[name], nn.MultiheadAttention):
-            raise Refused(
-                'it computes all of its attention in one call, which is not read; timm.layers.Attention can be'
-            )
         if not self.operation.replaces_module:
             return self._cores(name)
         if name and name not in self.candidates:  # a module that is read by itself was one in its model

@@ -184,7 +184,7 @@ def _constant(operand: Any, sources: set[fx.Node], values: Values) -> float | No
 
 def _by_width(node: fx.Node, sources: set[fx.Node], values: Values) -> bool:
     """Whether a number depends on nothing but the width of queries, the last size of sources."""
-    asked = _size_asked(node, values)
+    asked = size_asked(node, values)
     if asked is not None:
         return asked[0] in sources and asked[1] == values[asked[0]].ndim - 1
     inputs = node.all_input_nodes
@@ -193,7 +193,7 @@ def _by_width(node: fx.Node, sources: set[fx.Node], values: Values) -> bool:
     return all(_by_width(source, sources, values) for source in inputs)
 
 
-def _size_asked(node: fx.Node, values: Values) -> tuple[fx.Node, int] | None:
+def size_asked(node: fx.Node, values: Values) -> tuple[fx.Node, int] | None:
     """The tensor and its axis, counted from the front, whose size a node looks up; None if it does something else."""
     given = (*node.args, *node.kwargs.values())
     if len(given) != 2 or not isinstance(values.get(node), int):

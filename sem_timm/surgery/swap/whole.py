@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sem_timm.meta.layout import is_learned, layout_of
 from sem_timm.meta.skeleton import Call, filled
 from sem_timm.random_state import preserved_random_state
+from sem_timm.surgery.arguments import forward_signature
 from sem_timm.surgery.graphs import Values
 from sem_timm.surgery.placement import Placement, free_names, written
 from sem_timm.surgery.reading import Reader, Reading, bound_arguments
@@ -20,7 +21,7 @@ from sem_timm.surgery.sites import AttentionSite, Refused, Swap
 from sem_timm.surgery.swap.cores import Core
 from sem_timm.surgery.swap.edit import SwappedGraphs, calling, guards_for_unread
 from sem_timm.surgery.swap.terms import CAUSAL, mask_of
-from sem_timm.surgery.trace import Trace, forward_signature
+from sem_timm.surgery.trace import Trace
 from sem_timm.surgery.trial import try_swap
 
 
