@@ -28,13 +28,14 @@ def test_lora_in_layers_of_the_base_and_gates_trained_beside() -> None:
 
     given = models('resnet18')
     given.compare(use)
-    with_gates = adapted(given.stirred, target_modules=r'layer\d\.\d+\.conv\d', modules_to_save=['sem'])
+    target = r'layer\d\.\d+\.conv\d'
+    with_gates = adapted(given.stirred.double(), target_modules=target, modules_to_save=['sem']).double()
     trainable = {name for name, parameter in with_gates.named_parameters() if parameter.requires_grad}
     assert any('.sem.' in name for name in trainable)
     assert all('lora_' in name or '.sem.modules_to_save.' in name for name in trainable)
     with torch.no_grad():
-        expected = with_gates(images())
-        assert_close(with_gates.merge_and_unload()(images()), expected, 1e-5)
+        expected = with_gates(images().double())
+        assert_close(with_gates.merge_and_unload()(images().double()), expected, 1e-9)
 
 
 def test_lora_in_what_was_put_there() -> None:

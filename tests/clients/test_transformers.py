@@ -36,7 +36,7 @@ def three(build: Any, part: Any) -> Models:
 
 def test_backbone() -> None:
     """Feature maps of `TimmBackbone`"""
-    config = TimmBackboneConfig('resnet18', use_pretrained_backbone=False, out_indices=[1, 2, 3, 4])
+    config = TimmBackboneConfig(backbone='resnet18', use_pretrained_backbone=False, out_indices=[1, 2, 3, 4])
 
     def use(model: Any) -> Any:
         with torch.no_grad():

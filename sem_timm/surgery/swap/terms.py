@@ -22,6 +22,7 @@ from sem_timm.meta.vocabulary import KEEPS_PLACES, Kind, kind_of
 from sem_timm.surgery.aliasing import Memory
 from sem_timm.surgery.bytecode import names_called_by
 from sem_timm.surgery.effects import writes_in
+from sem_timm.surgery.equivalents.windows import mask_of_windows
 from sem_timm.surgery.graphs import Values, called_module, is_data, read_by
 from sem_timm.surgery.sites import Refused, Swap
 from sem_timm.surgery.swap.cores import Core, Extra
@@ -129,10 +130,13 @@ class _Terms:
         return any(is_learned(self.values[each]) or _reads_parameters(each, self.module) for each in found)
 
     def _is_window_mask(self, part: fx.Node, term: Tensor) -> bool:
-        """Whether a part of a term is a stored mask for each of the windows that an image is divided into.
+        """Whether a part of a term is a mask for each of the windows that an image is divided into.
 
-        It is (windows, N, M), where the batch of the logits holds the windows of several images.
+        It is stored, (windows, N, M), where the batch of the logits holds the windows of several images; or it is known
+        to be made for them.
         """
+        if part.target is mask_of_windows:
+            return True
         value, batch = self.values[part], self.values[self.core.query].shape[0]
         if part.op not in ('placeholder', 'get_attr') or layout_of(value) is not None or is_learned(value):
             return False
