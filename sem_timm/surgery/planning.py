@@ -217,6 +217,9 @@ def _example(reader: Reader, placer: Placer) -> str:
     """What to type for a network without blocks of its own: the largest outer module that takes the operation."""
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in reader.modules.items() if name}
     for name in sorted(sizes, key=lambda name: (name.count('.'), -sizes[name])):
+        call = reader.probe.calls.get(name)
+        if call is None or not isinstance(call.output, torch.Tensor):  # of several results nobody may read the first
+            continue
         try:
             placer.place(name)
         except (Refused, TraceError):
