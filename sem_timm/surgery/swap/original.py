@@ -23,8 +23,7 @@ class Computed:
         key: The keys, (..., M, d).
         value: The values, (..., M, d_v).
         output: The result, (..., N, d_v).
-        extra: The first bias or mask that went into the logits, where it was asked for: True takes part, or numbers that
-            are added.
+        extra: The first bias or mask that went into the logits, where it was asked for, by the convention of torch.
     """
 
     query: Tensor
