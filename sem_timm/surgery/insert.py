@@ -173,9 +173,9 @@ class Inserter:
             raise Refused(f'there are no positions to pool over: {text} holds nothing but class tokens')
         channel_dim = 1 if layout.channel == 1 else -1
         class_name = type(self.reader.modules[name]).__name__
-        site = Site(
-            name, class_name, position, attribute, shape, tensor.dtype, shape[layout.channel], channel_dim, prefix
-        )
+        images = next(leaf for leaf in tree_leaves(self.reader.probe.calls[''].args) if isinstance(leaf, Tensor))
+        channels, windows = shape[layout.channel], max(1, shape[0] // images.shape[0])
+        site = Site(name, class_name, position, attribute, shape, tensor.dtype, channels, channel_dim, prefix, windows)
         return replace(site, num_parameters=try_insertion(self.operation, site))
 
 

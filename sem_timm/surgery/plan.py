@@ -113,6 +113,9 @@ class Plan:
         size = ' x '.join(map(str, self.input_size))
         lines.append(f'{self.operation} on {self.model_name} at {size}: {len(self)} {noun}, ')
         lines[-1] += f'{self.num_parameters:,} new parameters; {kept}.'
+        windowed = tuple(site.name for site in self.sites if isinstance(site, Site) and site.num_windows > 1)
+        if windowed:
+            lines.append(f'Pooled window by window, since the batch holds windows and not images: {_few(windowed)}.')
         if self.unread:
             lines.append(f'No longer read: {len(self.unread)} parameters, which stop requiring gradients.')
         if self.computed:

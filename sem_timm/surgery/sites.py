@@ -80,6 +80,8 @@ class Site:
         channels: Number of channels C.
         channel_dim: 1 or -1.
         num_prefix_tokens: Leading tokens that are not image.
+        num_windows: How many windows, or other groups, of each image the batch axis holds. Where it is more than one,
+            the new module pools each of them by itself.
         num_parameters: Parameters of the new module.
     """
 
@@ -92,6 +94,7 @@ class Site:
     channels: int
     channel_dim: int
     num_prefix_tokens: int = 0
+    num_windows: int = 1
     num_parameters: int = 0
 
     columns: ClassVar[tuple[str, ...]] = ('site', 'class', 'position', 'layout', 'channels', 'new parameters')

@@ -191,3 +191,16 @@ def test_several_given_masks_are_refused() -> None:
     for operation in ('external', 'catt'):
         with refused(model, RefusedError, f'it applies 2 masks; {operation} takes one'):
             sem_timm.patch_model(model, operation, input_size=SIZE)
+
+
+def test_the_original_tells_the_mask_that_is_handed_on() -> None:
+    tokens, mask = torch.randn(2, TOKENS, TOKENS), torch.randn(2, 1, 1, TOKENS)
+    for left_out, arguments in (
+        (False, {'mask': mask, 'other': None, 'left_out': None}),
+        (True, {'left_out': mask > 0}),
+    ):
+        model: Any = Model(Giving(left_out=left_out)).eval()
+        plan = sem_timm.plan_model(model, 'external', input_size=SIZE)
+        original = plan.originals['attention.inner']
+        computed = original.compute(model.attention.inner, {'x': tokens, **arguments}, with_extra=['core'])
+        assert torch.equal(computed['core'].extra, ~(mask > 0) if left_out else mask)

@@ -68,7 +68,7 @@ class _Indices(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.op == 'placeholder':
             return tree_map_only(Tensor, self._counted, self.known[n])
-        value = self.known[n]
+        value = self.known.get(n)  # an edited graph has nodes that were never evaluated
         # What comes of no data, such as the angles of rotary embeddings, has neither channels nor samples.
         computed = isinstance(value, Tensor) and value.is_floating_point() and not is_data(value)
         if n.op == 'get_attr' or computed:

@@ -60,7 +60,7 @@ class Core:
         key: The keys, (..., M, d); (..., d, M) if ``key_transposed``.
         value: The values, (..., M, d_v); (..., d_v, M) if ``transposed``.
         scale: What the logits are multiplied by.
-        extras: What else goes into the logits: biases and masks.
+        extras: What else goes into the logits: biases and masks; the one that a new core is handed first.
         key_transposed: Whether the keys lie transposed already.
         transposed: Whether the result is (..., d_v, N), as in ``v @ attention.mT``.
         is_causal: Whether a token sees only those before it.
@@ -82,6 +82,11 @@ class Core:
     def adding(self) -> set[str]:
         """Names of the children that add something to the logits, which is learned and goes with the old core."""
         return {str(step.node.target) for step in self.steps if step.node.op == 'call_module'}
+
+    def led_by(self, mask: Extra | None) -> Core:
+        """The same core with one of its extras in front."""
+        others = tuple(extra for extra in self.extras if extra is not mask)
+        return self if mask is None else replace(self, extras=(mask, *others))
 
 
 # What moves or changes logits so that they are products no more.

@@ -23,7 +23,7 @@ class Computed:
         key: The keys, (..., M, d).
         value: The values, (..., M, d_v).
         output: The result, (..., N, d_v).
-        extra: The first bias or mask that went into the logits, where it was asked for.
+        extra: The first bias or mask that went into the logits, where it was asked for, by the convention of torch.
     """
 
     query: Tensor
@@ -83,5 +83,7 @@ class Original:
             key = values[core.key].mT if core.key_transposed else values[core.key]
             value, output = (values[n].mT if core.transposed else values[n] for n in (core.value, core.output))
             extra = values[extras[name]] if name in extras else None
+            if extra is not None and core.extras[0].how in ('dropped', 'subtracted'):
+                extra = ~extra if core.extras[0].how == 'dropped' else -extra
             found[name] = Computed(values[core.query], key, value, output, extra)
         return found

@@ -255,9 +255,9 @@ class Swapper:
                 cores = cores_of(judged_softmaxes(trace.graphs[True], module, reading.values[True]))
             if len(cores) != len(attributes):
                 raise Refused('its forward attends differently in training and in eval mode')
-            found[mode] = dict(zip(attributes, cores))
             values = reading.values[mode]
             masks = [self.mask(core, module, values) for core in cores]
+            found[mode] = {name: core.led_by(mask) for name, core, mask in zip(attributes, cores, masks)}
             graphs[mode], sliced, computed = swapped(
                 trace.graphs[mode], found[mode], masks, self.operation, module, values
             )
