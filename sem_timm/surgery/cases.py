@@ -130,8 +130,9 @@ def _on_meta(value: Any, layouts: tuple[Layout | bool, ...], dtype: torch.dtype,
     known: Iterator[Layout | bool] = iter(layouts if len(layouts) == len(_tensors(value)) else ())
 
     def convert(tensor: Tensor) -> Tensor:
-        # Where there was nothing when it was planned, nobody saw what this is made of: most likely a shared bias.
-        twin, layout = on_meta(tensor, dtype), next(known, tensor.is_floating_point())
+        # Where there was nothing when it was planned, nobody saw what this is made of: only a gradient tells a shared
+        # bias from a mask, which must not be dropped.
+        twin, layout = on_meta(tensor, dtype), next(known, tensor.requires_grad)
         if isinstance(layout, bool):
             return set_learned(twin) if layout else twin
         if layout.batch is not None and twin.shape[layout.batch] == 1:
