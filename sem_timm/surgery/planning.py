@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sem_timm.errors import ModelError, OptionError, RefusedError, TraceError
 from sem_timm.meta.skeleton import dtype_of
@@ -217,6 +217,9 @@ def _example(reader: Reader, placer: Placer) -> str:
     """What to type for a network without blocks of its own: the largest outer module that takes the operation."""
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in reader.modules.items() if name}
     for name in sorted(sizes, key=lambda name: (name.count('.'), -sizes[name])):
+        call = reader.probe.calls.get(name)
+        if call is None or not isinstance(call.output, Tensor):  # of several results nobody may read the first
+            continue
         try:
             placer.place(name)
         except (Refused, TraceError):
