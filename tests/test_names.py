@@ -64,7 +64,7 @@ def test_what_is_timms_is_asked_for_as_timms_and_changes_the_outputs(name: str) 
 def test_names_of_timm_alone_say_how_they_are_asked_for() -> None:
     model = FAMILIES['resnet'].create()
     plain = set(timm_attention_names()) - {*sem_timm.excitation_names(), *attention_names()}
-    assert {'cbam', 'gc', 'eca', 'sk'} <= plain
+    assert {'cbam', 'gc', 'sk'} <= plain
     for name in plain:
         with pytest.raises(OptionError, match=f"'{name}' is unknown.*asked for as 'timm_{name}'.* changes the outputs"):
             sem_timm.plan_model(model, name)

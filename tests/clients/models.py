@@ -81,7 +81,7 @@ def _are_close(first: Any, second: Any, tolerance: float) -> bool:
     for one, other in zip(tensors(first), tensors(second)):
         if one.shape != other.shape:
             return False
-        one, other = one.double(), other.double()
+        one, other = one.detach().double(), other.detach().double()
         if (one - other).abs().max() > tolerance * max(1.0, float(other.abs().max())):
             return False
     return True

@@ -154,7 +154,7 @@ class Network(nn.Module):
 @pytest.mark.parametrize(
     ('module', 'operation', 'reason', 'file', 'calls'),
     [
-        ('attention', 'external', 'call it with need_weights=False', 'surgery/trace.py', 1),
+        ('attention', 'external', 'call it with need_weights=False', 'surgery/equivalents/attention.py', 1),
         ('twice', 'sem', 'calls it 2 times', 'surgery/placement.py', 2),
         ('never', 'sem', 'does not call it', 'surgery/placement.py', 0),
     ],
