@@ -59,7 +59,7 @@ def test_wrapper_by_name_of_a_variant() -> None:
 
 
 def test_trainer(tmp_path: Path) -> None:
-    """Losses and weights after some steps of `Trainer`"""
+    """The loss of the first step of `Trainer`"""
     data = [{'pixel_values': image, 'labels': index % 4} for index, image in enumerate(images(8))]
 
     def use(model: Any) -> Any:
