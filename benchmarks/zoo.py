@@ -235,7 +235,7 @@ def _of_sizes(entries: list[Record]) -> str:
         taken = sum(entry['taken'].get(op, 0) for entry in entries)
         refused = sum(len(entry['refused'].get(op, ())) for entry in entries)
         cells.append(f'{taken - refused:,} of {taken:,}' if taken else '')
-    return f'| batches of other sizes that the base takes are taken | {" | ".join(cells)} |'
+    return f'| other sizes and batches that the base takes, in {len(entries):,} architectures | {" | ".join(cells)} |'
 
 
 def _architecture(row: Row, sizes: Record | None) -> str:
