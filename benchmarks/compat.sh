@@ -11,23 +11,23 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=1
 
-# name: Python, torch, torchvision, timm
+# name: Python, torch, torchvision, timm, huggingface_hub, of which timm before 1.0.22 imports what later ones have not
 MATRIX=(
-    'oldest: 3.10 ==2.4.0 ==0.19.0 ==1.0.9'
-    'older: 3.11 ==2.6.0 ==0.21.0 ==1.0.15'
-    'newer: 3.12 ==2.9.1 ==0.24.1 ==1.0.20'
-    'newest: 3.13 >=2.14 >=0.29 >=1.0.31'
-    'newest-3.10: 3.10 >=2.14 >=0.29 >=1.0.31'
+    'oldest: 3.10 ==2.4.0 ==0.19.0 ==1.0.9 <1'
+    'older: 3.11 ==2.6.0 ==0.21.0 ==1.0.15 <1'
+    'newer: 3.12 ==2.9.1 ==0.24.1 ==1.0.20 <1'
+    'newest: 3.13 >=2.14 >=0.29 >=1.0.31 >=1'
+    'newest-3.10: 3.10 >=2.14 >=0.29 >=1.0.31 >=1'
 )
 
 run() {
-    local name=$1 python=$2 torch=$3 torchvision=$4 timm=$5 environment=build/compat/$1
-    shift 5
+    local name=$1 python=$2 torch=$3 torchvision=$4 timm=$5 hub=$6 environment=build/compat/$1
+    shift 6
     echo "== $name: Python $python"
     "python$python" -m venv --clear "$environment"
     trap 'rm -rf "$environment"' RETURN
     "$environment/bin/python" -m pip install --quiet --upgrade \
-        "torch$torch" "torchvision$torchvision" "timm$timm" -e '.[dev]' || return 1
+        "torch$torch" "torchvision$torchvision" "timm$timm" "huggingface_hub$hub" -e '.[dev]' || return 1
     local status=0
     "$environment/bin/python" -m pytest -n auto --junit-xml "$environment/results.xml" "$@" || status=1
     if [[ $# -eq 0 ]]; then
