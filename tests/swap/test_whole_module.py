@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import sem_timm
 from sem_timm import MultiHeadExternalAttention, OptionError, RefusedError
@@ -177,3 +178,16 @@ def test_a_causal_module_is_refused() -> None:
     model = small_attention.Model(Masked(is_causal=True))
     with refused(model, RefusedError, 'attention.inner: its attention is causal'):
         sem_timm.patch_model(model, 'eamlp', input_size=(3, 32, 32))
+
+
+class MayMask(small_attention.Projected):
+    """Takes a mask, and is given none."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (self.heads(layer(x)) for layer in (self.q, self.k, self.v))
+        return self.proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+def test_a_mask_that_is_not_given_is_none() -> None:
+    plan = sem_timm.plan_model(small_attention.Model(MayMask()), 'eamlp', input_size=(3, 32, 32))
+    assert [site.name for site in plan] == ['attention']

@@ -82,7 +82,7 @@ def check_terms(cores: list[Core], module: nn.Module, values: Values, operation:
     for core in cores:
         mask = mask_of(core, module, values, operation)
         # The mask of the module is handed on under the name that timm gives it.
-        if mask is not None and str(mask.node.target) != 'attn_mask':
+        if mask is not None and values[mask.node] is not None and str(mask.node.target) != 'attn_mask':
             shape = tuple(values[mask.node].shape)
             raise Refused(f'its logits get a mask {shape}, or another such term, that {operation} is not given')
 
