@@ -134,6 +134,7 @@ def _monai(name: str, **options: Any) -> Callable[[Any], nn.Module]:
 
 
 _SMALL = (3, 32, 32)
+_UNET = {'in_channels': 1, 'out_channels': 2, 'channels': (8, 16, 32), 'strides': (2, 2), 'num_res_units': 2}
 SUBJECTS = (
     Subject('torch', 'nn.TransformerEncoder behind patches', _encoder, _SMALL),
     Subject('torchvision', 'resnet18', lambda tv: tv.models.resnet18(), (3, 64, 64)),
@@ -244,17 +245,13 @@ SUBJECTS = (
     Subject(
         'monai',
         'UNet, 2 dimensions',
-        _monai(
-            'UNet', spatial_dims=2, in_channels=1, out_channels=2, channels=(8, 16, 32), strides=(2, 2), num_res_units=2
-        ),
+        _monai('UNet', spatial_dims=2, **_UNET),
         (1, 32, 32),
     ),
     Subject(
         'monai',
         'UNet, 3 dimensions',
-        _monai(
-            'UNet', spatial_dims=3, in_channels=1, out_channels=2, channels=(8, 16, 32), strides=(2, 2), num_res_units=2
-        ),
+        _monai('UNet', spatial_dims=3, **_UNET),
         (1, 16, 16, 16),
     ),
     Subject(

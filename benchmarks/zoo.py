@@ -144,13 +144,7 @@ def report(rows: list[Row]) -> str:
         '',
         '## Architectures',
         '',
-        'Sites in each, with ✗ where a statement failed. Images are square. Other inputs: of six sizes, most of them '
-        'not square, and two batches, how many the base takes, and how many of those the patched model takes, by '
-        '`python -m benchmarks.image_sizes`.',
-        '',
-        '| architecture | parameters | images | compared on | sem | other inputs | external | other inputs |',
-        '|---|---:|---:|---|---:|---:|---:|---:|',
-        *(_architecture(row, sizes.get(row.architecture)) for row in sorted(rows, key=lambda row: row.architecture)),
+        *_architectures(rows, sizes),
     ]
     return '\n'.join([*lines, ''])
 
@@ -236,6 +230,18 @@ def _of_sizes(entries: list[Record]) -> str:
         refused = sum(len(entry['refused'].get(op, ())) for entry in entries)
         cells.append(f'{taken - refused:,} of {taken:,}' if taken else '')
     return f'| other sizes and batches that the base takes, in {len(entries):,} architectures | {" | ".join(cells)} |'
+
+
+def _architectures(rows: list[Row], sizes: dict[str, Record]) -> list[str]:
+    return [
+        'Sites in each, with ✗ where a statement failed. Images are square. Other inputs: of six sizes, most of them '
+        'not square, and two batches, how many the base takes, and how many of those the patched model takes, by '
+        '`python -m benchmarks.image_sizes`.',
+        '',
+        '| architecture | parameters | images | compared on | sem | other inputs | external | other inputs |',
+        '|---|---:|---:|---|---:|---:|---:|---:|',
+        *(_architecture(row, sizes.get(row.architecture)) for row in sorted(rows, key=lambda row: row.architecture)),
+    ]
 
 
 def _architecture(row: Row, sizes: Record | None) -> str:

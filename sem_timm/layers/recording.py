@@ -40,7 +40,7 @@ def one_node(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        proxy = next((arg for arg in args if isinstance(arg, fx.Proxy)), None)
+        proxy = _proxy_in(args)
         if proxy is not None:
             return proxy.tracer.create_proxy('call_function', call, args, kwargs)
         return function(*args, **kwargs)
@@ -57,11 +57,16 @@ def traced_as_leaf(module: nn.Module, *args: Any) -> Any:
     Returns:
         What stands for the result in the trace; None in any other call, and where the module itself is traced.
     """
-    proxy = next((arg for arg in args if isinstance(arg, fx.Proxy)), None)
+    proxy = _proxy_in(args)
     if proxy is None or getattr(proxy.tracer, 'root', module) is module:
         return None
     tracer: Any = proxy.tracer
     return tracer.create_proxy('call_module', tracer.path_of_module(module), args, {})
+
+
+def _proxy_in(args: tuple[Any, ...]) -> fx.Proxy | None:
+    """The first argument that stands for a value in a trace by `torch.fx`."""
+    return next((arg for arg in args if isinstance(arg, fx.Proxy)), None)
 
 
 def refuse_script(module: nn.Module) -> NoReturn:

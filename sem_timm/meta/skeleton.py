@@ -237,17 +237,15 @@ def probe(model: nn.Module, input_size: tuple[int, ...] | None = None, batch_siz
     assert failure is not None
     reason = f'{type(failure).__name__}: {place_of(failure)}'
     part = None if found is None else _part_that_runs(found, batch_size)
-    advice = '\n  Give the shape of one input: plan_model(model, ..., input_size=(3, 224, 224)).'
-    if input_size is not None:
-        advice = ''
+    what, advice = f'does not accept input_size={input_size}:', ''
+    if input_size is None:
+        what = 'could not be run on a meta tensor to learn its shapes.'
+        advice = '\n  Give the shape of one input: plan_model(model, ..., input_size=(3, 224, 224)).'
     if part is not None:
         call = f'plan_model(model.{part[0]}, ..., input_size={part[1]})'
         advice = f'\n  A part of it does, and can be patched where it is: {call}.'
-    if input_size is not None:
-        text = f'{type(model).__name__} does not accept input_size={input_size}: {reason}{advice}'
-        raise OptionError(text) from failure
-    text = f'{type(model).__name__} could not be run on a meta tensor to learn its shapes. {reason}{advice}'
-    raise ModelError(text) from failure
+    kind = ModelError if input_size is None else OptionError
+    raise kind(f'{type(model).__name__} {what} {reason}{advice}') from failure
 
 
 def _image(skeleton: nn.Module, size: tuple[int, ...], batch_size: int) -> torch.Tensor:

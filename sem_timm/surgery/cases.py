@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from sem_timm.errors import GuardError, RefusedError, TraceError
 from sem_timm.meta.layout import Layout, is_learned, layout_of, set_layout, set_learned
 from sem_timm.meta.skeleton import Call, dtype_of, on_meta, probe_call, weightless
+from sem_timm.surgery.aliasing import tensors_in
 from sem_timm.surgery.arguments import bind, forward_signature, passed, same_tensors
 from sem_timm.surgery.decisions import FITS
 from sem_timm.surgery.placement import Placement, Placer
@@ -46,7 +47,7 @@ def layouts_of_arguments(reader: Reader, name: str) -> dict[str, tuple[Layout | 
     """The layouts of the tensors in each argument of the call of a module; whether one is learned that has none."""
     values = bound_arguments(reader.modules[name], reader.probe.calls[name])
     return {
-        key: tuple(layout_of(leaf) or is_learned(leaf) for leaf in _tensors(value)) for key, value in values.items()
+        key: tuple(layout_of(leaf) or is_learned(leaf) for leaf in tensors_in(value)) for key, value in values.items()
     }
 
 
@@ -127,7 +128,7 @@ def _placed(
 
 def _on_meta(value: Any, layouts: tuple[Layout | bool, ...], dtype: torch.dtype, at_least: int) -> Any:
     """An argument without numbers and with its layouts, of a number of samples."""
-    known: Iterator[Layout | bool] = iter(layouts if len(layouts) == len(_tensors(value)) else ())
+    known: Iterator[Layout | bool] = iter(layouts if len(layouts) == len(tensors_in(value)) else ())
 
     def convert(tensor: Tensor) -> Tensor:
         # Where there was nothing when it was planned, nobody saw what this is made of: only a gradient tells a shared
@@ -148,10 +149,6 @@ def _form(site: Any) -> tuple[Any, ...]:
         widths = (site.shape[-1], site.key_shape[-1], site.value_shape[-1])
         return (site.attribute, site.num_heads, site.head_axis, *widths)
     return site.attribute, site.position, site.channels, site.channel_dim, site.num_prefix_tokens
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _always(*args: Any, **kwargs: Any) -> bool:

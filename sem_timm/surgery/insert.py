@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from sem_timm.errors import TraceError
 from sem_timm.meta.layout import Layout, layout_of
+from sem_timm.surgery.aliasing import tensors_in
 from sem_timm.surgery.arguments import forward_signature
 from sem_timm.surgery.blocks import find_blocks
 from sem_timm.surgery.bytecode import iterates_children
@@ -173,7 +174,7 @@ class Inserter:
             raise Refused(f'there are no positions to pool over: {text} holds nothing but class tokens')
         channel_dim = 1 if layout.channel == 1 else -1
         class_name = type(self.reader.modules[name]).__name__
-        images = next(leaf for leaf in tree_leaves(self.reader.probe.calls[''].args) if isinstance(leaf, Tensor))
+        images = tensors_in(self.reader.probe.calls[''].args)[0]
         channels, windows = shape[layout.channel], max(1, shape[0] // images.shape[0])
         site = Site(name, class_name, position, attribute, shape, tensor.dtype, channels, channel_dim, prefix, windows)
         return replace(site, num_parameters=try_insertion(self.operation, site))

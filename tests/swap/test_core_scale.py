@@ -49,6 +49,14 @@ def without_biases(family: Family) -> nn.Module:
     return model
 
 
+def assert_reproduced(family: Family) -> None:
+    """A model without position biases computes the same with plain attention in place of its own."""
+    base, model = without_biases(family), without_biases(family)
+    swap(model, PlainAttention, input_size=family.input_size)
+    for expected, output in zip(outputs(base, family.images()), outputs(model, family.images()), strict=True):
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     'name',
     [
@@ -64,11 +72,7 @@ def without_biases(family: Family) -> nn.Module:
     ],
 )
 def test_plain_attention_reproduces_the_old_one(name: str) -> None:
-    family = CLASSES[name]
-    base, model = without_biases(family), without_biases(family)
-    swap(model, PlainAttention, input_size=family.input_size)
-    for expected, output in zip(outputs(base, family.images()), outputs(model, family.images()), strict=True):
-        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+    assert_reproduced(CLASSES[name])
 
 
 class Scaled(Projected):

@@ -17,7 +17,7 @@ from tests.lively import lively
 from tests.swap.classes import CLASSES, by_form
 from tests.swap.small_attention import WIDTH, Model, Projected
 from tests.swap.swapping import outputs, swap
-from tests.swap.test_core_scale import PlainAttention, without_biases
+from tests.swap.test_core_scale import PlainAttention, assert_reproduced
 
 SIZE, TOKENS, HEADS = (3, 32, 32), 16, 2
 SEEN = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
@@ -500,8 +500,4 @@ def test_position_biases_go(term: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize('name', by_form(CLASSES))
 def test_in_attentions_of_timm_nothing_goes_but_biases_and_masks_of_windows(name: str) -> None:
-    family = CLASSES[name]
-    base, model = without_biases(family), without_biases(family)
-    swap(model, PlainAttention, input_size=family.input_size)
-    for expected, output in zip(outputs(base, family.images()), outputs(model, family.images()), strict=True):
-        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+    assert_reproduced(CLASSES[name])

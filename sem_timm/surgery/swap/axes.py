@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from sem_timm.meta.layout import layout_of
 from sem_timm.meta.vocabulary import Kind, kind_of
+from sem_timm.surgery.aliasing import tensors_in
 from sem_timm.surgery.effects import needed_for
 from sem_timm.surgery.evaluate import run_part
 from sem_timm.surgery.graphs import Values, called_module, is_data
@@ -75,7 +76,7 @@ class _Indices(fx.Interpreter):
             return tree_map_only(Tensor, self._ones, value)
         # What has weights computes new features: the number of each channel starts anew, and samples stay apart.
         if (n.op == 'call_module' and not self._is_free(n)) or kind_of(n) in (Kind.LAYER, Kind.NORM):
-            inputs = [leaf for leaf in tree_leaves(self.fetch_args_kwargs_from_env(n)) if isinstance(leaf, Tensor)]
+            inputs = tensors_in(self.fetch_args_kwargs_from_env(n))
             return tree_map_only(Tensor, lambda out: self._handed_on(out, inputs), self.known[n])
         return super().run_node(n)
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from sem_timm.meta.layout import is_learned, layout_of
 from sem_timm.meta.skeleton import filled
 from sem_timm.meta.vocabulary import PASSING_LAYERS, Kind, kind_of, order_of
+from sem_timm.surgery.aliasing import tensors_in
 from sem_timm.surgery.graphs import Values, called_module
 
 # Added to a logit, it switches a pair off, to say nothing of minus infinity; penalties that are weighed lie above.
@@ -69,7 +70,7 @@ def only_adds(node: fx.Node, module: nn.Module, values: Values) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     given: Any = map_arg((node.args[1:], node.kwargs), values.__getitem__)
-    beside = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
+    beside = tensors_in(given)
     # A mask among them would be applied in there, where nobody sees it; an index is none.
     if any(not is_learned(each) and layout_of(each) is None for each in beside if each.dtype not in _INDICES):
         return False

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from sem_timm.errors import TraceError
 from sem_timm.meta.layout import layout_of
 from sem_timm.meta.vocabulary import Kind, names_of
+from sem_timm.surgery.aliasing import tensors_in
 from sem_timm.surgery.bytecode import names_called, names_called_by
 from sem_timm.surgery.cases import run_other_case
 from sem_timm.surgery.graphs import Values, Verdict, ancestors
@@ -196,7 +197,7 @@ class Swapper:
 
     def _pools(self, name: str, reading: Reading) -> bool:
         output = reading.values[False][next(iter(reversed(reading.trace.graphs[False].nodes)))]
-        tensors = [leaf for leaf in tree_leaves(list(reading.trace.values.values())) if isinstance(leaf, Tensor)]
+        tensors = tensors_in(list(reading.trace.values.values()))
         return isinstance(output, Tensor) and bool(tensors) and output.ndim == 2 and tensors[0].ndim > 2
 
     def _site(self, name: str, attribute: str, core: Core, values: Values, reading: Reading) -> AttentionSite:

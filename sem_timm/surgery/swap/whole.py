@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sem_timm.meta.layout import is_learned, layout_of
 from sem_timm.meta.skeleton import Call, filled
 from sem_timm.random_state import preserved_random_state
+from sem_timm.surgery.aliasing import tensors_in
 from sem_timm.surgery.arguments import forward_signature
 from sem_timm.surgery.graphs import Values
 from sem_timm.surgery.placement import Placement, free_names, written
@@ -90,7 +91,7 @@ def check_terms(cores: list[Core], module: nn.Module, values: Values, operation:
 def check_stored(module: nn.Module, call: Call) -> None:
     """Raises Refused if a module whose attention is not read holds, or is given, what may be a mask."""
     tokens = call.output.shape[1]
-    given = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
+    given = tensors_in((call.args, call.kwargs))
     for value in (*module.buffers(), *(each for each in given if layout_of(each) is None)):
         is_index = not value.is_floating_point() and value.dtype != torch.bool
         if tuple(value.shape[-2:]) == (tokens, tokens) and not is_index and not is_learned(value):
@@ -108,7 +109,7 @@ def check_order(module: nn.Module, call: Call) -> None:
         return torch.rand(like.shape, generator=generator, dtype=torch.float64) * 0.01
 
     given: Any = tree_map_only(Tensor, numbers, (call.args, call.kwargs))
-    tokens = next(leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor))
+    tokens = tensors_in(given)[0]
     tried = filled(module, generator).double()
     outputs = []
     try:
