@@ -17,6 +17,7 @@ from sem_timm.layers import attention_names, timm_attention_names
 from sem_timm.layers.operators import PUBLISHED_EXCITATIONS
 from tests.families import FAMILIES
 from tests.snapshot import assert_same, snapshot
+from tests.thorough import first_of_each
 
 OWN = ('sem', *PUBLISHED_EXCITATIONS, 'external2d')
 TIMM = tuple(f'timm_{name}' for name in timm_attention_names())
@@ -30,43 +31,46 @@ def test_operation_names() -> None:
     assert set(names) - {*sem_timm.excitation_names()} == {*INSERTIONS, *attention_names()} - {*PUBLISHED_EXCITATIONS}
 
 
-@pytest.mark.parametrize('name', INSERTIONS)
-def test_every_operation_by_its_name(name: Any) -> None:
-    """A network of maps of 8 x 8, one of tokens with prefix tokens, one with channels last."""
-    places = {'resnet': r'layer2\.0', 'vit_registers': r'blocks\.1', 'swin': r'layers\.0\.blocks\.1'}
-    for family_name, target in places.items():
-        family = FAMILIES[family_name]
-        model = family.create()
-        before = snapshot(model)
-        with torch.no_grad():
-            expected = model(family.images())
-        if name == 'timm_halo' and family_name == 'vit_registers':  # its blocks are of 8 x 8; there are 4 x 4 tokens
-            with pytest.raises(
-                sem_timm.RefusedError, match=r'blocks\.1: timm_halo does not work on \(B, 21, 64\): \w+'
-            ):
-                sem_timm.plan_model(model, name, target=target, input_size=family.input_size)
-            continue
-        plan = sem_timm.plan_model(model, name, target=target, input_size=family.input_size)
-        assert len(plan) == 1
-        total = sum(p.numel() for p in model.parameters())
-        sem_timm.patch_model(model, plan)
-        assert sum(p.numel() for p in model.parameters()) - total == plan.num_parameters
-        with torch.no_grad():
-            same = torch.equal(expected, model(family.images()))
-        identity = plan.to_dict()['identity']
-        # timm's non-local block happens to start at zero too, up to rounding.
-        assert same == identity or name == 'timm_nl', family_name
-        assert ('stay bit for bit the same' in str(plan)) == identity and ('outputs change' in str(plan)) != identity
-        sem_timm.unpatch_model(model)
-        before['rng'] = torch.get_rng_state()
-        assert_same(before, snapshot(model))
+# A block with maps of 8 x 8, one of tokens with prefix tokens, one with channels last.
+PLACES = {'resnet': r'layer2\.0', 'vit_registers': r'blocks\.1', 'swin': r'layers\.0\.blocks\.1'}
+CELLS = [('sem', place) for place in PLACES] + [(name, place) for place in PLACES for name in INSERTIONS[1:]]
+
+
+@pytest.mark.parametrize(
+    ('name', 'place'), first_of_each(CELLS, lambda name, place: (name, place if name in ('sem', 'timm_halo') else None))
+)
+def test_every_operation_by_its_name(name: Any, place: str) -> None:
+    family, target = FAMILIES[place], PLACES[place]
+    model = family.create()
+    before = snapshot(model)
+    if name == 'timm_halo' and place == 'vit_registers':  # its blocks are of 8 x 8; there are 4 x 4 tokens
+        with pytest.raises(sem_timm.RefusedError, match=r'blocks\.1: timm_halo does not work on \(B, 21, 64\): \w+'):
+            sem_timm.plan_model(model, name, target=target, input_size=family.input_size)
+        return
+    with torch.no_grad():
+        expected = model(family.images())
+    plan = sem_timm.plan_model(model, name, target=target, input_size=family.input_size)
+    assert len(plan) == 1
+    total = sum(p.numel() for p in model.parameters())
+    sem_timm.patch_model(model, plan)
+    assert sum(p.numel() for p in model.parameters()) - total == plan.num_parameters
+    with torch.no_grad():
+        same = torch.equal(expected, model(family.images()))
+    identity = plan.to_dict()['identity']
+    # timm's non-local block happens to start at zero too, up to rounding.
+    assert same == identity or name == 'timm_nl'
+    assert ('stay bit for bit the same' in str(plan)) == identity and ('outputs change' in str(plan)) != identity
+    sem_timm.unpatch_model(model)
+    before['rng'] = torch.get_rng_state()
+    assert_same(before, snapshot(model))
 
 
 @pytest.mark.parametrize('name', INSERTIONS)
 def test_every_operation_on_a_whole_network_learns(name: Any) -> None:
+    size = 256 if name == 'timm_halo' else 64  # in every stage its blocks of 8 x 8
     model = FAMILIES['resnet'].create()
-    sem_timm.patch_model(model, name, input_size=(3, 256, 256))
-    model(FAMILIES['resnet'].images(2, 256)).square().mean().backward()
+    sem_timm.patch_model(model, name, input_size=(3, size, size))
+    model(FAMILIES['resnet'].images(2, size)).square().mean().backward()
     for record in sem_timm.patched_modules(model):
         new = list(model.get_submodule(f'{record.name}.{record.inserted[0]}').parameters())
         assert not new or any(p.grad is not None and p.grad.any() for p in new)
@@ -74,7 +78,8 @@ def test_every_operation_on_a_whole_network_learns(name: Any) -> None:
 
 def test_identities_are_the_operations_of_this_package() -> None:
     model = FAMILIES['resnet'].create()
-    plans = {name: sem_timm.plan_model(model, name, input_size=(3, 256, 256)) for name in INSERTIONS}
+    place = {'target': PLACES['resnet'], 'input_size': (3, 64, 64)}
+    plans = {name: sem_timm.plan_model(model, name, **place) for name in INSERTIONS}
     identities = {name for name, plan in plans.items() if plan.to_dict()['identity']}
     assert identities == set(OWN)
     assert not sem_timm.plan_model(model, init='paper').operation.is_identity

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import sem_timm
+from tests.thorough import first_of_each
 
 QUICKSTART = Path(__file__).parents[1] / 'examples' / 'quickstart.py'
 SEEN = {'chelsea': 'cat', 'coffee': 'espresso', 'rocket': 'missile', 'china': 'palace', 'flower': 'daisy'}
@@ -72,8 +75,23 @@ def test_digits_are_split_without_overlap_and_normalised(quickstart: ModuleType,
     assert -1 <= images.min() < -0.9 and 0.9 < images.max() <= 1
 
 
-def test_whole_run_holds_each_statement(quickstart: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert quickstart.main(num_steps=16, image_size=32)
+@pytest.mark.parametrize(('num_steps', 'test_images'), first_of_each([(8, 128), (16, None)]))
+def test_whole_run_holds_each_statement(
+    num_steps: int,
+    test_images: int | None,
+    quickstart: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    load = quickstart.load_digit_images
+
+    def fewer(*args: Any) -> Any:
+        digits = load(*args)
+        images, labels = digits.test_images[:test_images], digits.test_labels[:test_images]
+        return dataclasses.replace(digits, test_images=images, test_labels=labels)
+
+    monkeypatch.setattr(quickstart, 'load_digit_images', fewer)
+    assert quickstart.main(num_steps=num_steps, image_size=32)
     printed = capsys.readouterr().out
     assert 'blocks.6.0' in printed and '16 sites' in printed
     assert '8 of 8 statements hold' in printed

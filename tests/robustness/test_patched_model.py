@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.robustness.patched_model import PatchedModel
+from tests.thorough import first_of_each
 
 
 def _run(examples: int, steps: int, *, derandomize: bool) -> None:
@@ -21,8 +22,9 @@ def _run(examples: int, steps: int, *, derandomize: bool) -> None:
     run_state_machine_as_test(PatchedModel, settings=options)
 
 
-def test_any_order_of_calls() -> None:
-    _run(40, 15, derandomize=True)
+@pytest.mark.parametrize('examples', first_of_each([12, 40]))
+def test_any_order_of_calls(examples: int) -> None:
+    _run(examples, 15, derandomize=True)
 
 
 @pytest.mark.slow

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from tests.robustness.network_check import OPERATIONS, check_network
 from tests.robustness.network_source import describe, random_network
-
-# The same networks in every run; benchmarks/random_networks.py draws others.
-few = settings(
-    max_examples=60,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
-)
+from tests.thorough import first_of_each
 
 
-@few
-@given(st.randoms(use_true_random=False), st.sampled_from(sorted(OPERATIONS)))
-def test_a_patched_network_is_its_base_or_refused(draw: random.Random, operation: str) -> None:
-    network = random_network(draw)
-    note(describe(network))
-    check_network(network, OPERATIONS[operation])
+def few(examples: int) -> settings:
+    """The same examples in every run; benchmarks/random_networks.py draws others."""
+    return settings(
+        max_examples=examples,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
+    )
+
+
+@pytest.mark.parametrize('examples', first_of_each([15, 60]))
+def test_a_patched_network_is_its_base_or_refused(examples: int) -> None:
+    @few(examples)
+    @given(st.randoms(use_true_random=False), st.sampled_from(sorted(OPERATIONS)))
+    def check(draw: random.Random, operation: str) -> None:
+        network = random_network(draw)
+        note(describe(network))
+        check_network(network, OPERATIONS[operation])
+
+    check()
 
 
 def test_numbers_stand_for_networks() -> None:
