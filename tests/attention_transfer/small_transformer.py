@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 import sem_timm
 
 SIZE = (1, 16, 16)
+
+_SWAPPED: dict[str, Any] = {}
 
 
 def create(**options: Any) -> nn.Module:
@@ -27,13 +30,22 @@ def create(**options: Any) -> nn.Module:
 
 
 def swapped(operation: Any = 'external', *, model: Any = None, **options: Any) -> Any:
-    """The model with another attention."""
+    """The model with another attention; a copy of one that is swapped once, where no other model is given."""
     if operation == 'external':
         options = {'memory': 8, **options}
+    if model is not None:
+        return _swapped(operation, model, options)
+    key = repr((operation, sorted(options.items())))
+    if key not in _SWAPPED:
+        _SWAPPED[key] = _swapped(operation, create(), options)
+    return copy.deepcopy(_SWAPPED[key])
+
+
+def _swapped(operation: Any, model: Any, options: dict[str, Any]) -> Any:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter('ignore', sem_timm.SwapWarning)
         torch.manual_seed(0)
-        return sem_timm.patch_model(create() if model is None else model, operation, **{'input_size': SIZE, **options})
+        return sem_timm.patch_model(model, operation, **{'input_size': SIZE, **options})
 
 
 def batches(count: int = 4, size: int = 16) -> list[Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import json
 import warnings
@@ -61,6 +63,12 @@ def patch(model: nn.Module, *calls: tuple[Any, dict[str, Any]], input_size: tupl
 
 
 def of_case(case: str) -> Any:
+    """A copy of the model of a case, which is patched once."""
+    return copy.deepcopy(_of_case(case))
+
+
+@functools.cache
+def _of_case(case: str) -> Any:
     name, calls = CASES[case]
     return patch(base(name), *calls, input_size=FAMILIES[name].input_size)
 

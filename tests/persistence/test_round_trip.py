@@ -26,8 +26,8 @@ from tests.twins import inserted
 
 @pytest.mark.parametrize('case', CASES)
 def test_patch_comes_back(tmp_path: Path, case: str) -> None:
-    name, _ = CASES[case]
-    model, other = of_case(case), base(name)
+    name, calls = CASES[case]
+    model, other = patch(base(name), *calls, input_size=FAMILIES[name].input_size), base(name)
     before = snapshot(model)
     assert sem_timm.save_patch(model, tmp_path) == tmp_path
     assert_same(before, snapshot(model))

@@ -33,7 +33,12 @@ SAMPLE = {
 }
 
 
-@pytest.mark.parametrize('architecture', first_of_each(SAMPLE, count=4))
+def replaced(architecture: str) -> tuple[bool, bool]:
+    external, eamlp = SAMPLE[architecture]
+    return external > 0, eamlp > 0
+
+
+@pytest.mark.parametrize('architecture', first_of_each(SAMPLE, replaced))
 def test_table_says_what_a_plan_finds(architecture: str) -> None:
     table = read_table()
     with torch.device('meta'):

@@ -116,7 +116,7 @@ _SMALLER: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    'name', by_form(names[0] for names in CLASSES_OF.values()), ids=lambda name: CLASSES[name].architecture
+    'name', first_of_each(names[0] for names in CLASSES_OF.values()), ids=lambda name: CLASSES[name].architecture
 )
 def test_as_published_without_weights(name: str) -> None:
     architecture = CLASSES[name].architecture
