@@ -11,10 +11,16 @@ from tests.thorough import first_of_each
 from tests.zoo_check import check
 from tests.zoo_subject import OPERATIONS, Subject, own_architectures
 
-SAMPLE = sorted(random.Random(date.today().isoformat()).sample(own_architectures(), 30))
+SMALL = ('atto', 'femto', 'pico', 'nano', 'tiny')
+
+# Every run has the first one, which is no large one if its name can tell.
+SAMPLE = sorted(
+    random.Random(date.today().isoformat()).sample(own_architectures(), 30),
+    key=lambda name: (not any(size in name for size in SMALL), name),
+)
 
 
-@pytest.mark.parametrize('architecture', first_of_each(SAMPLE, count=2))
+@pytest.mark.parametrize('architecture', first_of_each(SAMPLE))
 def test_nothing_about_a_model_changes_but_what_should(architecture: str) -> None:
     subject = Subject(architecture)
     results = {operation: check(subject, operation) for operation in OPERATIONS}

@@ -75,7 +75,9 @@ WHOLE += ('models.swin_transformer.WindowAttention', 'models.tnt.Attention', 'mo
 
 
 @pytest.mark.parametrize('name', WHOLE)
-@pytest.mark.parametrize('weights', first_of_each([pytest.param(Family.create, id='biased'), pytest.param(as_initialised, id='initial')]))
+@pytest.mark.parametrize(
+    'weights', first_of_each([pytest.param(Family.create, id='biased'), pytest.param(as_initialised, id='initial')])
+)
 def test_eamlp_keeps_the_variance(name: str, weights: Any) -> None:
     family = CLASSES[name]
     assert_within_a_factor_of_two(ratios_on_images(weights(family), family, 'eamlp'))
