@@ -20,7 +20,7 @@ def loaded(folder: Path) -> torch.Tensor:
     return outputs(sem_timm.load_patch(base(), folder, check_base='error'))
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def two() -> list[Any]:
     return [patch(base()), patch(base(), ('sem', {'reduction': 4}))]
 
