@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ import sem_timm
 from tests.families import Family
 from tests.twins import inserted
 
+_SWAPPED: dict[str, Any] = {}
+
 
 def swap(model: nn.Module, operation: Any = 'external', **options: Any) -> Any:
     """The model with its attention swapped, which warns that it needs training."""
@@ -23,8 +26,14 @@ def swap(model: nn.Module, operation: Any = 'external', **options: Any) -> Any:
 def swapped(
     family: Family, operation: Any = 'external', *, create: dict[str, Any] | None = None, **options: Any
 ) -> Any:
-    """A new model of a family with its attention swapped."""
-    return swap(family.create(**(create or {})), operation, input_size=family.input_size, **options)
+    """A new model of a family with its attention swapped: a copy of one that is made once, from the same seed."""
+    key = repr((family, operation, create, options))
+    if key not in _SWAPPED:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = family.create(**(create or {}))
+            _SWAPPED[key] = swap(model, operation, input_size=family.input_size, **options)
+    return copy.deepcopy(_SWAPPED[key])
 
 
 def tensors(value: Any) -> list[Tensor]:

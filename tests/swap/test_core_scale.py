@@ -57,20 +57,21 @@ def assert_reproduced(family: Family) -> None:
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    'name',
-    [
-        'models.swin_transformer.WindowAttention',  # queries are scaled before the product
-        'models.swin_transformer_v2.WindowAttention',  # cosines with a parameter of each head
-        'models.swin_transformer_v2_cr.WindowMultiHeadAttention',
-        'models.efficientvit_msra.CascadedGroupAttention',  # queries are scaled and then transposed
-        'models.mvitv2.MultiScaleAttention',
-        'models.gcvit.WindowAttentionGlobal',
-        'models.gemma4_vit.Gemma4Attention',  # a call with scale=1
-        'models.visformer.Attention',  # products are scaled
-        'layers.attention.Attention',
-    ],
+# Classes whose logits are scaled in different ways; `test_terms` has all others.
+SCALES = (
+    'models.swin_transformer.WindowAttention',  # queries are scaled before the product
+    'models.swin_transformer_v2.WindowAttention',  # cosines with a parameter of each head
+    'models.swin_transformer_v2_cr.WindowMultiHeadAttention',
+    'models.efficientvit_msra.CascadedGroupAttention',  # queries are scaled and then transposed
+    'models.mvitv2.MultiScaleAttention',
+    'models.gcvit.WindowAttentionGlobal',
+    'models.gemma4_vit.Gemma4Attention',  # a call with scale=1
+    'models.visformer.Attention',  # products are scaled
+    'layers.attention.Attention',
 )
+
+
+@pytest.mark.parametrize('name', SCALES)
 def test_plain_attention_reproduces_the_old_one(name: str) -> None:
     assert_reproduced(CLASSES[name])
 

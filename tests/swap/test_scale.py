@@ -59,9 +59,9 @@ def assert_within_a_factor_of_two(ratios: dict[str, float]) -> None:
 
 def ratios_on_images(base: nn.Module, family: Family, operation: str) -> dict[str, float]:
     """Ratios of the variances on what the modules get inside the model, from images that patching did not see."""
-    plan = sem_timm.plan_model(base, operation, input_size=family.input_size)
-    model = swap(copy.deepcopy(base), operation, input_size=family.input_size)
-    return variances(base, model, calls_of_attention(base, plan, family.images(4)))
+    model = copy.deepcopy(base)
+    plan = sem_timm.plan_model(model, operation, input_size=family.input_size)
+    return variances(base, swap(model, plan), calls_of_attention(base, plan, family.images(4)))
 
 
 @pytest.mark.parametrize('name', by_form(CLASSES))
@@ -101,9 +101,9 @@ def test_eamlp_keeps_the_variance(name: str, weights: Any) -> None:
 def test_external_attention_keeps_the_variance_with_initial_weights(architecture: str) -> None:
     base = as_initialised(Family(architecture))
     images = torch.randn(2, *base.default_cfg['input_size'], generator=torch.Generator().manual_seed(1))
-    plan = sem_timm.plan_model(base, 'external')
-    model = swap(copy.deepcopy(base), 'external')
-    assert_within_a_factor_of_two(variances(base, model, calls_of_attention(base, plan, images)))
+    model = copy.deepcopy(base)
+    plan = sem_timm.plan_model(model, 'external')
+    assert_within_a_factor_of_two(variances(base, swap(model, plan), calls_of_attention(base, plan, images)))
 
 
 def test_the_start_depends_on_the_seed_alone() -> None:

@@ -48,19 +48,19 @@ def unreached(model: nn.Module, family: Family) -> set[str]:
     return without_gradient(model)
 
 
-def assert_the_plan_agrees_with_autograd(family: Family, operation: str, **options: Any) -> tuple[str, ...]:
+def assert_the_plan_agrees_with_autograd(family: Family, operation: str, **options: Any) -> sem_timm.Plan:
     model, other = family.create(), family.create()
     plan = sem_timm.plan_model(other, operation, input_size=family.input_size, **options)
     swap(other, plan)
     frozen = {name for name, parameter in other.named_parameters() if not parameter.requires_grad}
     assert frozen == set(plan.unread)
     assert unreached(other, family) - unreached(model, family) == set(plan.unread)
-    return plan.unread
+    return plan
 
 
 @pytest.mark.parametrize('name', by_form(FAMILIES))
 def test_the_plan_names_the_parameters_that_autograd_no_longer_reaches(name: str) -> None:
-    unread = assert_the_plan_agrees_with_autograd(FAMILIES[name], 'external')
+    unread = assert_the_plan_agrees_with_autograd(FAMILIES[name], 'external').unread
     assert unread
 
 
@@ -70,7 +70,7 @@ def test_the_plan_names_the_parameters_that_autograd_no_longer_reaches(name: str
 )
 @pytest.mark.parametrize('operation', ['efficient', 'linear', 'catt', 'caam'])
 def test_where_keys_are_read_only_position_biases_are_not(name: str, operation: str) -> None:
-    unread = assert_the_plan_agrees_with_autograd(FAMILIES[name], operation)
+    unread = assert_the_plan_agrees_with_autograd(FAMILIES[name], operation).unread
     tables = ('rel_pos', 'relative_position', 'cpb_mlp', 'logit_scale')
     assert unread and all(any(table in parameter for table in tables) for parameter in unread)
 
@@ -78,18 +78,17 @@ def test_where_keys_are_read_only_position_biases_are_not(name: str, operation: 
 @pytest.mark.parametrize('name', ['layers.attention.Attention', 'models.levit.Attention', 'models.convit.MHSA'])
 def test_nothing_of_a_replaced_module_is_read(name: str) -> None:
     family = CLASSES[name]
-    unread = assert_the_plan_agrees_with_autograd(family, 'eamlp')
-    model = family.create()
-    modules = {site.name for site in sem_timm.plan_model(model, 'eamlp', input_size=family.input_size)}
-    inside = [n for n, _ in model.named_parameters() if any(n.startswith(f'{module}.') for module in modules)]
-    assert list(unread) == inside
+    plan = assert_the_plan_agrees_with_autograd(family, 'eamlp')
+    modules = {site.name for site in plan}
+    names = (name for name, _ in family.create().named_parameters())
+    assert [*plan.unread] == [name for name in names if any(name.startswith(f'{module}.') for module in modules)]
 
 
 def test_a_table_that_a_kept_block_still_reads_is_trained() -> None:
     family = SHARED_TABLES['beit shared']
-    unread = assert_the_plan_agrees_with_autograd(family, 'external', target='blocks.0.attn')
+    unread = assert_the_plan_agrees_with_autograd(family, 'external', target='blocks.0.attn').unread
     assert unread == ('blocks.0.attn.v_bias',)
-    both = assert_the_plan_agrees_with_autograd(family, 'external')
+    both = assert_the_plan_agrees_with_autograd(family, 'external').unread
     assert both == ('rel_pos_bias.relative_position_bias_table', *(f'blocks.{i}.attn.v_bias' for i in range(2)))
 
 
@@ -206,7 +205,7 @@ def test_what_is_returned_and_not_used_is_unread(use: bool) -> None:
 
 def test_values_that_only_lend_their_type_are_unread() -> None:
     family = Family('eva02_base_patch14_448', 56, options={'img_size': 56, 'depth': 1, 'embed_dim': 64, 'num_heads': 2})
-    unread = assert_the_plan_agrees_with_autograd(family, 'external')
+    unread = assert_the_plan_agrees_with_autograd(family, 'external').unread
     assert {'blocks.0.attn.v_proj.weight', 'blocks.0.attn.v_proj.bias', 'blocks.0.attn.k_proj.weight'} <= set(unread)
 
 
