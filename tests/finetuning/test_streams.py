@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sem_timm.finetuning import finetune
-from tests.finetuning.processes import arguments, finish
+from tests.finetuning.processes import arguments, finish, resume
 from tests.finetuning.small_runs import CLASSES, NUM_TRAIN, NUM_VALIDATION, column, stop_small
 from tests.thorough import thorough
 
@@ -44,7 +44,19 @@ def _add(shard: tarfile.TarFile, name: str, content: bytes) -> None:
 def test_shards_are_learned_and_gone_on_with(shards: Path, tmp_path: Path) -> None:
     stop_small(f'wds/{shards}', tmp_path / 'run', 8, num_classes=3, workers=2)
     result = finetune(resume=str(tmp_path / 'run'), progress=False)
-    assert (*result.num_images,) == (NUM_TRAIN * 3, NUM_VALIDATION * 3) and result.num_steps == 12
+    assert result.num_images == (NUM_TRAIN * 3, NUM_VALIDATION * 3) and result.num_steps == 12
+    assert column(tmp_path / 'run', 'step') == [str(step) for step in range(1, 13)]
+
+
+@thorough
+def test_shards_are_learned_in_processes_of_their_own(shards: Path, tmp_path: Path) -> None:
+    given = ('--num-classes', '3', '--epochs', '2', '--workers', '2', '--no-progress')
+    stopped = finish(arguments(f'wds/{shards}', tmp_path / 'run', *given, '--stop-at', '8'))
+    assert stopped.returncode == 143, stopped.stderr
+    done = finish(resume(tmp_path / 'run', '--json'))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result['num_images'] == [NUM_TRAIN * 3, NUM_VALIDATION * 3] and result['num_steps'] == 12
     assert column(tmp_path / 'run', 'step') == [str(step) for step in range(1, 13)]
 
 
