@@ -20,7 +20,7 @@ from sem_timm.layers.recording import may_write_over
 
 # The batch norms of torch on a CPU and on GPUs, and the product, which is what layer scale and drop path are.
 _BATCH_NORMS = ('NativeBatchNormBackward0', 'CudnnBatchNormBackward0', 'MiopenBatchNormBackward0')
-_PRODUCT = 'MulBackward0'
+_PRODUCT, _PERMUTED, _SAME = 'MulBackward0', 'PermuteBackward0', 'AliasBackward0'
 
 # Sums over half precision are computed in float32, of so many parts of the batch, one after the other.
 _HALF, _PARTS = (torch.float16, torch.bfloat16), 8
@@ -33,6 +33,7 @@ class Kept:
     Attributes:
         node: The step of the backward that keeps the other tensor, until it was run itself.
         name: Under which name it does.
+        order: The axes of what it keeps, in the order of those of the tensor.
         positions: The axes of positions.
         scale: Broadcasts to the tensor, and is the same at all positions.
         offset: The same; None where there is none.
@@ -40,19 +41,25 @@ class Kept:
 
     node: Any
     name: str
+    order: tuple[int, ...]
     positions: tuple[int, ...]
     scale: Tensor
     offset: Tensor | None
 
+    @property
+    def kept(self) -> Tensor:
+        """What is kept, which is an error once it was freed."""
+        kept: Tensor = getattr(self.node, self.name)
+        return kept.permute(self.order)
+
     def again(self) -> Tensor:
         """The tensor."""
-        kept: Tensor = getattr(self.node, self.name)
-        product = kept * self.scale
+        product = self.kept * self.scale
         return product if self.offset is None else product + self.offset
 
     def dot(self, other: Tensor) -> Tensor:
         """The sums over positions of the tensor times another one of its shape, (B, C)."""
-        products, sums = _sums_of(getattr(self.node, self.name), other, self.positions)
+        products, sums = _sums_of(self.kept, other, self.positions)
         products = products * self.scale.squeeze(self.positions)
         return products if self.offset is None else torch.addcmul(products, sums, self.offset.squeeze(self.positions))
 
@@ -65,8 +72,7 @@ def _sums_of(kept: Tensor, other: Tensor, positions: tuple[int, ...]) -> tuple[T
             rows = (1, one.shape[0] * one.shape[1], -1)
             sums, products = _gradients(one.view(rows), two.view(rows))
             return products.view(one.shape[:2]), sums.view(one.shape[:2])
-        layout = torch.channels_last
-        if other.device.type == 'cpu' and all(each.is_contiguous(memory_format=layout) for each in (one, two)):
+        if other.device.type == 'cpu' and all(each.permute(0, 2, 3, 1).is_contiguous() for each in (one, two)):
             sums, products = map(torch.stack, zip(*map(_gradients, one.split(1), two.split(1))))
             return products, sums
     sums = other.sum(positions, dtype=_sum_type(other))
@@ -89,9 +95,9 @@ def _gradients(other: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _channels_second(x: Tensor, positions: tuple[int, ...]) -> Tensor:
-    """As (B, C, height, width), where there are no more axes than that."""
+    """(B, C, height, width), or one axis or three of them, as one of two; a view where memory allows it."""
     x = x if positions[0] == 2 else x.movedim(-1, 1)
-    return x.unsqueeze(-1) if x.ndim == 3 else x
+    return x.flatten(3) if x.ndim > 4 else x[..., None] if x.ndim == 3 else x
 
 
 def _sum_type(x: Tensor) -> torch.dtype:
@@ -114,7 +120,7 @@ def kept_of(y: Tensor, positions: tuple[int, ...]) -> Kept | None:
         # The bias of a norm that does not learn is nowhere in the graph. One position tells it.
         if y.dtype in _HALF:
             return None
-        kept = getattr(found.node, found.name)
+        kept = found.kept
         for axis in positions:
             y, kept = y.narrow(axis, 0, 1), kept.narrow(axis, 0, 1)
         return replace(found, offset=y - kept * found.scale)
@@ -139,17 +145,22 @@ def _made_by(node: Any, y: Tensor, positions: tuple[int, ...]) -> Kept | None:
     """How the result of a step, of the shape of ``y``, follows from what the step keeps, or one before it."""
     if node is None:
         return None
+    if node.name() == _SAME:
+        return _made_by(node.next_functions[0][0], y, positions)
+    if node.name() == _PERMUTED:
+        return _permuted(node, y, positions)
     if node.name() in _BATCH_NORMS and positions[0] == 2:
         return _normalized(node, y, positions)
     if node.name() != _PRODUCT:
         return None
     for factor, name, edge in (('_saved_other', '_saved_self', 0), ('_saved_self', '_saved_other', 1)):
         scale, kept = getattr(node, factor), getattr(node, name)
-        if scale is None or not _is_the_same_everywhere(scale, y, positions):
+        scale = None if scale is None else _at_one_position(scale, y, positions)
+        if scale is None:
             continue
         if kept is not None:
             scale = scale.reshape((1,) * (y.ndim - scale.ndim) + tuple(scale.shape))
-            return Kept(node, name, positions, scale, None) if kept.shape == y.shape else None
+            return Kept(node, name, tuple(range(y.ndim)), positions, scale, None) if kept.shape == y.shape else None
         # Nobody keeps the input of a drop path, which has nothing to learn; that may follow from something as well.
         before = _made_by(node.next_functions[edge][0], y, positions)
         if before is None:
@@ -157,6 +168,20 @@ def _made_by(node: Any, y: Tensor, positions: tuple[int, ...]) -> Kept | None:
         offset = None if before.offset is None else before.offset * scale
         return replace(before, scale=before.scale * scale, offset=offset)
     return None
+
+
+def _permuted(node: Any, y: Tensor, positions: tuple[int, ...]) -> Kept | None:
+    """The result of a change of order of the axes."""
+    order = tuple((axis - 2**64 if axis >= 2**63 else axis) % y.ndim for axis in node._saved_dims)
+    inverse = tuple(map(order.index, range(y.ndim)))
+    positions_before = tuple(sorted(order[axis] for axis in positions))
+    before = _made_by(node.next_functions[0][0], y.permute(inverse), positions_before)
+    if before is None:
+        return None
+    scale, offset = (None if each is None else each.permute(order) for each in (before.scale, before.offset))
+    assert scale is not None
+    order = tuple(before.order[axis] for axis in order)
+    return replace(before, order=order, positions=positions, scale=scale, offset=offset)
 
 
 def _normalized(node: Any, y: Tensor, positions: tuple[int, ...]) -> Kept:
@@ -171,8 +196,16 @@ def _normalized(node: Any, y: Tensor, positions: tuple[int, ...]) -> Kept:
     bias = getattr(node.next_functions[2][0], 'variable', None)
     shape = (1, -1, *(1 for _ in positions))
     offset = None if bias is None else (bias - mean * scale).view(shape)
-    return Kept(node, '_saved_input', positions, scale.view(shape), offset)
+    return Kept(node, '_saved_input', tuple(range(y.ndim)), positions, scale.view(shape), offset)
 
 
-def _is_the_same_everywhere(scale: Tensor, y: Tensor, positions: tuple[int, ...]) -> bool:
-    return all(axis < y.ndim - scale.ndim or scale.shape[axis - (y.ndim - scale.ndim)] == 1 for axis in positions)
+def _at_one_position(scale: Tensor, y: Tensor, positions: tuple[int, ...]) -> Tensor | None:
+    """What a tensor is multiplied by, with an axis of length one for all positions; None where they differ."""
+    for axis in positions:
+        axis -= y.ndim
+        if -axis > scale.ndim or scale.shape[axis] == 1:
+            continue
+        if scale.stride(axis) != 0:
+            return None
+        scale = scale.narrow(axis, 0, 1)
+    return scale

@@ -64,6 +64,24 @@ class DropPath(nn.Module):
         return x * torch.tensor([0.0, 2.0, 2.0], dtype=x.dtype).view(-1, *(1 for _ in x.shape[1:]))
 
 
+class Permuted(nn.Module):
+    """Changes the order of axes, and takes all of the first one."""
+
+    def __init__(self, *order: int) -> None:
+        super().__init__()
+        self.order = order
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(self.order)[...]
+
+
+class Expanded(nn.Module):
+    """A gate that is as large as its input, as ECA's is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.mean((2, 3), keepdim=True).sigmoid().expand_as(x)
+
+
 class Half(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * 0.5
@@ -87,6 +105,18 @@ ENDINGS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     'layer scale': (lambda: LayerScale(CHANNELS, 1, 1), MAPS),
     'layer scale, tokens': (lambda: LayerScale(CHANNELS), TOKENS),
     'layer scale, channels last': (lambda: LayerScale(CHANNELS, first=True), (3, 4, 5, CHANNELS)),
+    'layer scale, then another order of axes': (
+        lambda: nn.Sequential(Permuted(0, 2, 3, 1), LayerScale(CHANNELS), Permuted(0, -1, 1, 2)),
+        MAPS,
+    ),
+    'norm, then another order of axes twice': (
+        lambda: nn.Sequential(Permuted(0, -1, 1, 2), norm(), Half(), Permuted(0, 3, 2, 1), Permuted(0, 2, 1, 3)),
+        (3, 4, 5, CHANNELS),
+    ),
+    'product with a gate of another kind': (
+        lambda: nn.Sequential(norm(), LayerScale(CHANNELS, 1, 1), Expanded()),
+        MAPS,
+    ),
     'one number for all': (lambda: LayerScale(1), MAPS),
     'layer scale and drop path': (lambda: nn.Sequential(LayerScale(CHANNELS, 1, 1), DropPath()), MAPS),
 }
