@@ -82,6 +82,7 @@ __all__ = [
     'on_meta',
     'param_groups_layer_decay',
     'param_groups_weight_decay',
+    'saved_tensors_hooks_in_force',
 ]
 
 
@@ -119,6 +120,12 @@ def forget_compiled() -> None:
     """Has compiled code look anew at modules whose classes changed, which until torch 2.4 it does not by itself."""
     if 'torch._dynamo' in sys.modules and _TORCH < (2, 5):
         torch.compiler.reset()
+
+
+def saved_tensors_hooks_in_force() -> tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]] | None:
+    """The innermost pair of `torch.autograd.graph.saved_tensors_hooks` that is in force, if any is."""
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks or None
 
 
 def logit_distillation_task() -> Callable[..., Any]:

@@ -24,10 +24,6 @@ TIMM = Version(timm.__version__).release
 _COMPLETE = (1, 0, 31)
 
 
-# Whether timm's gradient checkpointing runs a backward inside of the backward.
-CHECKPOINTS_REENTRANTLY = TIMM < (1, 0, 13)
-
-
 def since_timm(release: str, what: str) -> pytest.MarkDecorator:
     """Marks a test of what timm has since a release."""
     return pytest.mark.skipif(Version(release).release > TIMM, reason=f'timm {timm.__version__} has no {what}')

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sem_timm.errors import OptionError, closest
 from sem_timm.layers.excitation import ZeroableExcitation, check_at_least_one
+from sem_timm.layers.gated_sum import follows, gated_sum
 from sem_timm.layers.operators import ExcitationClass, build_operators, check_zeroable
 from sem_timm.layers.pool_and_scale import pooled, scaled
 from sem_timm.layers.recording import refuse_script
@@ -194,7 +195,7 @@ class ChannelGate(nn.Module):
 
     def gate(self, x: Tensor) -> Tensor:
         """The attention vector (B, C) that the input is multiplied by."""
-        return self._gate_pooled(self.pool(x)) * self.gain
+        return self._gate_of(self.pool(x))
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None, shortcut_first: bool = False) -> Tensor:
         """Scale the channels of the input and add the shortcut, if one is given.
@@ -208,7 +209,15 @@ class ChannelGate(nn.Module):
         Returns:
             ``x * gate`` or ``x * gate + shortcut``; the first has shape and type of the input.
         """
-        return scaled(x, self._gate_pooled(self.pool(x)), self.gain, shortcut, shortcut_first, self.channel_dim)
+        kept = follows(x, shortcut, self.channel_dim)
+        if kept is None:
+            return scaled(x, self._gate_pooled(self.pool(x)), self.gain, shortcut, shortcut_first, self.channel_dim)
+        layout = (self.channel_dim, self.num_prefix_tokens)
+        return gated_sum(x, kept, self.pool, self._gate_of, shortcut, shortcut_first, *layout)
+
+    def _gate_of(self, pooled: Tensor) -> Tensor:
+        """The gate for pooled features (B, C)."""
+        return self._gate_pooled(pooled) * self.gain
 
     def _gate_pooled(self, pooled: Tensor) -> Tensor:
         """The product of the operators' sigmoids for pooled features (B, C), before the gain."""

@@ -32,6 +32,15 @@ def may_write_over() -> bool:
     return torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
 
 
+def is_eager(*tensors: torch.Tensor) -> bool:
+    """Whether plain tensors are computed with here and now, with gradients, and nobody writes the operations down."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:
+        return False
+    return may_write_over() and all(type(tensor) is torch.Tensor for tensor in tensors)
+
+
 def one_node(function: Function) -> Function:
     """Makes a function of tensors one node in traces by `torch.fx`, which could not follow what it asks of shapes.
 
