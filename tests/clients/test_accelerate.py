@@ -22,16 +22,23 @@ def test_offloaded(where: str, tmp_path: Path) -> None:
 
     def use(model: Any) -> Any:
         model = copy.deepcopy(model)
+        x = images().to(next(model.parameters()).dtype)
         if where == 'cpu':
             cpu_offload(model, execution_device=torch.device('cpu'))
         else:
             folder = tmp_path / str(len(list(tmp_path.iterdir())))  # of this model alone
             disk_offload(model, str(folder), execution_device=torch.device('cpu'))
         with torch.no_grad():
-            return model(images())
+            return model(x)
 
-    models().compare_with_plain_use(use, images())
-    model = swapped(img_size=64)
+    given = models()
+    for model in (given.plain, given.patched, swapped(img_size=64)):
+        with torch.no_grad():
+            expected = model(images())
+        assert_close(use(model), expected)
+    # A gate that is looked at calls its convolution as a layer, and others as one of an image, which on some CPUs is
+    # rounded otherwise: these are the same numbers, not the same bits.
+    stirred = given.stirred.double()
     with torch.no_grad():
-        expected = model(images())
-    assert_close(use(model), expected)
+        expected = stirred(images().double())
+    assert_close(use(stirred), expected, 1e-13)
