@@ -134,7 +134,7 @@ def load_state_dict_from_path(folder: str) -> dict[str, Tensor]:
     except ImportError as error:  # timm < 1.0.16
         raise MissingPackageError(
             f"source='local-dir' is for folders, which timm {timm.__version__} cannot read. "
-            f"Do: pip install 'timm>=1.0.16', or name the file: pretrained_cfg_overlay=dict(file='{folder}/...')."
+            f"Do: pip install 'timm>=1.0.16', or name a file: pretrained_cfg_overlay=dict(file=...)."
         ) from error
     weights: dict[str, Tensor] = load_state_dict_from_path(folder)
     return weights
