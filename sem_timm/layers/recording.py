@@ -75,7 +75,10 @@ def traced_as_leaf(module: nn.Module, *args: Any) -> Any:
 
 def _proxy_in(args: tuple[Any, ...]) -> fx.Proxy | None:
     """The first argument that stands for a value in a trace by `torch.fx`."""
-    return next((arg for arg in args if isinstance(arg, fx.Proxy)), None)
+    for arg in args:  # not next(..., None), which torch.compile cannot follow in torch 2.4
+        if isinstance(arg, fx.Proxy):
+            return arg
+    return None
 
 
 def refuse_script(module: nn.Module) -> NoReturn:
