@@ -165,8 +165,7 @@ class _Work:
         if part.position == 'core':
             return replace(row, reason=f'{part.operation} took the place of self-attention, and is no factor')
         if name not in self.gates:
-            module = self.copy.get_submodule(name)
-            return replace(row, reason=f'{type(module).__name__} is not a gate of this package')
+            return replace(row, reason=f'{part.operation} is no gate per channel, whose mean could be folded')
         gate, place = self.gates[name], self._place(self.gates[name])
         row = replace(row, channels=gate.module.channels, layers=place.layers, kind=place.kind)
         if name not in self.moments:
@@ -249,15 +248,15 @@ def _compare(expected: Any, given: Any) -> None:
         )
 
 
-def _forget_variant(model: nn.Module) -> None:
+def _forget_variant(model: Any) -> None:
     """Lets a variant say that it is its base: under that name it is saved, and created again."""
-    records = {id(r): r for r in (getattr(model, 'pretrained_cfg', None), getattr(model, 'default_cfg', None))}
-    for record in (record for record in records.values() if isinstance(record, dict)):
-        name = record.get('architecture') or ''
-        base = base_architecture(name)
-        if base != name:
-            record['architecture'] = base
-            prefix = f'{name.removeprefix(base)[1:]}_'
-            arguments: Any = getattr(model, '_model_args', None)
-            if isinstance(arguments, dict):
-                model._model_args = {k: v for k, v in arguments.items() if not k.startswith(prefix)}  # type: ignore[assignment]
+    record = getattr(model, 'pretrained_cfg', None)
+    name = record.get('architecture') or '' if isinstance(record, dict) else ''
+    base = base_architecture(name)
+    if base == name:
+        return
+    assert isinstance(record, dict)
+    model.pretrained_cfg = model.default_cfg = {**record, 'architecture': base}
+    prefix = f'{name.removeprefix(base)[1:]}_'
+    arguments = getattr(model, '_model_args', {})
+    model._model_args = {key: value for key, value in arguments.items() if not key.startswith(prefix)}

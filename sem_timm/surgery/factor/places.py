@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sem_timm.errors import TraceError
+from sem_timm.errors import ModelError, TraceError
 from sem_timm.meta.skeleton import weightless
 from sem_timm.plain import PLAIN_TENSORS
 from sem_timm.surgery.factor.scope import Multiplied, NoPlace
 from sem_timm.surgery.factor.walk import Walk
+from sem_timm.surgery.freeze import check_not_compact
 from sem_timm.surgery.patch import PatchedModule, patched_modules
 from sem_timm.surgery.reading import Reader, Reading, reading_of
 from sem_timm.surgery.residual import last_of_each_output
@@ -62,17 +63,37 @@ def factor_places(model: nn.Module) -> Iterator[FactorPlace]:
     if not parts:
         return
     skeleton = weightless(model)
-    for part in parts:
-        module = skeleton.get_submodule(part.name)
-        edit = edit_of(module)
-        assert edit is not None
-        put_back(module, edit)
-    size = parts[0].input_size
-    with reading_of(skeleton, tuple(size) or None) as reader:
-        finder = _Finder(model, reader, {part.name: f'{part.name} has a module inserted itself' for part in parts})
+    closed = _without_insertions(skeleton)
+    with reading_of(skeleton, tuple(parts[0].input_size) or None) as reader:
+        finder = _Finder(model, reader, closed)
         for part in parts:
             for attribute in part.inserted:
                 yield finder.place(part, attribute)
+
+
+def _without_insertions(skeleton: nn.Module) -> dict[str, str]:
+    """Takes out of a weightless copy what was inserted; returns the modules that no walk may enter, with the reasons.
+
+    What comes behind a core is as before it was swapped, and so read from the module's own class. That a whole module
+    has been replaced, or lost what its old forward reads, cannot be seen there.
+    """
+    closed = {}
+    try:
+        check_not_compact(skeleton)
+        is_whole = True
+    except ModelError:
+        is_whole = False
+    for part in patched_modules(skeleton):
+        module = skeleton.get_submodule(part.name)
+        edit = edit_of(module)
+        assert edit is not None
+        if part.position != 'core':
+            closed[part.name] = f'{part.name} has a module inserted itself'
+        elif not is_whole or getattr(part.operation, 'replaces_module', True):
+            closed[part.name] = f'{part.name} has {part.operation} in place of its self-attention'
+            continue
+        put_back(module, edit)
+    return closed
 
 
 class _Finder:
