@@ -104,9 +104,8 @@ class _Finder:
         self.reader = reader
         self.closed = closed
         held = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-        self.tied = {
-            name for name, p in model.named_parameters(remove_duplicate=False) if held[id(p)] > 1
-        }  # by every name that it has
+        # By every name that it has.
+        self.tied = {name for name, p in model.named_parameters(remove_duplicate=False) if held[id(p)] > 1}
 
     def place(self, part: PatchedModule, attribute: str) -> FactorPlace:
         """The place of the factor of one inserted child."""
@@ -121,14 +120,13 @@ class _Finder:
     def _parameters(self, part: PatchedModule, site: Site) -> tuple[Multiplied, ...]:
         if self.reader.probe.counts.get(part.name, 0) != 1:
             raise NoPlace('its block is called more than once, or not at all')
-        readings = list(self._readings(part.name))
         failure = NoPlace('')
-        for reading in readings:
+        for reading in self._readings(part.name):
             try:
                 walk = Walk(self.reader, self.closed)
                 found, in_training = (self._in_mode(walk, part, site, reading, mode) for mode in (False, True))
             except NoPlace as reason:
-                failure = reason if not failure.args[0] else failure
+                failure = reason
                 continue
             if set(found) != set(in_training):
                 raise NoPlace('in training its branch ends in another layer than in eval mode')
