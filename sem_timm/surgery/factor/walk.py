@@ -16,10 +16,23 @@ import operator
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from sem_timm.errors import TraceError
 from sem_timm.meta.layout import is_learned, layout_of
 from sem_timm.meta.vocabulary import Kind, kind_of, operation_name
+from sem_timm.surgery.factor.kinds import (
+    LAYERS,
+    MOVES,
+    NORMS,
+    NOUNS,
+    ON_LAST_AXIS,
+    PASSED,
+    PASSED_LAYERS,
+    PLACES,
+    POOLING_LAYERS,
+    POOLS,
+)
 from sem_timm.surgery.factor.scope import (
     Multiplied,
     NoPlace,
@@ -36,26 +49,6 @@ from sem_timm.surgery.factor.scope import (
 )
 from sem_timm.surgery.graphs import called_module, output_of, read_by
 from sem_timm.surgery.reading import Reader, Reading
-
-# Functions and layers that a factor of one number per channel, none of them negative, passes.
-PASSED = {'relu', 'leaky_relu', 'dropout', 'avg_pool2d', 'max_pool2d', 'adaptive_avg_pool2d', 'interpolate'}
-_PASSED_LAYERS: tuple[type[nn.Module], ...] = (
-    *(nn.Identity, nn.ReLU, nn.LeakyReLU, nn.Upsample),
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-    *(nn.AvgPool1d, nn.AvgPool2d, nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveAvgPool2d),
-)
-_MOVES = (Kind.RESHAPE, Kind.PERMUTATION, Kind.INDEX, Kind.EXPANSION)
-
-_NOUNS = {'linear': 'linear layer', 'batch_norm': 'batch norm', 'group_norm': 'group norm', 'layer_norm': 'layer norm'}
-_NOUNS |= {'rms_norm': 'RMS norm', 'instance_norm': 'instance norm'}
-_LINEAR = (nn.Linear,)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORMS: dict[type[nn.Module], str] = {
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), 'batch norm'),
-    nn.GroupNorm: 'group norm',
-    nn.LayerNorm: 'layer norm',
-    **({nn.RMSNorm: 'RMS norm'} if hasattr(nn, 'RMSNorm') else {}),
-}
 
 
 class Walk:
@@ -185,12 +178,12 @@ class Walk:
         count = self.reader.probe.counts.get(name, 0)
         if count != 1 and any(True for _ in called.parameters()):  # without any, as drop path, it may serve several
             raise NoPlace(f'{name} is called {count} times')
-        if nn.utils.parametrize.is_parametrized(called):
+        if is_parametrized(called):
             raise NoPlace(f'the weights of {name} are parametrised')
         self.through[name] = None
-        if type(called) in _PASSED_LAYERS:
+        if type(called) in PASSED_LAYERS or (type(called) in POOLING_LAYERS and wanted.axis == 1):
             return self._read(scope, first_of(node), wanted, node)
-        if type(called) in _LINEAR or type(called) in _CONVOLUTIONS or type(called) in _NORMS:
+        if type(called) in LAYERS:
             return self._layer(scope, node, name, called, wanted)
         try:
             reading = self.reader.read(name)
@@ -202,16 +195,16 @@ class Walk:
 
     def _layer(self, scope: Scope, node: fx.Node, name: str, called: Any, wanted: Wanted) -> list[Multiplied]:
         """A layer of torch's own."""
-        value, weight, bias = scope.values[node], called.weight, called.bias if hasattr(called, 'bias') else None
-        on_last = type(called) is nn.Linear or len(getattr(called, 'normalized_shape', ())) == 1
-        if wanted.axis != (value.ndim - 1 if on_last else 1) or len(getattr(called, 'normalized_shape', ' ')) > 1:
-            if type(called) is nn.Linear and bias is None:  # it mixes something else, such as tokens
+        held = {'weight': called.weight, 'bias': getattr(called, 'bias', None)}
+        shape = getattr(called, 'normalized_shape', ())
+        axis = scope.values[node].ndim - 1 if type(called) is nn.Linear or shape else 1
+        if wanted.axis != axis or len(shape) > 1:
+            if type(called) is nn.Linear and held['bias'] is None:  # it mixes something else, such as tokens
                 return self._read(scope, first_of(node), wanted, node)
             raise NoPlace(f'{name} works on another axis than the channels')
-        kind = _NORMS.get(type(called), 'linear layer' if type(called) is nn.Linear else 'convolution')
-        if weight is None:
+        kind = LAYERS[type(called)]
+        if held['weight'] is None:
             raise NoPlace(f'{name} is a {kind} without weights')
-        held = {'weight': weight, 'bias': bias}
         return [self._multiplied(f'{name}.{key}', wanted, 0, kind) for key in held if held[key] is not None]
 
     def _unread_norm(self, scope: Scope, node: fx.Node, name: str, called: Any, wanted: Wanted) -> list[Multiplied]:
@@ -219,7 +212,7 @@ class Walk:
         held = {key: parameter for key, parameter in called._parameters.items() if parameter is not None}
         if not held or held.keys() - {'weight', 'bias'} or any(p.shape != (wanted.size,) for p in held.values()):
             raise NoPlace(f'{name} is not read')
-        kind = next((noun for cls, noun in _NORMS.items() if isinstance(called, cls)), 'norm')
+        kind = next((noun for cls, noun in NORMS.items() if isinstance(called, cls)), 'norm')
         return [self._multiplied(f'{name}.{key}', wanted, 0, kind) for key in held]
 
     def _operation(self, scope: Scope, node: fx.Node, wanted: Wanted) -> list[Multiplied]:
@@ -229,19 +222,18 @@ class Walk:
             if not isinstance(place, int):
                 raise NoPlace(f'{called_by(node)} in {where_is(scope)} is not read')
             return self._read(scope, first_of(node), wanted, node, (place,))
-        if name in PASSED or kind in (Kind.CAST, Kind.COPY, Kind.DROPOUT):
-            return self._read(scope, first_of(node), wanted, node)
-        if kind is Kind.QUOTIENT:
+        passed = kind in (Kind.CAST, Kind.COPY, Kind.DROPOUT, Kind.QUOTIENT) or name in PASSED
+        if passed or (name in POOLS and wanted.axis == 1):
             return self._read(scope, first_of(node), wanted, node)
         if kind in (Kind.SUM, Kind.DIFFERENCE):
             return self._sum(scope, node, wanted)
         if kind is Kind.PRODUCT:
             return self._product(scope, node, wanted)
-        if kind in _MOVES:
+        if kind in MOVES:
             return self._read(scope, first_of(node), before_move(scope, node, wanted), node)
         if kind is Kind.JOIN and name != 'stack':
             return self._join(scope, node, wanted)
-        if name in _NOUNS or name in ('conv1d', 'conv2d', 'conv3d'):
+        if name in NOUNS:
             return self._weighted(scope, node, name, wanted)
         raise NoPlace(f'{called_by(node)} in {where_is(scope)} does not pass a factor on')
 
@@ -262,19 +254,15 @@ class Walk:
         """A factor of a product is one of either operand: of what is learned, if that has a number for each channel."""
         operands = [operand for operand in (*node.args, *node.kwargs.values()) if isinstance(operand, fx.Node)]
         operands.sort(key=lambda operand: not is_learned(scope.values[operand]))
-        reason = NoPlace('')
+        reason: NoPlace | None = None
         for operand in operands:
             moved = in_operand(scope, node, operand, wanted)
             if moved is not None:
                 try:
                     return self._read(scope, operand, moved, node)
                 except NoPlace as error:
-                    reason = reason if reason.args[0] else error
-        raise (
-            reason
-            if reason.args[0]
-            else NoPlace(f'no operand of {called_by(node)} in {where_is(scope)} has the channels')
-        )
+                    reason = reason or error
+        raise reason or NoPlace(f'no operand of {called_by(node)} in {where_is(scope)} has the channels')
 
     def _join(self, scope: Scope, node: fx.Node, wanted: Wanted) -> list[Multiplied]:
         parts: Any = node.args[0] if node.args else node.kwargs.get('tensors', ())
@@ -292,16 +280,14 @@ class Walk:
 
     def _weighted(self, scope: Scope, node: fx.Node, name: str, wanted: Wanted) -> list[Multiplied]:
         """A linear layer, convolution or norm as a function of its weights, which may be computed themselves."""
-        place = {'batch_norm': 3, 'instance_norm': 3, 'group_norm': 2, 'layer_norm': 2, 'rms_norm': 2}.get(name, 1)
-        weight, bias = (given_to(node, place, 'weight'), given_to(node, place + 1, 'bias'))
+        place = PLACES.get(name, 1)
+        weight, bias = given_to(node, place, 'weight'), given_to(node, place + 1, 'bias')
         bias = None if name == 'rms_norm' else bias
-        on_last = name in ('linear', 'layer_norm', 'rms_norm')
-        shape = given_to(node, 1, 'normalized_shape')
-        ndim = scope.values[node].ndim
-        many = name in ('layer_norm', 'rms_norm') and isinstance(shape, (tuple, list)) and len(shape) > 1
-        if wanted.axis != (ndim - 1 if on_last else 1) or many:
+        shape = given_to(node, 1, 'normalized_shape') if name in ('layer_norm', 'rms_norm') else ()
+        several = isinstance(shape, (tuple, list)) and len(shape) > 1
+        if wanted.axis != (scope.values[node].ndim - 1 if name in ON_LAST_AXIS else 1) or several:
             raise NoPlace(f'{called_by(node)} in {where_is(scope)} works on another axis than the channels')
-        kind = wanted.kind or _NOUNS.get(name, 'convolution')
+        kind = wanted.kind or NOUNS[name]
         if not isinstance(weight, fx.Node) or scope.values[weight] is None:
             raise NoPlace(f'{called_by(node)} in {where_is(scope)} has no weights')
         found = self._read(scope, weight, Wanted(0, wanted.start, wanted.stop, kind), node)
