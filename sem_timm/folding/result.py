@@ -19,7 +19,7 @@ class GateFold:
         mean: Mean of the gate over images and channels; None for what is no gate or was not run.
         explained: The part of the gate's variance that the image explains, between 0 and 1: its variance over the
             images, as a mean over channels, of its variance over images and channels. A gate that does not depend on
-            the image has 0.
+            the image has 0. Where a gate pools windows by themselves, each counts as an image here.
         loss: What the block loses if the gate is its mean: the norm of ``y * (g - mean)`` relative to that of
             ``y * g``, over all images, channels and positions, for the branch y and the gate g.
         folded: Whether the gate is now in the weights.

@@ -17,6 +17,7 @@ from tests.families import FAMILIES, Family
 from tests.folding.constant_gates import gated, gates_of, make_constant
 from tests.snapshot import snapshot
 from tests.thorough import first_of_each
+from tests.versions import save_for_hf
 
 SWIN_V2 = Family(
     'swinv2_tiny_window8_256',
@@ -217,7 +218,7 @@ def test_variant_is_its_base_then(tmp_path: Any) -> None:
     model: Any = timm.create_model('test_resnet_sem', num_classes=10, sem_reduction=8).eval()
     assert sem_timm.fold_gates(model, torch.randn(4, 3, 64, 64)).is_plain
     assert_is_timms(model, Family('test_resnet'))
-    timm.models.save_for_hf(model, tmp_path)
+    save_for_hf(model, tmp_path)
     assert '_sem' not in (tmp_path / 'config.json').read_text()
     loaded: Any = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     images = torch.randn(2, 3, 64, 64)
@@ -263,3 +264,15 @@ def test_gates_on_outputs_fold_into_what_comes_before_their_block() -> None:
     rows = {row.module: row for row in result.gates}
     assert rows['features.2'].layers == ('features.1',) and rows['features.2'].folded
     assert snapshot(model) and not rows['features.28'].folded
+
+
+def test_backbones_of_features_fold_too() -> None:
+    options: dict[str, Any] = {'features_only': True, 'sem_init': 'identity'}
+    model = timm.create_model('test_resnet_sem', **options).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(images)
+        assert sem_timm.fold_gates(model, images).is_plain
+        assert all(torch.equal(one, other) for one, other in zip(model(images), expected))
+    base = timm.create_model('test_resnet', features_only=True)
+    base.load_state_dict(model.state_dict(), strict=True)

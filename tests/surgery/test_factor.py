@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.layers import DropPath, LayerNorm2d, RmsNorm2d, ScaledStdConv2d
+from timm.layers import DropPath, LayerNorm2d, ScaledStdConv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -86,6 +86,12 @@ class Tokens(Block):
     def tail(self, x: Tensor, y: Tensor) -> Tensor:
         tokens = self.linear(y.flatten(2).transpose(1, 2))
         return tokens.transpose(1, 2).reshape(x.shape).contiguous()
+
+
+class NormedTokens(Tokens):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.RMSNorm(WIDTH)  # type: ignore[assignment]
 
 
 class MixedTokens(Block):
@@ -168,7 +174,7 @@ def network(block: nn.Module) -> Any:
         ),
         (Layered(nn.GroupNorm(2, WIDTH), DropPath(0.2)), 'layers.0.weight layers.0.bias', 'group norm'),
         (Layered(LayerNorm2d(WIDTH), nn.Identity()), 'layers.0.weight layers.0.bias', 'layer norm'),
-        (Layered(RmsNorm2d(WIDTH)), 'layers.0.weight', 'norm'),
+        (NormedTokens(), 'linear.weight', 'RMS norm'),
         (
             Layered(nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 1)), nn.AvgPool2d(3, 1, 1)),
             'layers.0.0.weight layers.0.0.bias',
