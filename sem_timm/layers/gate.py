@@ -139,6 +139,21 @@ class ChannelGate(nn.Module):
                 reset()
         self._apply_init(init)
 
+    @property
+    def can_be_identity(self) -> bool:
+        """Whether all operators have a ``zero_last_weights``."""
+        return all(callable(getattr(operator, 'zero_last_weights', None)) for operator in self.operators.values())
+
+    def become_identity(self) -> None:
+        """Compute a gate of exactly one from now on, until it is trained: zeros for the last weights, all others stay.
+
+        Raises:
+            OptionError: If an operator has no ``zero_last_weights``.
+        """
+        self._check_init('identity')
+        with torch.no_grad():
+            self._apply_init('identity')
+
     def expect_base(self) -> None:
         """Take the values of now for drawn and not trained: while they stay, `state_beside_base` is an identity."""
         self._as_drawn = None
@@ -152,7 +167,7 @@ class ChannelGate(nn.Module):
             The state_dict of an identity, with the parameters of the gate but for the last ones; None for a gate that
             has something to lose, since it is no identity and was not drawn for want of better values.
         """
-        if not all(callable(getattr(operator, 'zero_last_weights', None)) for operator in self.operators.values()):
+        if not self.can_be_identity:
             return None
         twin = copy.deepcopy(self)
         twin._apply_init('identity')
