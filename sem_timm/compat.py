@@ -227,9 +227,15 @@ def forget_compiled() -> None:
 
 
 def saved_tensors_hooks_in_force() -> tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]] | None:
-    """The innermost pair of `torch.autograd.graph.saved_tensors_hooks` that is in force, if any is."""
-    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks or None
+    """The innermost pair of `torch.autograd.graph.saved_tensors_hooks` that is in force, if any is.
+
+    Raises:
+        NotImplementedError: If this torch does not tell.
+    """
+    innermost: Any = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
+    if innermost is None:  # torch < 2.5
+        raise NotImplementedError
+    return innermost(True) or None
 
 
 def logit_distillation_task() -> Callable[..., Any]:

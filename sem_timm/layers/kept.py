@@ -128,7 +128,10 @@ def kept_of(y: Tensor, positions: tuple[int, ...]) -> Kept | None:
 
 def _may_read_the_graph() -> bool:
     """Whether what autograd keeps can be read more than once, and is what it was given."""
-    hooks = saved_tensors_hooks_in_force()
+    try:
+        hooks = saved_tensors_hooks_in_force()
+    except NotImplementedError:
+        return False
     if hooks is None:
         return True
     pack, unpack = hooks
