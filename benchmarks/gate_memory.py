@@ -60,16 +60,21 @@ STEPS = {
     'Convolution': 'convolution',
     'Add': 'sum',
     'Cat': 'concatenation',
+    'Silu': 'activation',
+    'Gelu': 'activation',
+    'Hardswish': 'activation',
+    'Relu': 'activation',
+    'LeakyRelu': 'activation',
 }
 
 _HEAD = """# Memory of a gate
 
 A gate scales a tensor, and the gradient of the gate reads that tensor: in training, one more activation of each block
-would be kept. Where the tensor comes from a batch norm, or from a product with a layer scale, it follows from what they
-keep for their own gradients, and so nothing is kept for the gate ([how](how_it_works.md#a-gate-keeps-no-activation)).
+would be kept. Where the tensor follows from what is kept anyway, nothing is kept for the gate
+([how](how_it_works.md#a-gate-keeps-no-activation)).
 
 For so many sites that is so, in {architectures:,} architectures of timm {timm}, by what computes the tensor, with an
-active drop path behind it or none. Made by `python -m benchmarks.gate_memory`.
+active drop path behind it or none, in float32. Made by `python -m benchmarks.gate_memory`.
 
 | computed by | sites | nothing kept | in architectures |
 |---|---:|---:|---:|

@@ -224,11 +224,11 @@ class ChannelGate(nn.Module):
         Returns:
             ``x * gate`` or ``x * gate + shortcut``; the first has shape and type of the input.
         """
-        kept = follows(x, shortcut, self.channel_dim)
-        if kept is None:
+        source = follows(x, shortcut, self.channel_dim)
+        if source is None:
             return scaled(x, self._gate_pooled(self.pool(x)), self.gain, shortcut, shortcut_first, self.channel_dim)
         layout = (self.channel_dim, self.num_prefix_tokens)
-        return gated_sum(x, kept, self.pool, self._gate_of, shortcut, shortcut_first, *layout)
+        return gated_sum(x, source, self.pool, self._gate_of, shortcut, shortcut_first, *layout)
 
     def _gate_of(self, pooled: Tensor) -> Tensor:
         """The gate for pooled features (B, C)."""

@@ -5,26 +5,30 @@
     z = y * gate(p) + shortcut      # kept besides, by these steps: nothing of the size of y
 
 All that the backward needs of y are its products with a gradient, summed up over positions, for the gradient of the
-gate; they follow from x, see `kept`. The forward computes what it computes without this, bit for bit.
+gate. They follow from x, see `kept`, or y is computed again, see `recomputed`. The forward computes what it computes
+without this, bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 
-from sem_timm.layers.kept import Kept, kept_of
+from sem_timm.layers.kept import Kept, kept_of, sums_of
 from sem_timm.layers.pool_and_scale import positions, product_and_sum, spread
+from sem_timm.layers.recomputed import Difference, Recomputed, recomputed_of
 from sem_timm.layers.recording import is_eager
 
+Source: TypeAlias = Kept | Recomputed
 
-def follows(y: Tensor, shortcut: Tensor | None, channel_dim: int) -> Kept | None:
+
+def follows(y: Tensor, shortcut: Tensor | None, channel_dim: int) -> Source | None:
     """What the input of a gate follows from, where `gated_sum` can take it; None where `scaled` has to.
 
     Tracers, compilers and transforms see the plain steps, and torch.compile finds out by itself what to compute again.
@@ -33,12 +37,12 @@ def follows(y: Tensor, shortcut: Tensor | None, channel_dim: int) -> Kept | None
         return None
     if shortcut is not None and (shortcut.dtype != y.dtype or shortcut.shape != y.shape):
         return None
-    return kept_of(y, positions(y, channel_dim))
+    return kept_of(y, positions(y, channel_dim)) or recomputed_of(y, dear=shortcut is not None)
 
 
 def gated_sum(
     y: Tensor,
-    kept: Kept,
+    source: Source,
     pool: Callable[[Tensor], Tensor],
     gate_of: Callable[[Tensor], Tensor],
     shortcut: Tensor | None,
@@ -50,7 +54,7 @@ def gated_sum(
 
     Args:
         y: (B, C, ...) or (B, ..., C).
-        kept: What it follows from.
+        source: What it follows from.
         pool: To the means (B, C) over its positions.
         gate_of: From the means to a gate (B, C).
         shortcut: As y, or None.
@@ -61,10 +65,15 @@ def gated_sum(
     branch = _Branch(channel_dim, num_prefix_tokens)
     means, same = _Pooled.apply(y, pool, branch)
     branch.gate = gate_of(means).to(y.dtype)
-    # What is kept of y is how to compute it once more, for those who differentiate the gradients again.
-    with saved_tensors_hooks(lambda _: kept, Kept.again):
-        z: Tensor = _Gated.apply(y, same, branch.gate, kept, shortcut, shortcut_first, channel_dim)
+    # What is kept of y is how to compute it once more.
+    recipe = [source]
+    with saved_tensors_hooks(lambda _: recipe[0], _again):
+        z: Tensor = _Gated.apply(y, same, branch.gate, recipe, shortcut, shortcut_first, channel_dim)
     return z
+
+
+def _again(source: Source) -> Tensor:
+    return source.again()
 
 
 @dataclass
@@ -108,17 +117,30 @@ class _Gated(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, same: Tensor, gate: Tensor, kept: Kept, shortcut: Tensor | None, *order: Any
+        ctx: Any,
+        y: Tensor,
+        same: Tensor,
+        gate: Tensor,
+        recipe: list[Source],
+        shortcut: Tensor | None,
+        shortcut_first: bool,
+        channel_dim: int,
     ) -> Tensor:
+        z = product_and_sum(y, gate, shortcut, shortcut_first, channel_dim)
+        (source,) = recipe
+        if isinstance(source, Recomputed) and source.is_dear and shortcut is not None:
+            recipe[0] = Difference(source.node, y.shape, True, shortcut, spread(gate.detach(), y, channel_dim), z)
+        # The context lives longer than what is saved, and so has nothing that holds tensors.
+        ctx.kept = source if isinstance(source, Kept) else None
+        ctx.positions = positions(y, channel_dim)
         ctx.save_for_backward(y)
-        ctx.kept = kept
-        return product_and_sum(y, gate, shortcut, *order)
+        return z
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            (y,) = ctx.saved_tensors
-            dg = (dz * y).sum(ctx.kept.positions)
-        else:
+        if ctx.kept is not None and not torch.is_grad_enabled():
             dg = ctx.kept.dot(dz)
+        else:
+            (y,) = ctx.saved_tensors
+            dg = (dz * y).sum(ctx.positions) if torch.is_grad_enabled() else sums_of(y, dz, ctx.positions)[0]
         return None, dz, dg, None, dz if ctx.needs_input_grad[4] else None, None, None

@@ -59,12 +59,12 @@ class Kept:
 
     def dot(self, other: Tensor) -> Tensor:
         """The sums over positions of the tensor times another one of its shape, (B, C)."""
-        products, sums = _sums_of(self.kept, other, self.positions)
+        products, sums = sums_of(self.kept, other, self.positions)
         products = products * self.scale.squeeze(self.positions)
         return products if self.offset is None else torch.addcmul(products, sums, self.offset.squeeze(self.positions))
 
 
-def _sums_of(kept: Tensor, other: Tensor, positions: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def sums_of(kept: Tensor, other: Tensor, positions: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """The sums over positions of a product, and of its second factor, (B, C) both."""
     if may_write_over():  # or else, gradients of many tensors are computed at once
         one, two = (_channels_second(each, positions) for each in (other, kept))
@@ -111,7 +111,7 @@ def kept_of(y: Tensor, positions: tuple[int, ...]) -> Kept | None:
         y: (B, C, ...) or (B, ..., C).
         positions: Its axes of positions.
     """
-    if y.grad_fn is None or not _may_read_the_graph():
+    if y.grad_fn is None or not may_read_the_graph():
         return None
     with torch.no_grad():
         found = _made_by(y.grad_fn, y, positions)
@@ -126,7 +126,7 @@ def kept_of(y: Tensor, positions: tuple[int, ...]) -> Kept | None:
         return replace(found, offset=y - kept * found.scale)
 
 
-def _may_read_the_graph() -> bool:
+def may_read_the_graph() -> bool:
     """Whether what autograd keeps can be read more than once, and is what it was given."""
     try:
         hooks = saved_tensors_hooks_in_force()
@@ -175,7 +175,7 @@ def _made_by(node: Any, y: Tensor, positions: tuple[int, ...]) -> Kept | None:
 
 def _permuted(node: Any, y: Tensor, positions: tuple[int, ...]) -> Kept | None:
     """The result of a change of order of the axes."""
-    order = tuple((axis - 2**64 if axis >= 2**63 else axis) % y.ndim for axis in node._saved_dims)
+    order = order_of(node)
     inverse = tuple(map(order.index, range(y.ndim)))
     positions_before = tuple(sorted(order[axis] for axis in positions))
     before = _made_by(node.next_functions[0][0], y.permute(inverse), positions_before)
@@ -185,6 +185,12 @@ def _permuted(node: Any, y: Tensor, positions: tuple[int, ...]) -> Kept | None:
     assert scale is not None
     order = tuple(before.order[axis] for axis in order)
     return replace(before, order=order, positions=positions, scale=scale, offset=offset)
+
+
+def order_of(node: Any) -> tuple[int, ...]:
+    """The order of axes that a permutation makes."""
+    axes = tuple(node._saved_dims)
+    return tuple((axis - 2**64 if axis >= 2**63 else axis) % len(axes) for axis in axes)
 
 
 def _normalized(node: Any, y: Tensor, positions: tuple[int, ...]) -> Kept:

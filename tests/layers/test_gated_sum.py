@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from sem_timm.layers import SEM, ChannelGate, Excitation, gate
+from sem_timm.layers import SEM, ChannelGate, Excitation, gate, recomputed
 from tests.layers.kept_bytes import kept_bytes
 from tests.thorough import first_of_each
 from tests.versions import since_torch
@@ -121,7 +121,39 @@ ENDINGS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         MAPS,
     ),
     'one number for all': (lambda: LayerScale(1), MAPS),
+    'SiLU': (nn.SiLU, MAPS),
+    'SiLU in place': (lambda: nn.SiLU(inplace=True), MAPS),
+    'GELU': (nn.GELU, TOKENS),
+    'GELU by tanh': (lambda: nn.GELU('tanh'), TOKENS),
+    'hard swish, drop path': (lambda: nn.Sequential(nn.Hardswish(), DropPath()), MAPS),
+    'layer norm': (lambda: nn.LayerNorm(CHANNELS, dtype=torch.double), TOKENS),
+    'layer norm without weights': (lambda: nn.LayerNorm(CHANNELS, elementwise_affine=False), TOKENS),
+    'layer norm, then another order of axes': (
+        lambda: nn.Sequential(Permuted(0, 2, 3, 1), nn.LayerNorm(CHANNELS, dtype=torch.double), Permuted(0, 3, 1, 2)),
+        MAPS,
+    ),
     'layer scale and drop path': (lambda: nn.Sequential(LayerScale(CHANNELS, 1, 1), DropPath()), MAPS),
+}
+# Those that take a matrix product or a convolution: only where there is a shortcut, whose sum tells them.
+DEAR: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    'linear': (lambda: nn.Linear(CHANNELS, CHANNELS, dtype=torch.double), TOKENS),
+    'linear without bias': (lambda: nn.Linear(CHANNELS, CHANNELS, bias=False, dtype=torch.double), TOKENS),
+    'linear and drop path': (
+        lambda: nn.Sequential(nn.Linear(CHANNELS, CHANNELS, dtype=torch.double), DropPath(), Half()),
+        (3, 4, 5, CHANNELS),
+    ),
+    'linear, then another order of axes': (
+        lambda: nn.Sequential(
+            Permuted(0, 2, 3, 1), nn.Linear(CHANNELS, CHANNELS, dtype=torch.double), Permuted(0, 3, 1, 2)
+        ),
+        MAPS,
+    ),
+    'convolution': (lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, dtype=torch.double), MAPS),
+    'convolution without bias': (
+        lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, groups=2, bias=False, dtype=torch.double),
+        MAPS,
+    ),
+    'convolution, transposed': (lambda: nn.ConvTranspose1d(CHANNELS, CHANNELS, 3, padding=1, dtype=torch.double), ROW),
 }
 GATES: dict[str, Callable[..., ChannelGate]] = {
     'sem': SEM,
@@ -139,7 +171,7 @@ class Block(nn.Module):
 
     def __init__(self, ending: str = 'norm in training', gate_name: str = 'sem', prefix: int = 0) -> None:
         super().__init__()
-        make, self.shape = ENDINGS[ending]
+        make, self.shape = {**ENDINGS, **DEAR}[ending]
         self.ending = make()
         channel_dim = 1 if self.shape[1] == CHANNELS else -1
         options: dict[str, Any] = {'channel_dim': channel_dim, 'num_prefix_tokens': prefix, 'dtype': torch.double}
@@ -159,6 +191,9 @@ class Block(nn.Module):
 def is_fast(z: Tensor) -> bool:
     """Whether a gated sum was computed without keeping its input."""
     return z.grad_fn is not None and z.grad_fn.name() == '_GatedBackward'
+
+
+_NUMERICAL = ['norm in training', 'convolution', 'frozen norm', 'layer scale', 'drop path', 'SiLU']
 
 
 def both_ways(monkeypatch: pytest.MonkeyPatch, block: Block, *args: Any, **options: Any) -> tuple[list[Any], list[Any]]:
@@ -192,6 +227,46 @@ def test_gradients_are_those_of_the_plain_way(monkeypatch: pytest.MonkeyPatch, e
     assert_equal_gradients(*both_ways(monkeypatch, block, x, shortcut.detach()))
 
 
+@pytest.mark.parametrize('ending', DEAR)
+def test_what_is_dear_to_compute_again_is_a_difference(monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    block = Block(ending)
+    x, shortcut = block.inputs()
+    calls: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(recomputed, '_computed', lambda *args: calls.append(args))
+        assert_equal_gradients(*both_ways(monkeypatch, block, x, shortcut))
+        assert_equal_gradients(*both_ways(monkeypatch, block, x, shortcut, shortcut_first=True))
+        assert not calls
+    # Where the sum is written over, it tells nothing any more.
+    results = []
+    for keep in (False, True):
+        if keep:
+            monkeypatch.setattr(gate, 'follows', lambda *args: None)
+        z = block(x, shortcut)
+        results.append(torch.autograd.grad(torch.sigmoid_(z).square().sum(), [x, shortcut, *block.parameters()]))
+    assert_equal_gradients([z, *results[0]], [z, *results[1]])
+
+
+def test_without_a_shortcut_or_a_bias_that_learns_what_is_dear_is_kept() -> None:
+    block = Block('linear')
+    x, shortcut = block.inputs()
+    assert is_fast(block(x, shortcut))
+    assert not is_fast(block(x))
+    block.ending.bias.requires_grad_(False)  # type: ignore[union-attr]
+    assert not is_fast(block(x, shortcut))
+    assert not is_fast(block.float()(x.float(), shortcut.float()).bfloat16())
+
+
+def test_a_gate_of_zero_has_no_gradient() -> None:
+    block = Block('linear', 'se')
+    nn.init.constant_(block.gate.operators['se'].fc2.bias, -1e6)  # type: ignore[union-attr,arg-type]
+    x, shortcut = block.inputs()
+    z = block(x, shortcut)
+    assert is_fast(z) and torch.equal(z, shortcut)
+    gradients = torch.autograd.grad(z.square().sum(), [x, *block.parameters()])
+    assert all(each.isfinite().all() for each in gradients)
+
+
 @pytest.mark.parametrize('name', GATES)
 def test_every_gate_comes_along(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     block = Block(gate_name=name)
@@ -221,7 +296,7 @@ def test_constant_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_equal_gradients(*both_ways(monkeypatch, block, x, shortcut), part=1e-9)
 
 
-@pytest.mark.parametrize('ending', first_of_each(['norm in training', 'frozen norm', 'layer scale', 'drop path']))
+@pytest.mark.parametrize('ending', first_of_each(_NUMERICAL))
 def test_gradients_are_the_numerical_ones_and_so_are_their_gradients(ending: str) -> None:
     block = Block(ending)
     x, shortcut = (each[:, :, :2, :2].detach().requires_grad_() for each in block.inputs())
@@ -284,7 +359,7 @@ def test_the_plain_way_where_there_is_nothing_to_follow_from() -> None:
     x, shortcut = block.inputs()
     assert is_fast(block(x, shortcut))
     assert not is_fast(block.gate(x.sin(), shortcut))
-    assert not is_fast(block.gate(nn.functional.layer_norm(x, x.shape[1:]), shortcut))
+    assert not is_fast(block.gate(nn.functional.avg_pool2d(x, 3, 1, 1), shortcut))
     assert not is_fast(block.gate(block.ending(x) * torch.rand(x.shape[2:]), shortcut))
     assert not is_fast(block.gate(block.ending(x), shortcut.float()))
     with torch.no_grad():
@@ -356,15 +431,19 @@ def test_backward_again_and_its_error() -> None:
         torch.autograd.grad(loss, x)
 
 
-def test_a_backward_frees_what_was_kept() -> None:
-    block = Block()
+@pytest.mark.parametrize('ending', ['norm in training', 'linear'])
+def test_a_backward_frees_what_was_kept(ending: str) -> None:
+    block = Block(ending)
     x, shortcut = block.inputs()
     held: list[Any] = []
     block.ending.register_forward_pre_hook(lambda module, args: held.append(weakref.ref(args[0])))
-    loss = block(x, shortcut).square().sum()
+    z = block(x, shortcut * 1.0)
+    held.append(weakref.ref(z.untyped_storage()))
+    loss = z.sum()
+    del z
     assert held[0]() is not None
     loss.backward()
-    assert held[0]() is None
+    assert [each() for each in held] == [None, None]
 
 
 def test_gradients_in_float32_are_as_exact_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
