@@ -11,6 +11,7 @@ without this, bit for bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -108,7 +109,8 @@ class _Pooled(Function):
         dy = dz * spread(branch.gate, dz, branch.channel_dim)
         if dp is not None:
             pooled = dy[:, branch.num_prefix_tokens :] if branch.num_prefix_tokens else dy
-            pooled += spread(dp / (pooled[0].numel() // dp.shape[1]), dz, branch.channel_dim)
+            count = math.prod(pooled.shape[axis] for axis in positions(pooled, branch.channel_dim))
+            pooled += spread(dp / count, dz, branch.channel_dim)
         return dy, None, None
 
 

@@ -66,7 +66,8 @@ class Kept:
 
 def sums_of(kept: Tensor, other: Tensor, positions: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """The sums over positions of a product, and of its second factor, (B, C) both."""
-    if may_write_over():  # or else, gradients of many tensors are computed at once
+    plain = may_write_over()  # or else, gradients of many tensors are computed at once
+    if plain and kept.dtype == other.dtype and other.numel():
         one, two = (_channels_second(each, positions) for each in (other, kept))
         if other.device.type in ('cpu', 'cuda') and one.is_contiguous() and two.is_contiguous():
             rows = (1, one.shape[0] * one.shape[1], -1)
@@ -111,7 +112,7 @@ def kept_of(y: Tensor, positions: tuple[int, ...]) -> Kept | None:
         y: (B, C, ...) or (B, ..., C).
         positions: Its axes of positions.
     """
-    if y.grad_fn is None or not may_read_the_graph():
+    if y.grad_fn is None or not y.numel() or not may_read_the_graph():
         return None
     with torch.no_grad():
         found = _made_by(y.grad_fn, y, positions)

@@ -267,6 +267,40 @@ def test_a_gate_of_zero_has_no_gradient() -> None:
     assert all(each.isfinite().all() for each in gradients)
 
 
+def test_no_images_have_no_gradient() -> None:
+    for ending in ('norm in inference', 'layer scale', 'linear'):
+        block = Block(ending)
+        x = torch.empty(0, *block.shape[1:], dtype=torch.double, requires_grad=True)
+        block(x, x * 2).sum().backward()
+        assert all(not p.grad.any() for p in block.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize('inside', [False, True])
+@pytest.mark.parametrize('ending', ['norm in training', 'layer scale', 'linear', 'layer norm', 'convolution'])
+def test_autocast(monkeypatch: pytest.MonkeyPatch, ending: str, inside: bool) -> None:
+    """Gradients are as far from the exact ones as they are where every input is kept, or closer."""
+    block = Block(ending).float()
+    x, shortcut = (each.detach().float().requires_grad_() for each in block.inputs())
+    mix = nn.Conv2d(CHANNELS, CHANNELS, 1) if block.shape == MAPS else nn.Linear(CHANNELS, CHANNELS)
+
+    def gradients(keep: bool, half: bool) -> list[Tensor]:
+        with monkeypatch.context() as patch:
+            if keep:
+                patch.setattr(gate, 'follows', lambda *args: None)
+            with torch.autocast('cpu', torch.bfloat16, enabled=half):
+                z = block.gate(block.ending(mix(x)), mix(shortcut))
+                if inside:
+                    return list(torch.autograd.grad(z.float().square().sum(), [x, *block.parameters()]))
+            return list(torch.autograd.grad(z.float().square().sum(), [x, *block.parameters()]))
+
+    exact = gradients(True, False)
+    errors = [
+        sum(float((one.float() - true).norm()) for one, true in zip(gradients(keep, True), exact))
+        for keep in (False, True)
+    ]
+    assert errors[0] <= 1.2 * errors[1] + 1e-6
+
+
 @pytest.mark.parametrize('name', GATES)
 def test_every_gate_comes_along(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     block = Block(gate_name=name)
