@@ -74,6 +74,8 @@ def look_at(name: str) -> Row:
 # Reasons without the names of modules and nodes, so that equal ones count together.
 _GENERAL = {
     r'.* is read by others as well': 'a value on the way is read by others as well',
+    r'.* term of .* has no channels of its own': 'a term of a sum has no channels of its own',
+    r'.* has no weights': 'a norm on the way, perhaps of weights, has none of its own',
     r'it comes out of the method .*': 'it comes out of a method of its block',
     r'(.*block is not read|.* is not read): .*': r'\1',
     r'(\w+) in .* does not pass a factor on': r'\1 does not pass a factor on',

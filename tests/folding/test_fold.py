@@ -37,7 +37,7 @@ KINDS: dict[str, tuple[Family, str]] = {
     'swin': (FAMILIES['swin'], 'linear layer'),
     'mobilenetv4': (FAMILIES['mobilenetv4'], 'batch norm'),
     'maxvit': (FAMILIES['maxvit'], 'linear layer'),
-    'coatnet': (FAMILIES['coatnet'], 'linear layer'),
+    'coatnet': (FAMILIES['coatnet'], 'convolution'),
     'levit': (FAMILIES['levit'], 'batch norm'),
     'mvitv2': (FAMILIES['mvitv2'], 'linear layer'),
     'hrnet': (FAMILIES['hrnet'], 'batch norm'),
@@ -77,7 +77,8 @@ def test_gates_that_are_constants_fold_up_to_rounding(name: str, kind: str) -> N
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
         assert torch.equal(base(images), found)
         unscaled = family.create()(images)
-    assert not torch.allclose(unscaled, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+    # What is left is rounding, next to what the gates do at all.
+    assert 0 <= float((found - expected).norm()) < 0.01 * float((unscaled - expected).norm())
     assert result.is_plain and result.num_folded == len(result.gates)
     assert kind in {row.kind for row in result.gates}
     # A mean over images of one and the same number is that number but for the last bit.

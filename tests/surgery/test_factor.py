@@ -69,6 +69,14 @@ class TwoConvolutions(Block):
         return y + self.other(x * x)
 
 
+class SummedInALoop(TwoConvolutions):
+    def tail(self, x: Tensor, y: Tensor) -> Tensor:
+        total: Any = 0
+        for part in (y, self.other(x * x)):
+            total = total + part
+        return total  # type: ignore[no-any-return]
+
+
 class Joined(TwoConvolutions):
     def __init__(self) -> None:
         super().__init__()
@@ -164,6 +172,7 @@ def network(block: nn.Module) -> Any:
         (ScaledAsAWhole(), 'conv.weight conv.bias', 'convolution'),
         (Biased(), 'conv.weight conv.bias scale', 'convolution + bias'),
         (TwoConvolutions(), 'conv.weight conv.bias other.weight', 'convolution'),
+        (SummedInALoop(), 'conv.weight conv.bias other.weight', 'convolution'),
         (Joined(), 'conv.weight conv.bias other.weight other.bias', 'convolution'),
         (Tokens(), 'linear.weight linear.bias', 'linear layer'),
         (MixedTokens(), 'conv.weight conv.bias', 'convolution'),

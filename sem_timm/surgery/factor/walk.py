@@ -242,6 +242,8 @@ class Walk:
             raise NoPlace(f'{called_by(node)} in {where_is(scope)} is not plainly a sum')
         found: list[Multiplied] = []
         for operand in (*node.args, *node.kwargs.values()):
+            if type(operand) in (int, float) and operand == 0:  # what a loop over convolutions begins with
+                continue
             moved = in_operand(scope, node, operand, wanted)
             if moved is None:
                 raise NoPlace(f'a term of {called_by(node)} in {where_is(scope)} has no channels of its own')
