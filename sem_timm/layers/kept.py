@@ -132,7 +132,7 @@ def kept_of(y: Tensor, positions: tuple[int, ...]) -> Kept | None:
 
 def may_read_the_graph() -> bool:
     """Whether what autograd keeps can be read more than once, and is what it was given."""
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    if not getattr(torch._C._autograd, '_saved_tensors_hooks_is_enabled', lambda: True)():
         return False
     try:
         hooks = saved_tensors_hooks_in_force()
