@@ -66,7 +66,8 @@ def fold_gates(
         ModelError: If the model has no gates that were put in, is wrapped, or has no weights.
         OptionError: If an option is out of range, or the loader yields no images or no classes as labels.
     """
-    if max_loss is not None and (isinstance(max_loss, bool) or not max_loss >= 0):
+    is_number = isinstance(max_loss, (int, float)) and not isinstance(max_loss, bool)
+    if max_loss is not None and not (is_number and max_loss >= 0):
         raise OptionError(f'max_loss={max_loss!r}: it is a relative error of 0 or more, such as 0.01; None folds all.')
     if max_batches is not None:
         check_at_least_one('max_batches', max_batches)

@@ -224,7 +224,8 @@ class ChannelGate(nn.Module):
         Returns:
             ``x * gate`` or ``x * gate + shortcut``; the first has shape and type of the input.
         """
-        source = follows(x, shortcut, self.channel_dim)
+        is_mean = type(self).pool is ChannelGate.pool and 'pool' not in vars(self)  # whose gradient is known
+        source = follows(x, shortcut, self.channel_dim) if is_mean else None
         if source is None:
             return scaled(x, self._gate_pooled(self.pool(x)), self.gain, shortcut, shortcut_first, self.channel_dim)
         layout = (self.channel_dim, self.num_prefix_tokens)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -63,13 +62,12 @@ def gated_sum(
         channel_dim: The axis of channels, 1 or -1.
         num_prefix_tokens: How many leading positions the means leave out.
     """
-    branch = _Branch(channel_dim, num_prefix_tokens)
-    means, same = _Pooled.apply(y, pool, branch)
-    branch.gate = gate_of(means).to(y.dtype)
+    means, same = _Pooled.apply(y, pool, channel_dim, num_prefix_tokens)
+    gate = gate_of(means).to(y.dtype)
     # What is kept of y is how to compute it once more.
     recipe = [source]
     with saved_tensors_hooks(lambda _: recipe[0], _again):
-        z: Tensor = _Gated.apply(y, same, branch.gate, recipe, shortcut, shortcut_first, channel_dim)
+        z: Tensor = _Gated.apply(y, same, gate, recipe, shortcut, shortcut_first, channel_dim)
     return z
 
 
@@ -77,45 +75,39 @@ def _again(source: Source) -> Tensor:
     return source.again()
 
 
-@dataclass
-class _Branch:
-    """What the backward of `_Pooled` has to know; the gate (B, C) once it was computed."""
-
-    channel_dim: int
-    num_prefix_tokens: int
-    gate: Tensor = field(init=False)
-
-
 class _Pooled(Function):
     """The means of y over positions, and y itself; its backward is that of all that is done with y.
 
     The gradient of y is ``gate * dz + dp / N``, of the gradients of the gated sum and of the means of N positions. Here
-    the two meet, and so are summed up in place.
+    the two meet, and so are summed up in place. The gate is not kept here: it comes later, and so would hold the graph
+    that holds it, for ever if there is no backward.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, pool: Callable[[Tensor], Tensor], branch: _Branch) -> tuple[Tensor, Tensor]:
-        ctx.branch, ctx.shape = branch, y.shape
+    def forward(
+        ctx: Any, y: Tensor, pool: Callable[[Tensor], Tensor], channel_dim: int, num_prefix_tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.channel_dim, ctx.num_prefix_tokens, ctx.shape = channel_dim, num_prefix_tokens, y.shape
         ctx.set_materialize_grads(False)
         return pool(y), y.detach()
 
     @staticmethod
-    def backward(ctx: Any, dp: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, None, None]:
-        branch: _Branch = ctx.branch
-        if dz is None:  # a gradient of gradients may reach the gate alone
-            if dp is None:
-                return None, None, None
-            dz = dp.new_zeros(ctx.shape)
-        dy = dz * spread(branch.gate, dz, branch.channel_dim)
-        if dp is not None:
-            pooled = dy[:, branch.num_prefix_tokens :] if branch.num_prefix_tokens else dy
-            count = math.prod(pooled.shape[axis] for axis in positions(pooled, branch.channel_dim))
-            pooled += spread(dp / count, dz, branch.channel_dim)
-        return dy, None, None
+    def backward(ctx: Any, dp: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        if dp is None:
+            return dy, None, None, None
+        if dy is None:  # a gradient of gradients may reach the gate alone
+            dy = dp.new_zeros(ctx.shape)
+        elif torch.is_grad_enabled():
+            dy = dy.clone()
+        # Or else nobody has it but this: `_Gated` has computed it for here.
+        pooled = dy[:, ctx.num_prefix_tokens :] if ctx.num_prefix_tokens else dy
+        count = math.prod(pooled.shape[axis] for axis in positions(pooled, ctx.channel_dim))
+        pooled += spread(dp / count, dy, ctx.channel_dim)
+        return dy, None, None, None
 
 
 class _Gated(Function):
-    """``y * gate``, plus the shortcut. What it hands to `_Pooled` as the gradient of y is still to be gated there."""
+    """``y * gate``, plus the shortcut. The gradient of y goes to `_Pooled`, as that of ``same``."""
 
     @staticmethod
     def forward(
@@ -131,10 +123,13 @@ class _Gated(Function):
         z = product_and_sum(y, gate, shortcut, shortcut_first, channel_dim)
         (source,) = recipe
         if isinstance(source, Recomputed) and source.is_dear and shortcut is not None:
-            recipe[0] = Difference(source.node, y.shape, True, shortcut, spread(gate.detach(), y, channel_dim), z)
-        # The context lives longer than what is saved, and so has nothing that holds tensors.
+            recipe[0] = Difference(
+                source.node, y.shape, True, source.biases, shortcut, spread(gate.detach(), y, channel_dim), z
+            )
+        # The context lives longer than what is saved, and so has nothing that holds large tensors.
         ctx.kept = source if isinstance(source, Kept) else None
-        ctx.positions = positions(y, channel_dim)
+        ctx.positions, ctx.channel_dim = positions(y, channel_dim), channel_dim
+        ctx.gate = gate  # small, and computed before
         ctx.save_for_backward(y)
         return z
 
@@ -145,4 +140,5 @@ class _Gated(Function):
         else:
             (y,) = ctx.saved_tensors
             dg = (dz * y).sum(ctx.positions) if torch.is_grad_enabled() else sums_of(y, dz, ctx.positions)[0]
-        return None, dz, dg, None, dz if ctx.needs_input_grad[4] else None, None, None
+        dy = dz * spread(ctx.gate, dz, ctx.channel_dim)
+        return None, dy, dg, None, dz if ctx.needs_input_grad[4] else None, None, None

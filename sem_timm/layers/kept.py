@@ -115,7 +115,10 @@ def kept_of(y: Tensor, positions: tuple[int, ...]) -> Kept | None:
     if y.grad_fn is None or not y.numel() or not may_read_the_graph():
         return None
     with torch.no_grad():
-        found = _made_by(y.grad_fn, y, positions)
+        try:
+            found = _made_by(y.grad_fn, y, positions)
+        except RuntimeError:  # what was kept is freed, or written over: only a backward has to complain
+            return None
         if found is None or found.offset is not None or found.name != '_saved_input':
             return found
         # The bias of a norm that does not learn is nowhere in the graph. One position tells it.
@@ -129,6 +132,8 @@ def kept_of(y: Tensor, positions: tuple[int, ...]) -> Kept | None:
 
 def may_read_the_graph() -> bool:
     """Whether what autograd keeps can be read more than once, and is what it was given."""
+    if not getattr(torch._C._autograd, '_saved_tensors_hooks_is_enabled', lambda: True)():
+        return False
     try:
         hooks = saved_tensors_hooks_in_force()
     except NotImplementedError:
@@ -145,6 +150,22 @@ def may_read_the_graph() -> bool:
     return packed is probe
 
 
+def is_readable(node: Any) -> bool:
+    """The same for what one step keeps, which may have been run under hooks that are over by now."""
+    for name in dir(node):
+        if name.startswith('_raw_saved_'):
+            saved = getattr(node, name)
+            for each in saved if isinstance(saved, (tuple, list)) else (saved,):
+                hook = getattr(each, 'unpack_hook', None)
+                if hook is None:
+                    continue
+                if str(getattr(hook, '__module__', '')).partition('.')[0] == 'torch':
+                    return False
+                if not isinstance(each.data, Tensor):
+                    return False
+    return True
+
+
 def _made_by(node: Any, y: Tensor, positions: tuple[int, ...]) -> Kept | None:
     """How the result of a step, of the shape of ``y``, follows from what the step keeps, or one before it."""
     if node is None:
@@ -153,19 +174,23 @@ def _made_by(node: Any, y: Tensor, positions: tuple[int, ...]) -> Kept | None:
         return _made_by(node.next_functions[0][0], y, positions)
     if node.name() == _PERMUTED:
         return _permuted(node, y, positions)
-    if node.name() in _BATCH_NORMS and positions[0] == 2:
-        return _normalized(node, y, positions)
-    if node.name() != _PRODUCT:
+    is_norm = node.name() in _BATCH_NORMS and positions[0] == 2
+    if not (is_norm or node.name() == _PRODUCT) or not is_readable(node):
         return None
+    if is_norm:
+        return _normalized(node, y, positions)
     for factor, name, edge in (('_saved_other', '_saved_self', 0), ('_saved_self', '_saved_other', 1)):
         scale, kept = getattr(node, factor), getattr(node, name)
         scale = None if scale is None else _at_one_position(scale, y, positions)
         if scale is None:
             continue
         if kept is not None:
-            scale = scale.reshape((1,) * (y.ndim - scale.ndim) + tuple(scale.shape))
+            # A copy, as the scale may be a parameter that is written over before the backward.
+            scale = scale.reshape((1,) * (y.ndim - scale.ndim) + tuple(scale.shape)).clone()
             return Kept(node, name, tuple(range(y.ndim)), positions, scale, None) if kept.shape == y.shape else None
         # Nobody keeps the input of a drop path, which has nothing to learn; that may follow from something as well.
+        if shape_of(node.next_functions[edge]) != y.shape:
+            return None
         before = _made_by(node.next_functions[edge][0], y, positions)
         if before is None:
             return None
@@ -186,6 +211,13 @@ def _permuted(node: Any, y: Tensor, positions: tuple[int, ...]) -> Kept | None:
     assert scale is not None
     order = tuple(before.order[axis] for axis in order)
     return replace(before, order=order, positions=positions, scale=scale, offset=offset)
+
+
+def shape_of(edge: tuple[Any, int]) -> torch.Size | None:
+    """The shape of what a step of the forward was given, by the edge to the step before it."""
+    node, number = edge
+    metadata = getattr(node, '_input_metadata', ())
+    return torch.Size(metadata[number].shape) if number < len(metadata) else None
 
 
 def order_of(node: Any) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sem_timm.layers.kept import may_read_the_graph, order_of
+from sem_timm.layers.kept import is_readable, may_read_the_graph, order_of, shape_of
 
 _ACTIVATIONS: dict[str, Callable[[Any], Tensor]] = {
     'SiluBackward0': lambda node: F.silu(node._saved_self),
@@ -41,14 +41,27 @@ class Recomputed:
         node: The step of the backward, which keeps what it is computed of until it was run itself.
         shape: The shape of the tensor.
         is_dear: Whether it takes a matrix product or a convolution.
+        biases: Parameters that no step keeps, and their versions.
     """
 
     node: Any
     shape: torch.Size
     is_dear: bool
+    biases: list[tuple[Tensor, int]]
 
     def again(self) -> Tensor:
-        """The tensor."""
+        """The tensor.
+
+        Raises:
+            RuntimeError: If what it is computed of was freed or written over.
+        """
+        for bias, version in self.biases:
+            if bias._version != version:
+                raise RuntimeError(
+                    'one of the variables needed for gradient computation has been modified by an inplace operation: '
+                    f'a bias of shape {tuple(bias.shape)} before a gate is at version {bias._version}; expected '
+                    f'version {version} instead.'
+                )
         return _computed(self.node, self.shape)
 
 
@@ -88,25 +101,48 @@ def recomputed_of(y: Tensor, *, dear: bool) -> Recomputed | None:
     """
     if y.grad_fn is None or not may_read_the_graph():
         return None
+    try:
+        return _found(y, dear)
+    except RuntimeError:  # what was kept is freed, or written over: only a backward has to complain
+        return None
+
+
+def _found(y: Tensor, dear: bool) -> Recomputed | None:
     node: Any = y.grad_fn
-    while node.name() in _MOVES or _is_constant_product(node) or _is_sum_with_bias(node):
+    shape, biases = y.shape, []
+    while (is_move := node.name() in _MOVES) or _is_constant_product(node) or _is_sum_with_bias(node):
+        if is_move:
+            shape = _shape_before(node, shape)
+        elif shape_of(node.next_functions[0]) != shape:
+            return None
+        if node.name() == 'AddBackward0':
+            biases.append(_bias(node, 1))
         node = node.next_functions[0][0]
         if node is None:
             return None
-    if node.name() in _ACTIVATIONS:
-        return Recomputed(y.grad_fn, y.shape, is_dear=False)
-    if not dear or node.name() not in _PRODUCTS or y.dtype not in (torch.float32, torch.float64):
+    if node.name() not in (*_ACTIVATIONS, *_PRODUCTS) or not is_readable(node):
         return None
-    _, names, bias = _PRODUCTS[node.name()]
+    if node.name() in _ACTIVATIONS:
+        return Recomputed(y.grad_fn, y.shape, False, [(bias, bias._version) for bias in biases])
+    if not dear or y.dtype not in (torch.float32, torch.float64):
+        return None
+    _, names, place = _PRODUCTS[node.name()]
     if any(getattr(node, f'_saved_{name}') is None for name in names):
         return None
-    known = bias is None or _has_no_bias(node) or _bias(node, bias) is not None
-    return Recomputed(y.grad_fn, y.shape, is_dear=True) if known else None
+    if node.name() == 'AddmmBackward0' and not node._saved_alpha == node._saved_beta == 1:
+        return None
+    if place is not None and not _has_no_bias(node):
+        if _bias(node, place) is None:
+            return None
+        biases.append(_bias(node, place))
+    return Recomputed(y.grad_fn, y.shape, True, [(bias, bias._version) for bias in biases])
 
 
 def _is_constant_product(node: Any) -> bool:
     """Whether a step multiplies with numbers that do not learn, as drop path does."""
-    return node.name() == 'MulBackward0' and node._saved_self is None and node._saved_other is not None
+    if node.name() != 'MulBackward0' or not is_readable(node):
+        return False
+    return node._saved_self is None and node._saved_other is not None
 
 
 def _is_sum_with_bias(node: Any) -> bool:
@@ -114,8 +150,16 @@ def _is_sum_with_bias(node: Any) -> bool:
     return node.name() == 'AddBackward0' and node._saved_alpha == 1 and _bias(node, 1) is not None
 
 
-def _computed(node: Any, shape: torch.Size | None) -> Tensor:
-    """The result of a step; ``shape`` where only that tells how it was viewed."""
+def _shape_before(node: Any, shape: torch.Size) -> torch.Size:
+    """The shape of what was viewed, or given another order of axes; from that of the result."""
+    if node.name() == 'PermuteBackward0':
+        order = order_of(node)
+        return torch.Size([shape[order.index(axis)] for axis in range(len(order))])
+    return shape if node.name() == 'AliasBackward0' else torch.Size(node._saved_self_sym_sizes)
+
+
+def _computed(node: Any, shape: torch.Size) -> Tensor:
+    """The result of a step, which has the shape."""
     name = node.name()
     if name in _ACTIVATIONS:
         return _ACTIVATIONS[name](node)
@@ -123,15 +167,12 @@ def _computed(node: Any, shape: torch.Size | None) -> Tensor:
         return _PRODUCTS[name][0](node)
     before = node.next_functions[0][0]
     if name == 'PermuteBackward0':
-        order = order_of(node)
-        inner = None if shape is None else torch.Size([shape[order.index(axis)] for axis in range(len(order))])
-        return _computed(before, inner).permute(order)
+        return _computed(before, _shape_before(node, shape)).permute(order_of(node))
     if name == 'MulBackward0':
         return _computed(before, shape) * node._saved_other
     if name == 'AddBackward0':
         return _computed(before, shape) + _bias(node, 1)
-    result = _computed(before, shape if name == 'AliasBackward0' else None)
-    return result if shape is None else result.reshape(shape)
+    return _computed(before, _shape_before(node, shape)).reshape(shape)
 
 
 def _bias(node: Any, index: int) -> Any:

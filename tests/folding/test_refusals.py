@@ -38,6 +38,7 @@ def generator_of(images: Tensor) -> Any:
     [
         ({'max_loss': -0.1}, 'images', 'max_loss=-0.1: it is a relative error of 0 or more'),
         ({'max_loss': math.nan}, 'images', 'max_loss=nan: it is a relative error'),
+        ({'max_loss': '0.1'}, 'images', "max_loss='0.1': it is a relative error"),
         ({'max_batches': 0}, 'images', 'max_batches'),
         ({'device': 'nowhere'}, 'images', "device='nowhere' is no device"),
         ({}, [], 'the loader yields no images; folding needs some'),

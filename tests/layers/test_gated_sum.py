@@ -518,3 +518,135 @@ def test_nothing_of_the_size_of_the_input_is_kept() -> None:
     gated = kept_bytes(lambda: block(x, shortcut), block)
     assert plain == pytest.approx(x.nbytes, rel=0.01)
     assert gated <= 1.005 * plain
+
+
+def test_a_forward_without_backward_frees_what_was_kept() -> None:
+    for ending in ('norm in training', 'linear'):
+        block = Block(ending)
+        x, shortcut = block.inputs()
+        held: list[Any] = []
+        block.ending.register_forward_pre_hook(lambda module, args, held=held: held.append(weakref.ref(args[0])))
+        z = block(x, shortcut)
+        assert is_fast(z) and held[0]() is not None
+        del z
+        assert held[0]() is None
+
+
+class Largest(SEM):
+    def pool(self, x: Tensor) -> Tensor:
+        return x.amax((2, 3))
+
+
+def _both(monkeypatch: pytest.MonkeyPatch, forward: Callable[[], Tensor], leaves: list[Tensor]) -> None:
+    results = []
+    for keep in (False, True):
+        if keep:
+            monkeypatch.setattr(gate, 'follows', lambda *args: None)
+        z = forward()
+        loss = (z * torch.linspace(-1, 2, z.numel(), dtype=z.dtype).view_as(z).sin()).sum()
+        results.append([z.detach(), *torch.autograd.grad(loss, leaves, allow_unused=True)])
+    for one, other in zip(*results, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or (one - other).norm() <= 1e-12 * (1 + other.norm())
+
+
+def test_another_pooling_has_its_own_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = Block()
+    block.gate = Largest(CHANNELS, init='paper', dtype=torch.double)
+    x, shortcut = block.inputs()
+    _both(monkeypatch, lambda: block(x, shortcut), [x, *block.parameters()])
+
+
+FORMS: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
+    'broadcast norm': lambda m, x, w: m(x[:1]) * w[:, :1, :1, :1].detach(),
+    'broadcast positions': lambda m, x, w: m(x[:, :, :1, :1]) * torch.ones(1, dtype=x.dtype).expand(1, 1, *x.shape[2:]),
+    'broadcast activation': lambda m, x, w: (
+        nn.functional.silu(x[:1].flatten(2)).view(1, *x.shape[1:]) * w[:, :1, :1, :1].detach()
+    ),
+    'activation of tokens, viewed as a map': lambda m, x, w: (
+        nn.functional.silu(x.reshape(6, 10, CHANNELS)).view(3, 20, CHANNELS).permute(0, 2, 1).view(x.shape)
+    ),
+}
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('with_shortcut', [False, True])
+def test_shapes_on_the_way(monkeypatch: pytest.MonkeyPatch, form: str, with_shortcut: bool) -> None:
+    block = Block()
+    x, shortcut = block.inputs()
+    extra = [shortcut] if with_shortcut else []
+    _both(monkeypatch, lambda: block.gate(FORMS[form](block.ending, x, shortcut), *extra), [x, *block.parameters()])
+
+
+PRODUCTS: dict[str, Callable[[nn.Linear, Tensor, Tensor], Tensor]] = {
+    'viewed as a map': lambda m, x, w: (
+        m(x.reshape(6, 10, CHANNELS)).view(3, 20, CHANNELS).permute(0, 2, 1).view(x.shape)
+    ),
+    'broadcast': lambda m, x, w: m(x[:1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2) * w[:, :1, :1, :1].detach(),
+    'scaled': lambda m, x, w: torch.addmm(m.bias, x.reshape(-1, CHANNELS), m.weight, beta=0.5, alpha=2.0).view(x.shape),
+}
+
+
+@pytest.mark.parametrize('form', PRODUCTS)
+def test_products_whose_sum_was_written_over(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    block, linear = Block(), nn.Linear(CHANNELS, CHANNELS, dtype=torch.double)
+    x, shortcut = block.inputs()
+    leaves = [x, shortcut, *linear.parameters(), *block.gate.parameters()]
+    _both(monkeypatch, lambda: torch.relu_(block.gate(PRODUCTS[form](linear, x, shortcut), shortcut)), leaves)
+
+
+def test_parameters_written_over_before_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, bias = Block('layer scale'), torch.zeros(CHANNELS, 1, 1, dtype=torch.double, requires_grad=True)
+    x, shortcut = block.inputs()
+    start = block.ending.gamma.detach().clone()  # type: ignore[operator,union-attr]
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            block.ending.gamma.copy_(start)  # type: ignore[operator,union-attr]
+        z = block(x, shortcut)
+        with torch.no_grad():
+            block.ending.gamma.add_(1.0)  # type: ignore[operator,union-attr]
+        return z
+
+    z = block.gate(nn.functional.silu(x) + bias, shortcut)
+    assert is_fast(z)
+    with torch.no_grad():
+        bias.add_(1.0)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        z.sum().backward()
+    _both(monkeypatch, forward, list(block.gate.parameters()))
+
+
+@pytest.mark.parametrize('ending', ['norm in training', 'layer scale', 'SiLU', 'drop path'])
+def test_what_comes_before_may_be_checkpointed_alone(monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    block = Block(ending)
+    x, shortcut = block.inputs()
+
+    def forward() -> Tensor:
+        return block.gate(checkpoint(block.ending, x * 1.0, use_reentrant=False), shortcut)
+
+    _both(monkeypatch, forward, [x, shortcut, *block.parameters()])
+
+
+def test_hooks_that_are_over_forbidden_hooks_and_what_was_freed() -> None:
+    block = Block()
+    x, shortcut = block.inputs()
+    once: list[Tensor | None] = []
+
+    def pack(tensor: Tensor) -> int:
+        once.append(tensor)
+        return len(once) - 1
+
+    def unpack(key: int) -> Tensor:
+        tensor, once[key] = once[key], None
+        assert tensor is not None
+        return tensor
+
+    with saved_tensors_hooks(pack, unpack):
+        y = block.ending(x)
+    block.gate(y, shortcut).sum().backward()
+    with torch.autograd.graph.disable_saved_tensors_hooks('none here'):
+        block(x, shortcut).sum().backward()
+    y = block.ending(x)
+    y.sum().backward()
+    assert torch.autograd.grad(block.gate(y, shortcut).sum(), list(block.gate.parameters()))
