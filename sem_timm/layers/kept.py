@@ -10,6 +10,7 @@ norms and layer scales are called as ever, hooks included.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -152,18 +153,21 @@ def may_read_the_graph() -> bool:
 
 def is_readable(node: Any) -> bool:
     """The same for what one step keeps, which may have been run under hooks that are over by now."""
-    for name in dir(node):
-        if name.startswith('_raw_saved_'):
-            saved = getattr(node, name)
-            for each in saved if isinstance(saved, (tuple, list)) else (saved,):
-                hook = getattr(each, 'unpack_hook', None)
-                if hook is None:
-                    continue
-                if str(getattr(hook, '__module__', '')).partition('.')[0] == 'torch':
-                    return False
-                if not isinstance(each.data, Tensor):
-                    return False
+    for name in _saved_by(type(node)):
+        saved = getattr(node, name)
+        for each in saved if isinstance(saved, (tuple, list)) else (saved,):
+            hook = getattr(each, 'unpack_hook', None)
+            if hook is None:
+                continue
+            if str(getattr(hook, '__module__', '')).partition('.')[0] == 'torch' or not isinstance(each.data, Tensor):
+                return False
     return True
+
+
+@cache
+def _saved_by(step: type) -> tuple[str, ...]:
+    """Under which names steps of a class keep tensors, packed as hooks left them."""
+    return tuple(name for name in dir(step) if name.startswith('_raw_saved_'))
 
 
 def _made_by(node: Any, y: Tensor, positions: tuple[int, ...]) -> Kept | None:
