@@ -60,6 +60,7 @@ STEPS = {
     'Convolution': 'convolution',
     'Add': 'sum',
     'Cat': 'concatenation',
+    'Alias': 'slice',
     'Silu': 'activation',
     'Gelu': 'activation',
     'Hardswish': 'activation',

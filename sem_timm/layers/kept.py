@@ -165,7 +165,7 @@ def is_readable(node: Any) -> bool:
 
 
 @cache
-def _saved_by(step: type) -> tuple[str, ...]:
+def _saved_by(step: Any) -> tuple[str, ...]:
     """Under which names steps of a class keep tensors, packed as hooks left them."""
     return tuple(name for name in dir(step) if name.startswith('_raw_saved_'))
 
