@@ -9,6 +9,7 @@ norms and layer scales are called as ever, hooks included.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -153,7 +154,8 @@ def may_read_the_graph() -> bool:
 
 def is_readable(node: Any) -> bool:
     """The same for what one step keeps, which may have been run under hooks that are over by now."""
-    for name in _saved_by(type(node)):
+    kind: Hashable = type(node)
+    for name in _saved_by(kind):
         saved = getattr(node, name)
         for each in saved if isinstance(saved, (tuple, list)) else (saved,):
             hook = getattr(each, 'unpack_hook', None)
@@ -165,9 +167,9 @@ def is_readable(node: Any) -> bool:
 
 
 @cache
-def _saved_by(step: Any) -> tuple[str, ...]:
+def _saved_by(kind: Hashable) -> tuple[str, ...]:
     """Under which names steps of a class keep tensors, packed as hooks left them."""
-    return tuple(name for name in dir(step) if name.startswith('_raw_saved_'))
+    return tuple(name for name in dir(kind) if name.startswith('_raw_saved_'))
 
 
 def _made_by(node: Any, y: Tensor, positions: tuple[int, ...]) -> Kept | None:
