@@ -154,7 +154,7 @@ def may_read_the_graph() -> bool:
 
 def is_readable(node: Any) -> bool:
     """The same for what one step keeps, which may have been run under hooks that are over by now."""
-    kind: Hashable = type(node)
+    kind: Any = type(node)
     for name in _saved_by(kind):
         saved = getattr(node, name)
         for each in saved if isinstance(saved, (tuple, list)) else (saved,):
