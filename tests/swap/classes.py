@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.families import SMALL_SWIN, Family
+from tests.families import SMALL_MVITV2, SMALL_SWIN, Family
 from tests.thorough import thorough
 
 _VIT: dict[str, Any] = {'img_size': 64, 'embed_dim': 64, 'depth': 2, 'num_heads': 2}
@@ -36,7 +36,9 @@ CLASSES = {
     'models.efficientformer_v2.Attention2dDownsample': Family(
         'efficientformerv2_s0', options={'img_size': 64}, other_size=None
     ),
-    'models.efficientvit_msra.CascadedGroupAttention': Family('efficientvit_m0'),
+    'models.efficientvit_msra.CascadedGroupAttention': Family(
+        'efficientvit_m0', options={'depth': (1, 1, 2), 'num_heads': (2, 2, 2)}
+    ),
     'models.eva.EvaAttention': Family('vit_tiny_patch16_dinov3_qkvb', options={**_VIT, 'dynamic_img_size': True}),
     'models.fastvit.Attention': Family(
         'fastvit_mci0', options={'embed_dims': (32, 64, 128, 256), 'layers': (1, 1, 1, 1)}
@@ -60,7 +62,7 @@ CLASSES = {
     'models.maxxvit.Attention2d': Family('test_coatnet', options={'img_size': 64}, other_size=None),
     'models.maxxvit.AttentionCl': Family('test_maxvit', options={'img_size': 64}, other_size=128),
     'models.metaformer.Attention': Family('caformer_s18'),
-    'models.mvitv2.MultiScaleAttention': Family('mvitv2_tiny', options={'img_size': 64}, other_size=None),
+    'models.mvitv2.MultiScaleAttention': Family('mvitv2_tiny', options=SMALL_MVITV2, other_size=None),
     'models.nest.Attention': Family('nest_tiny', options={'img_size': 64}, other_size=None),
     'models.nextvit.EfficientAttention': Family('nextvit_small', options={'depths': (1, 2, 5, 2)}),
     'models.pvt_v2.Attention': Family('pvt_v2_b0', options=_FOUR | {'num_heads': (1, 2, 3, 4)}),
