@@ -33,8 +33,10 @@ classifiers of `pyproject.toml` are what passed here.
 """
 
 _MIDDLE = """
-All but the tests marked `slow` and `thorough`. What is *expected to fail* is known not to work, in most cells because
-timm's own model cannot do it, and would be an error if it did. *Not run* is what a version cannot do at all:
+These are the tests of every run, without those marked `slow`, `thorough` and `clients`. What is *expected to fail* is
+known not to work, in most cells because timm's own model cannot do it, and would be an error if it did. *Not run* is
+what a version lacks, or cannot do with its own model, by the number of tests:
+
 """
 
 _FOOT = """
@@ -43,6 +45,10 @@ What an older version has not is refused where it is asked for, such as the stag
 timm 1.0.23. The table of the architectures with self-attention was made with the newest timm; an older one registers
 variants of the architectures that it has.
 """
+
+
+# What holds pyproject.toml against the page cannot pass before there is one, and counts for nothing.
+_OWN_TEST = 'tests.benchmarks.test_versions'
 
 
 def record_of(results: Iterable[Path]) -> Record:
@@ -54,7 +60,9 @@ def record_of(results: Iterable[Path]) -> Record:
         for part in results
         for case in ElementTree.parse(part).getroot().iter('testcase')
     }
-    for case in cases.values():
+    for (where, _), case in cases.items():
+        if where == _OWN_TEST:
+            continue
         found = next((part for part in case if part.tag in ('failure', 'error', 'skipped')), None)
         if found is None:
             outcomes['passed'] += 1
@@ -72,18 +80,45 @@ def record_of(results: Iterable[Path]) -> Record:
 def page(records: Iterable[Record]) -> str:
     """The newest run of each combination, the oldest combination first, as a page."""
     newest = {(order(r['torch']), order(r['timm']), order(r['python'])): r for r in records}
-    rows, reasons = [], []
-    for _, record in sorted(newest.items()):
+    ordered = [record for _, record in sorted(newest.items())]
+    rows = []
+    for record in ordered:
         versions = [str(record[name]) for name in ('date', 'python', *PACKAGES)]
         counts = [f'{record.get(outcome, 0):,}' for outcome in ('passed', 'failed', 'xfailed', 'skipped')]
-        rows.append(f'| {" | ".join(versions + counts)} |\n')
-        for reason, count in sorted(record['reasons'].items()):
-            reasons.append((reason, f'{count} with torch {record["torch"]}, timm {record["timm"]}'))
-    listed: dict[str, list[str]] = {}
-    for reason, where in reasons:
-        listed.setdefault(reason, []).append(where)
-    notes = ''.join(f'- {reason}: {"; ".join(dict.fromkeys(wheres))}\n' for reason, wheres in listed.items())
-    return _HEAD + ''.join(rows) + _MIDDLE + '\n' + (notes or '- nothing\n') + _FOOT
+        rows.append(_row(versions + counts))
+    return _HEAD + ''.join(rows) + _MIDDLE + _not_run(ordered) + _FOOT
+
+
+def _not_run(records: list[Record]) -> str:
+    """Why tests did not run, as a table of a column for each combination."""
+    counts: dict[str, list[int]] = {}
+    for column, record in enumerate(records):
+        for reason, count in record['reasons'].items():
+            counts.setdefault(_without_version(reason), [0] * len(records))[column] += count
+    names = [f'torch {_public(r["torch"])}, timm {r["timm"]}, Python {_minor(r["python"])}' for r in records]
+    head = _row(['not run', *names]) + _row(['---', *['--:'] * len(names)])
+    often = sorted(counts.items(), key=lambda each: (-max(each[1]), each[0]))
+    return head + ''.join(_row([reason, *[str(count or '') for count in found]]) for reason, found in often)
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f'| {" | ".join(cells)} |\n'
+
+
+def _without_version(reason: str) -> str:
+    """A reason to leave a test out, alike for all versions, short, and fit for a cell."""
+    words = ' '.join(reason.split())
+    words = re.sub(r'\. Do: .*', '', words)  # of an error that tells what to type
+    words = re.sub(r'\b(timm|torch) \d\S* ', r'\1 ', words)
+    return (words if len(words) <= 120 else f'{words[:119]}…').replace('|', '\\|')
+
+
+def _public(release: str) -> str:
+    return release.split('+')[0]
+
+
+def _minor(release: str) -> str:
+    return '.'.join(release.split('.')[:2])
 
 
 def order(release: str) -> tuple[int, ...]:

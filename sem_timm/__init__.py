@@ -46,6 +46,7 @@ from sem_timm.registry import register_variants
 if TYPE_CHECKING:
     from sem_timm.attention_transfer import TransferOptions, TransferResult, transfer
     from sem_timm.finetuning import FinetuneOptions, FinetuneResult, finetune, open_run
+    from sem_timm.folding import FoldResult, GateFold, fold_gates
     from sem_timm.operations import (
         AttentionConfig,
         ExcitationConfig,
@@ -97,6 +98,8 @@ __all__ = [
     'ExternalAttention2dConfig',
     'FinetuneOptions',
     'FinetuneResult',
+    'FoldResult',
+    'GateFold',
     'GuardError',
     'HaloAttention',
     'InsertConfig',
@@ -130,6 +133,7 @@ __all__ = [
     'excitation_names',
     'explain',
     'finetune',
+    'fold_gates',
     'load_patch',
     'open_run',
     'operation_names',
@@ -153,6 +157,7 @@ _LAZY = {
         'transfer',
     ),
     'sem_timm.finetuning': ('FinetuneOptions', 'FinetuneResult', 'finetune', 'open_run'),
+    'sem_timm.folding': ('FoldResult', 'GateFold', 'fold_gates'),
     'sem_timm.operations': (
         'AttentionConfig',
         'ExcitationConfig',

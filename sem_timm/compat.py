@@ -8,8 +8,8 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import timm
@@ -18,7 +18,9 @@ import torch
 from timm.layers import SEModule
 from timm.layers import create_attn as _create_attn
 from timm.models import PretrainedCfg, get_pretrained_cfg, split_model_name_tag
-from torch import nn
+from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookNet
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, fx, nn
 
 from sem_timm.errors import MissingPackageError
 from sem_timm.random_state import preserved_random_state
@@ -50,6 +52,7 @@ try:
 except ImportError:  # torch < 2.7, which does not tell an export from other compilation
     from torch.compiler import is_compiling as is_exporting
 
+_TIMM = tuple(map(int, re.findall(r'\d+', timm.__version__)[:3]))
 _TORCH = tuple(map(int, torch.__version__.split('.')[:2]))
 
 # Functions of torch whose arguments are lists of tensors, or a device. Before torch 2.9 they take no proxy there.
@@ -72,16 +75,23 @@ REFUSING_PROXIES: tuple[Callable[..., Any], ...] = () if _TORCH >= (2, 9) else _
 
 __all__ = [
     'REFUSING_PROXIES',
+    'buffers_take_proxies',
     'create_attn',
+    'create_norm',
+    'create_scheduler',
     'forget_compiled',
     'get_arch_pretrained_cfgs',
     'get_notrace_functions',
     'is_exporting',
     'list_optimizers',
+    'load_state_dict_from_path',
     'logit_distillation_task',
+    'meta_is_checkpointed',
     'on_meta',
     'param_groups_layer_decay',
     'param_groups_weight_decay',
+    'saved_tensors_hooks_in_force',
+    'wrapper_arguments',
 ]
 
 
@@ -93,6 +103,42 @@ def create_attn(
         return _create_attn(name, channels, device=device, dtype=dtype, **options)
     with nullcontext() if device is None else torch.device(device):  # timm < 1.0.21
         return _create_attn(name, channels, **options).to(dtype)
+
+
+def create_norm(
+    norm_layer: Callable[..., nn.Module], width: int, device: torch.device | str | None, dtype: torch.dtype | None
+) -> nn.Module:
+    """One of timm's norms, or another with the same arguments, where and of the type that was asked for."""
+    if 'device' in inspect.signature(SEModule).parameters:
+        return norm_layer(width, device=device, dtype=dtype)
+    with nullcontext() if device is None else torch.device(device):  # timm < 1.0.21
+        return norm_layer(width).to(dtype=dtype)
+
+
+def wrapper_arguments(wrapper: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What timm hands to a feature wrapper; before 1.0.31 it hands more to a class than to what it knows by name."""
+    if _TIMM >= (1, 0, 31) or not isinstance(wrapper, type):
+        return arguments
+    foreign = set() if issubclass(wrapper, (FeatureDictNet, FeatureHookNet)) else {'flatten_sequential'}
+    foreign |= {'output_fmt'} if issubclass(wrapper, FeatureGetterNet) else set()
+    return {name: value for name, value in arguments.items() if name not in foreign}
+
+
+def load_state_dict_from_path(folder: str) -> dict[str, Tensor]:
+    """The weights in a folder.
+
+    Raises:
+        MissingPackageError: If this timm cannot read them.
+    """
+    try:
+        from timm.models._hub import load_state_dict_from_path
+    except ImportError as error:  # timm < 1.0.16
+        raise MissingPackageError(
+            f"source='local-dir' is for folders, which timm {timm.__version__} cannot read. "
+            f"Do: pip install 'timm>=1.0.16', or name a file: pretrained_cfg_overlay=dict(file=...)."
+        ) from error
+    weights: dict[str, Tensor] = load_state_dict_from_path(folder)
+    return weights
 
 
 def list_optimizers() -> list[str]:
@@ -115,10 +161,81 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         return build().to('meta')
 
 
+def buffers_take_proxies() -> AbstractContextManager[None]:
+    """A context in which a traced forward may set a buffer, which until torch 2.5 does not take what stands for it."""
+    if _TORCH >= (2, 6):
+        return nullcontext()
+    original = nn.Module.__setattr__
+
+    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
+        if isinstance(value, fx.Proxy) and name in self.__dict__.get('_buffers', ()):
+            self.__dict__['_buffers'][name] = value
+        else:
+            original(self, name, value)
+
+    return _replaced(nn.Module, '__setattr__', set_attribute)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def meta_is_checkpointed() -> AbstractContextManager[Any]:
+    """A context in which calls on the meta device may be checkpointed, which torch 2.4 takes for an accelerator."""
+    if _TORCH >= (2, 5):
+        return nullcontext()
+    from torch.utils import checkpoint
+
+    infer = checkpoint._infer_device_type
+
+    def infer_device_type(*args: Any) -> str:
+        return 'cpu' if (device := infer(*args)) == 'meta' else str(device)
+
+    return _replaced(checkpoint, '_infer_device_type', infer_device_type)
+
+
+def create_scheduler(optimizer: torch.optim.Optimizer, name: str, **options: Any) -> Any:
+    """One of timm's schedules; None for 'none'.
+
+    Raises:
+        ValueError: If this timm knows none of that name.
+        MissingPackageError: If a newer timm does.
+    """
+    scheduler, _ = create_scheduler_v2(optimizer, name, **options)
+    if scheduler is None and name == 'constant':  # timm < 1.0.31
+        scheduler, _ = create_scheduler_v2(optimizer, 'step', **{**options, 'decay_epochs': 1, 'decay_rate': 1.0})
+    if scheduler is None and name in ('rsqrt', 'wsd'):
+        raise MissingPackageError(
+            f"timm {timm.__version__} has no schedule {name!r}. Do: pip install 'timm>=1.0.31', or take another, such "
+            "as 'cosine'."
+        )
+    if scheduler is None and name != 'none':
+        raise ValueError(f'Unknown scheduler {name!r}.')
+    return scheduler
+
+
 def forget_compiled() -> None:
     """Has compiled code look anew at modules whose classes changed, which until torch 2.4 it does not by itself."""
     if 'torch._dynamo' in sys.modules and _TORCH < (2, 5):
         torch.compiler.reset()
+
+
+def saved_tensors_hooks_in_force() -> tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]] | None:
+    """The innermost pair of `torch.autograd.graph.saved_tensors_hooks` that is in force, if any is.
+
+    Raises:
+        NotImplementedError: If this torch does not tell.
+    """
+    innermost: Any = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
+    if innermost is None:  # torch < 2.5
+        raise NotImplementedError
+    return innermost(True) or None
 
 
 def logit_distillation_task() -> Callable[..., Any]:

@@ -16,7 +16,6 @@ from tests.families import FAMILIES
 from tests.lively import lively
 from tests.thorough import first_of_each
 from tests.twins import assert_equal, both, inserted, several, trained
-from tests.versions import CHECKPOINTS_REENTRANTLY
 
 
 @several
@@ -62,12 +61,14 @@ def test_gradient_checkpointing(name: str) -> None:
     results = []
     for checkpointing in (False, True):
         model = trained(sem_timm.patch_model(family.create(), input_size=family.input_size)).train()
-        model.set_grad_checkpointing(checkpointing)
+        model.double().set_grad_checkpointing(checkpointing)
         torch.manual_seed(3)  # for swin's stochastic depth
-        logits = model(family.images())
+        logits = model(family.images().double())
         logits.square().mean().backward()
         results.append((logits.detach(), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}))
-    (assert_close if CHECKPOINTS_REENTRANTLY else assert_equal)(*results)
+    assert torch.equal(results[0][0], results[1][0])
+    # What is computed again is computed the plain way: a gate sums up its gradients in another order.
+    assert_close(results[0][1], results[1][1], rtol=1e-9, scale=1e-12)
     assert inserted(model).keys() <= results[1][1].keys()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import traceback
 from collections.abc import Callable
@@ -24,8 +25,22 @@ TIMM = Version(timm.__version__).release
 _COMPLETE = (1, 0, 31)
 
 
-# Whether timm's gradient checkpointing runs a backward inside of the backward.
-CHECKPOINTS_REENTRANTLY = TIMM < (1, 0, 13)
+# Whether ConViT keeps positions in an attribute that its forward changes, for which it is refused; later in a buffer.
+CONVIT_CHANGES_ITSELF = TIMM < (1, 0, 31)
+
+# Whether Swin's tables of positions stay frozen as they are made anew for other sizes.
+TABLES_STAY_FROZEN = TIMM >= (1, 0, 31)
+
+# The indices of the outputs of its first two stages among ConvNeXt's intermediates, where the stem was the first.
+CONVNEXT_STAGES = (0, 1) if TIMM >= (1, 0, 16) else (1, 2)
+
+# What builds a small `efficientvit_m0` for the sizes that it is tested with: before, it took images of no other than one.
+_EFFICIENTVIT = {'depth': (1, 1, 2), 'num_heads': (2, 2, 2)}
+EFFICIENTVIT: dict[str, Any] = (
+    {'options': _EFFICIENTVIT}
+    if TIMM >= (1, 0, 31)
+    else {'size': 128, 'options': {**_EFFICIENTVIT, 'img_size': 128}, 'other_size': None}
+)
 
 
 def since_timm(release: str, what: str) -> pytest.MarkDecorator:
@@ -38,6 +53,27 @@ def since_torch(release: str, what: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(Version(release).release > TORCH, reason=f'torch {torch.__version__} has no {what}')
 
 
+def needs_argument(name: str) -> pytest.MarkDecorator:
+    """Marks a test that hands an argument to timm's attention, which has it since some release."""
+    return pytest.mark.skipif(not attention_takes(name), reason=_no_argument(name))
+
+
+def attention_takes(name: str) -> bool:
+    """Whether timm's attention takes an argument of that name."""
+    return name in inspect.signature(Attention.forward).parameters
+
+
+def _no_argument(name: str) -> str:
+    return f'timm {timm.__version__} has no argument {name} of its attention'
+
+
+def class_name(cls: type) -> str:
+    """Module and name of a class of timm, without "timm." and as the newest timm has it."""
+    return (
+        'layers.attention.Attention' if cls is Attention else f'{cls.__module__}.{cls.__name__}'.removeprefix('timm.')
+    )
+
+
 def unless_timm_fails(plainly: Callable[[], Any]) -> None:
     """Ends a test that an older timm cannot pass: it fails with the plain model already, which this does."""
     try:
@@ -48,18 +84,25 @@ def unless_timm_fails(plainly: Callable[[], Any]) -> None:
         pytest.skip(f'timm {timm.__version__} itself: {type(error).__name__}: {error}')
 
 
-def lacking(error: BaseException) -> str:
+def lacking(error: BaseException | None) -> str:
     """Why a test cannot run with an older timm: that lacks an architecture, an option, or what is needed of it here."""
-    if TIMM >= _COMPLETE:
+    if TIMM >= _COMPLETE or error is None:
         return ''
     text = str(error).partition('\n')[0]
     if isinstance(error, MissingPackageError):
         return text
-    unknown = re.search(r'Unknown model \((\w+)\)', str(error))  # in what another process printed, too
+    if type(error).__name__ == 'UnpatchedFails':  # of tests/compatibility/twins.py
+        return f'timm {timm.__version__} itself: {text}'
+    unknown = re.search(
+        r"(?:Unknown model \(|model ')(\w+)(?:\)|' is unknown)", str(error)
+    )  # in what another process printed, too
     if unknown is not None:
         name = re.sub('_(sem|ea|eamlp)$', '', unknown[1])
         known = timm.is_model(name) and timm.model_entrypoint(name).__module__ != 'tests.small_models'
         return '' if known else f'timm {timm.__version__} has no {name}'
+    argument = re.search(r"forward\w*\(\) got an unexpected keyword argument '(attn_mask|is_causal)'", str(error))
+    if argument is not None and not attention_takes(argument[1]):
+        return _no_argument(argument[1])
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if '/torch/' not in frame.filename]
     last = frames[-1]
     if '/timm/' not in last.filename:
@@ -94,6 +137,17 @@ def weightless(name: str, dtype: torch.dtype = torch.float32, **options: Any) ->
     if TIMM >= (1, 0, 21):
         return timm.create_model(name, device='meta', dtype=dtype, **options)
     return timm.create_model(name, **options).to('meta', dtype)
+
+
+def building_weightless() -> AbstractContextManager[Any]:
+    """A context in which models are built on the meta device, where all of timm's can be, since timm 1.0.20."""
+    return torch.device('meta') if TIMM >= (1, 0, 20) else nullcontext()
+
+
+def set_submodule(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Puts a module at a name, for which torch has a method since 2.5."""
+    path, _, child = name.rpartition('.')
+    setattr(model.get_submodule(path), child, new)
 
 
 def compiles_once_more(allowed: bool) -> AbstractContextManager[Any]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ from sem_timm.attention_transfer.measure import visiting
 from sem_timm.attention_transfer.options import TransferOptions
 from sem_timm.attention_transfer.pair import Pair, SwappedLayer
 from sem_timm.batches import Loader
-from sem_timm.compat import list_optimizers
+from sem_timm.compat import create_scheduler, list_optimizers
 from sem_timm.errors import OptionError, closest
 from sem_timm.surgery import tensors_in
 
@@ -58,7 +57,7 @@ def _optimizer(parameters: list[nn.Parameter], options: TransferOptions, learnin
 
 def _scheduler(optimizer: torch.optim.Optimizer, name: str, learning_rate: float, steps: int, warmup: int) -> Scheduler:
     try:
-        scheduler, _ = create_scheduler_v2(  # an epoch of the schedule is a step
+        scheduler: Scheduler | None = create_scheduler(  # an epoch of the schedule is a step
             optimizer,
             name,
             num_epochs=steps,

@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from timm.layers import convert_sync_batchnorm
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from sem_timm.compat import create_scheduler
 from sem_timm.errors import OptionError
 from sem_timm.finetuning.datasets import Data, open_data
 from sem_timm.finetuning.freezing import Freezing
@@ -198,9 +198,9 @@ def data_and_model(
 def _create_scheduler(options: FinetuneOptions, optimizer: Any, num_updates: int) -> Any:
     warmup: Any = min(options.warmup_epochs, options.epochs / 2)  # timm counts in updates, so that parts are fine
     try:
-        scheduler, _ = create_scheduler_v2(
+        return create_scheduler(
             optimizer,
-            sched=options.schedule,
+            options.schedule,
             num_epochs=options.epochs,
             decay_epochs=None if options.schedule == 'wsd' else max(1, options.epochs // 3),
             decay_milestones=[options.epochs // 2, options.epochs * 3 // 4],
@@ -213,4 +213,3 @@ def _create_scheduler(options: FinetuneOptions, optimizer: Any, num_updates: int
         )
     except (ValueError, AssertionError) as error:
         raise OptionError(f'schedule {options.schedule!r}: {error}') from error
-    return scheduler

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sem_timm.errors import OptionError, closest
 from sem_timm.layers.excitation import ZeroableExcitation, check_at_least_one
+from sem_timm.layers.gated_sum import follows, gated_sum
 from sem_timm.layers.operators import ExcitationClass, build_operators, check_zeroable
 from sem_timm.layers.pool_and_scale import pooled, scaled
 from sem_timm.layers.recording import refuse_script
@@ -138,6 +139,21 @@ class ChannelGate(nn.Module):
                 reset()
         self._apply_init(init)
 
+    @property
+    def can_be_identity(self) -> bool:
+        """Whether all operators have a ``zero_last_weights``."""
+        return all(callable(getattr(operator, 'zero_last_weights', None)) for operator in self.operators.values())
+
+    def become_identity(self) -> None:
+        """Compute a gate of exactly one from now on, until it is trained: zeros for the last weights, all others stay.
+
+        Raises:
+            OptionError: If an operator has no ``zero_last_weights``.
+        """
+        self._check_init('identity')
+        with torch.no_grad():
+            self._apply_init('identity')
+
     def expect_base(self) -> None:
         """Take the values of now for drawn and not trained: while they stay, `state_beside_base` is an identity."""
         self._as_drawn = None
@@ -151,7 +167,7 @@ class ChannelGate(nn.Module):
             The state_dict of an identity, with the parameters of the gate but for the last ones; None for a gate that
             has something to lose, since it is no identity and was not drawn for want of better values.
         """
-        if not all(callable(getattr(operator, 'zero_last_weights', None)) for operator in self.operators.values()):
+        if not self.can_be_identity:
             return None
         twin = copy.deepcopy(self)
         twin._apply_init('identity')
@@ -194,7 +210,7 @@ class ChannelGate(nn.Module):
 
     def gate(self, x: Tensor) -> Tensor:
         """The attention vector (B, C) that the input is multiplied by."""
-        return self._gate_pooled(self.pool(x)) * self.gain
+        return self._gate_of(self.pool(x))
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None, shortcut_first: bool = False) -> Tensor:
         """Scale the channels of the input and add the shortcut, if one is given.
@@ -208,7 +224,16 @@ class ChannelGate(nn.Module):
         Returns:
             ``x * gate`` or ``x * gate + shortcut``; the first has shape and type of the input.
         """
-        return scaled(x, self._gate_pooled(self.pool(x)), self.gain, shortcut, shortcut_first, self.channel_dim)
+        is_mean = type(self).pool is ChannelGate.pool and 'pool' not in vars(self)  # whose gradient is known
+        source = follows(x, shortcut, self.channel_dim) if is_mean else None
+        if source is None:
+            return scaled(x, self._gate_pooled(self.pool(x)), self.gain, shortcut, shortcut_first, self.channel_dim)
+        layout = (self.channel_dim, self.num_prefix_tokens)
+        return gated_sum(x, source, self.pool, self._gate_of, shortcut, shortcut_first, *layout)
+
+    def _gate_of(self, pooled: Tensor) -> Tensor:
+        """The gate for pooled features (B, C)."""
+        return self._gate_pooled(pooled) * self.gain
 
     def _gate_pooled(self, pooled: Tensor) -> Tensor:
         """The product of the operators' sigmoids for pooled features (B, C), before the gain."""

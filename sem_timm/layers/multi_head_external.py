@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sem_timm.compat import create_norm
 from sem_timm.errors import OptionError
 from sem_timm.layers.attention_core import key_padding, statistics_dtype
 from sem_timm.layers.double_norm import normalize_twice
@@ -76,11 +77,11 @@ class MultiHeadExternalAttention(nn.Module):
         self.num_heads = num_heads * self.expansion
         self.head_dim = dim // num_heads
         self.q = nn.Linear(dim, wide, bias=qkv_bias, device=device, dtype=dtype)
-        self.q_norm = norm_layer(self.head_dim, device=device, dtype=dtype) if qk_norm and norm_layer else nn.Identity()
+        self.q_norm = create_norm(norm_layer, self.head_dim, device, dtype) if qk_norm and norm_layer else nn.Identity()
         self.mk = nn.Linear(self.head_dim, memory, device=device, dtype=dtype)
         self.attn_drop = nn.Dropout(attn_drop)
         self.mv = nn.Linear(memory, self.head_dim, device=device, dtype=dtype)
-        self.norm = norm_layer(wide, device=device, dtype=dtype) if scale_norm and norm_layer else nn.Identity()
+        self.norm = create_norm(norm_layer, wide, device, dtype) if scale_norm and norm_layer else nn.Identity()
         self.proj = nn.Linear(wide, dim, bias=proj_bias, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 

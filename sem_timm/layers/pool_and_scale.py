@@ -19,13 +19,18 @@ def pooled(x: Tensor, channel_dim: int, num_prefix_tokens: int, name: str) -> Te
             f'{name} got an input of shape {tuple(x.shape)}; it needs a batch, a channel and at least one spatial axis.'
         )
     if not num_prefix_tokens:
-        return _mean(x, tuple(range(2, x.ndim)) if channel_dim == 1 else tuple(range(1, x.ndim - 1)))
+        return _mean(x, positions(x, channel_dim))
     if x.ndim != 3 or x.shape[1] <= num_prefix_tokens:
         raise OptionError(
             f'{name} with num_prefix_tokens={num_prefix_tokens} got an input of shape {tuple(x.shape)}; it needs '
             f'(B, N, C) with N above {num_prefix_tokens}.'
         )
     return _mean(x[:, num_prefix_tokens:], (1,))
+
+
+def positions(x: Tensor, channel_dim: int) -> tuple[int, ...]:
+    """The axes of positions of (B, C, *spatial), or of (B, *spatial, C)."""
+    return tuple(range(2, x.ndim)) if channel_dim == 1 else tuple(range(1, x.ndim - 1))
 
 
 def _mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -45,16 +50,30 @@ def scaled(
         # Under autocast, a float32 parameter makes the gate of a half-precision input float32.
         gate = gate.to(x.dtype)
     gate = gate * gain
+    if is_recorded() or shortcut is None or not lie_alike(x, shortcut):
+        return product_and_sum(x, gate, shortcut, shortcut_first, channel_dim)
+    if not torch.is_grad_enabled() or not may_write_over():
+        return torch.addcmul(shortcut, x, spread(gate, x, channel_dim))  # one pass
+    return product_and_sum(x, gate, shortcut, shortcut_first, channel_dim)
+
+
+def product_and_sum(x: Tensor, gate: Tensor, shortcut: Tensor | None, shortcut_first: bool, channel_dim: int) -> Tensor:
+    """The product with a gate (B, C), and the sum with the shortcut, in two passes."""
+    product = x * spread(gate, x, channel_dim)
+    if shortcut is None:
+        return product
+    if not is_recorded() and may_write_over() and lie_alike(x, shortcut):
+        return product.add_(shortcut)  # with gradients that take fewer passes than those of addcmul
+    return shortcut + product if shortcut_first else product + shortcut
+
+
+def spread(gate: Tensor, x: Tensor, channel_dim: int) -> Tensor:
+    """(B, C) with the axes that a product with x needs."""
     for _ in range(x.ndim - 2):
         gate = gate.unsqueeze(-1 if channel_dim == 1 else 1)
-    if shortcut is None:
-        return x * gate
-    if not is_recorded() and _lie_alike(x, shortcut):
-        if torch.is_grad_enabled() and may_write_over():
-            return (x * gate).add_(shortcut)  # two passes over memory, with gradients that take fewer of them
-        return torch.addcmul(shortcut, x, gate)  # one pass
-    return shortcut + x * gate if shortcut_first else x * gate + shortcut
+    return gate
 
 
-def _lie_alike(x: Tensor, y: Tensor) -> bool:
+def lie_alike(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are of one type and shape, and in the same order in memory."""
     return x.dtype == y.dtype and x.shape == y.shape and x.stride() == y.stride()

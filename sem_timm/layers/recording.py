@@ -32,6 +32,15 @@ def may_write_over() -> bool:
     return torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
 
 
+def is_eager(*tensors: torch.Tensor) -> bool:
+    """Whether plain tensors are computed with here and now, with gradients, and nobody writes the operations down."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:
+        return False
+    return may_write_over() and all(type(tensor) is torch.Tensor for tensor in tensors)
+
+
 def one_node(function: Function) -> Function:
     """Makes a function of tensors one node in traces by `torch.fx`, which could not follow what it asks of shapes.
 
@@ -66,7 +75,10 @@ def traced_as_leaf(module: nn.Module, *args: Any) -> Any:
 
 def _proxy_in(args: tuple[Any, ...]) -> fx.Proxy | None:
     """The first argument that stands for a value in a trace by `torch.fx`."""
-    return next((arg for arg in args if isinstance(arg, fx.Proxy)), None)
+    for arg in args:  # not next(..., None), which torch.compile cannot follow in torch 2.4
+        if isinstance(arg, fx.Proxy):
+            return arg
+    return None
 
 
 def refuse_script(module: nn.Module) -> NoReturn:

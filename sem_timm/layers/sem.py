@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sem_timm.errors import OptionError, closest
 from sem_timm.layers.gate import ChannelGate, GateInit
 from sem_timm.layers.operators import ExcitationClass
-from sem_timm.layers.recording import is_recorded, may_write_over, one_node
+from sem_timm.layers.recording import is_eager, is_recorded, may_write_over, one_node
 
 DecisionForm: TypeAlias = Literal['sigmoid', 'softmax', 'equal']
 
@@ -125,16 +125,40 @@ def _product_of_sigmoids(weights: Tensor, *logits: Tensor) -> Tensor:
     """The product (B, C) of the sigmoids of logits (B, C), each times its weight out of (B, n)."""
     if not torch.is_grad_enabled() and may_write_over() and not is_recorded():
         return torch.stack(logits, dim=1).mul_(weights.unsqueeze(-1)).sigmoid_().prod(1)
-    # Operator by operator, which is the same, bit for bit: programs that follow the channels of a model lose them in a
-    # stack, and the gradient of prod(1) looks for zeros, which makes a GPU wait.
     if len({one.dtype for one in logits}) > 1:  # under autocast
         dtype = functools.reduce(torch.promote_types, (one.dtype for one in logits))
         logits = tuple(one.to(dtype) for one in logits)
-    gate: Tensor | None = None
-    for index, one in enumerate(logits):
-        factor = torch.sigmoid(one * weights[:, index, None])
-        gate = factor if gate is None else gate * factor
-    return cast(Tensor, gate)
+    if is_eager(weights, *logits):
+        return cast(Tensor, _ProductOfSigmoids.apply(weights, *logits))
+    return _product(_sigmoids(weights, logits))
+
+
+def _sigmoids(weights: Tensor, logits: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.sigmoid(one * weights[:, index, None]) for index, one in enumerate(logits)]
+
+
+def _product(factors: Sequence[Tensor]) -> Tensor:
+    # Factor by factor, which is the same, bit for bit: programs that follow the channels of a model lose them in a
+    # stack, and the gradient of prod(1) looks for zeros, which makes a GPU wait.
+    return functools.reduce(torch.mul, factors)
+
+
+class _ProductOfSigmoids(torch.autograd.Function):
+    """The product, for whose gradient nothing is kept but the logits; sigmoids are quickly computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, *logits: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, *logits)
+        return _product(_sigmoids(weights, logits))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        weights, *logits = ctx.saved_tensors
+        factors = _sigmoids(weights, logits)
+        of_sum = gradient * _product(factors)  # of the logarithm of the product
+        of_weighted = [of_sum * (1 - factor) for factor in factors]
+        of_weights = [(one * logit).sum(1) for one, logit in zip(of_weighted, logits)]
+        return torch.stack(of_weights, 1), *(one * weights[:, index, None] for index, one in enumerate(of_weighted))
 
 
 class Excitation(ChannelGate):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sem_timm.compat import meta_is_checkpointed
 from sem_timm.errors import ModelError, OptionError, place_of
 from sem_timm.meta.layout import Layout, set_layout
 from sem_timm.meta.layout_mode import AnsweringMode, LayoutMode
@@ -292,7 +293,7 @@ def _record(found: Probe, mode: LayoutMode, *args: Any, **kwargs: Any) -> None:
         # Where torch looks for a compiled call before it looks for hooks, which would cost more than the forwards.
         module.__dict__['_compiled_call_impl'] = _recorder(found, name, module)
     try:
-        with torch.no_grad(), mode:
+        with torch.no_grad(), meta_is_checkpointed(), mode:
             skeleton(*args, **kwargs)
     finally:
         for module in modules.values():

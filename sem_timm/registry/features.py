@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from sem_timm.compat import on_meta
+from sem_timm.compat import on_meta, wrapper_arguments
 
 Patch = Callable[[nn.Module], nn.Module]
 
@@ -49,7 +49,7 @@ def _patching(wrapper: Any, patch: Patch) -> Any:
     """What timm takes for the feature wrapper: patches the whole model it gets, then builds the wrapper itself."""
 
     def wrap(model: nn.Module, **feature_cfg: Any) -> nn.Module:
-        return wrapper(patch(model), **feature_cfg)
+        return wrapper(patch(model), **wrapper_arguments(wrapper, feature_cfg))
 
     if not isinstance(wrapper, type):
         return wrap

@@ -10,6 +10,7 @@ from timm.models import PretrainedCfg, load_state_dict, load_state_dict_from_hf
 from timm.models._hub import HF_WEIGHTS_NAME
 from torch import Tensor, nn
 
+from sem_timm.compat import load_state_dict_from_path
 from sem_timm.errors import OptionError
 from sem_timm.layers.gate import with_current_keys
 from sem_timm.operations import resolve_operation
@@ -27,8 +28,6 @@ def own_weights(cfg: PretrainedCfg, cache_dir: Any) -> Weights:
     if cfg.custom_load:  # a foreign format, which only the base's family reads
         return weights
     if cfg.source == 'local-dir' and cfg.file:
-        from timm.models._hub import load_state_dict_from_path  # which came with such cfgs
-
         weights = load_state_dict_from_path(cfg.file)
     elif cfg.source == 'hf-hub' and cfg.hf_hub_id:
         filename = cfg.hf_hub_filename or HF_WEIGHTS_NAME

@@ -2,10 +2,19 @@
 
 from sem_timm.surgery.aliasing import tensors_in
 from sem_timm.surgery.disable import disabled
+from sem_timm.surgery.factor import FactorPlace, Multiplied, factor_places
 from sem_timm.surgery.freeze import check_not_compact, drop_unread_parameters, trainable_parameters, unread_parameters
 from sem_timm.surgery.graphs import Values, Verdict, own_methods_called
 from sem_timm.surgery.insert import Inserter
-from sem_timm.surgery.patch import Built, PatchedModule, apply_plan, check_undoable, patched_modules, unpatch_model
+from sem_timm.surgery.patch import (
+    Built,
+    PatchedModule,
+    apply_plan,
+    check_undoable,
+    patched_modules,
+    unpatch_model,
+    unpatch_modules,
+)
 from sem_timm.surgery.placement import Placement
 from sem_timm.surgery.plan import Plan
 from sem_timm.surgery.planning import check_model, plan_insertion, plan_swap
@@ -29,8 +38,10 @@ __all__ = [
     'Computed',
     'Core',
     'Edit',
+    'FactorPlace',
     'Inserter',
     'Insertion',
+    'Multiplied',
     'NotACore',
     'Original',
     'PatchedModule',
@@ -56,6 +67,7 @@ __all__ = [
     'disabled',
     'drop_unread_parameters',
     'edit_of',
+    'factor_places',
     'heads_of',
     'judged_softmaxes',
     'judged_sums',
@@ -73,5 +85,6 @@ __all__ = [
     'tensors_in',
     'trainable_parameters',
     'unpatch_model',
+    'unpatch_modules',
     'unread_parameters',
 ]

@@ -7,7 +7,7 @@ and the operation. So a copy, an unpickled model and a wrapper around patched bl
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -184,6 +184,24 @@ def unpatch_model(model: nn.Module) -> nn.Module:
             put_back(module, edit)
     forget_compiled()
     return model
+
+
+def unpatch_modules(model: nn.Module, names: Iterable[str]) -> None:
+    """Undoes the last patch of some modules of a model in place; where no patch is left, nothing is left of any.
+
+    Args:
+        model: The model, which `check_model` has seen.
+        names: Names of patched modules.
+    """
+    for name in names:
+        module = model.get_submodule(name)
+        edit = edit_of(module)
+        assert edit is not None
+        put_back(module, edit)
+    if not any(edit_of(module, inherited=True) for module in model.modules()):
+        unfreeze(model)
+        forget_statistics(model)
+    forget_compiled()
 
 
 def check_undoable(model: nn.Module) -> None:

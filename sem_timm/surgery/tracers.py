@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-from sem_timm.compat import REFUSING_PROXIES, get_notrace_functions
+from sem_timm.compat import REFUSING_PROXIES, buffers_take_proxies, get_notrace_functions
 from sem_timm.errors import TraceError, is_between, line_of
 from sem_timm.meta.layout_mode import LayoutMode
 from sem_timm.meta.state import State
@@ -100,7 +100,7 @@ class LevelTracer(fx.Tracer):
         # A traced forward may fill caches with proxies or count itself: all of it is taken back.
         state, drawn = State(module), random_states()
         try:
-            with self._makers_recorded(module):
+            with self._makers_recorded(module), buffers_take_proxies():
                 graph = self.trace(module)
         finally:
             added, changed = state.added(), [*state.rebound(), *state.changed(_is_memory)]

@@ -1,4 +1,4 @@
-"""The page of versions: made of what pytest wrote, of the newest run of each combination."""
+"""The page of versions: made of what pytest wrote, and the same as what pyproject.toml says."""
 
 from __future__ import annotations
 
@@ -38,4 +38,35 @@ def test_page_says_what_each_run_gave(script: Any, tmp_path: Path, monkeypatch: 
     rows = re.findall(r'^\| 20.*\|$', page, re.MULTILINE)
     assert [row.split(' | ')[2] for row in rows] == ['2.3.0+cu121', record['torch']]  # of two alike, the newer one
     assert [row.split(' | ')[-4:] for row in rows] == [['1,000', '1', '1', '1 |'], ['2', '1', '1', '1 |']]
-    assert '- timm 1.0.9 has no test_mambaout: 1 with torch 2.3.0+cu121' in page
+    assert '\n| timm has no test_mambaout | 1 | 1 |\n' in page
+
+
+def runs() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (ROOT / 'docs' / 'versions.jsonl').read_text().splitlines()]
+
+
+def test_floors_and_classifiers_are_what_passed(script: Any) -> None:
+    newest = {tuple(script.order(run[name]) for name in ('torch', 'timm', 'python')): run for run in runs()}
+    passed = [run for run in newest.values() if not run.get('failed')]
+    text = (ROOT / 'pyproject.toml').read_text()
+    for package in ('torch', 'timm'):
+        (floor,) = re.findall(rf'^    "{package}>=([\d.]+)"', text, re.MULTILINE)
+        oldest = min((run[package] for run in passed), key=script.order)
+        assert script.order(oldest)[: floor.count('.') + 1] == script.order(floor)
+    pythons = {'.'.join(run['python'].split('.')[:2]) for run in passed}
+    assert set(re.findall(r'Python :: (3\.\d+)', text)) == pythons
+    (floor,) = re.findall(r'^requires-python = ">=([\d.]+)"', text, re.MULTILINE)
+    assert floor == min(pythons, key=script.order)
+
+
+def test_page_is_made_of_the_log(script: Any) -> None:
+    assert (ROOT / 'docs' / 'versions.md').read_text() == script.page(runs())
+
+
+def test_matrix_of_the_script_begins_at_the_floors() -> None:
+    text = (ROOT / 'pyproject.toml').read_text()
+    (row,) = re.findall(r"^    'oldest: ([^']*)'", (ROOT / 'benchmarks' / 'compat.sh').read_text(), re.MULTILINE)
+    python, torch, _, timm, _ = row.split()
+    assert f'requires-python = ">={python}"' in text and f'"timm>={timm.removeprefix("==")}"' in text
+    (floor,) = re.findall(r'"torch>=([\d.]+)"', text)
+    assert torch.startswith(f'=={floor}.')

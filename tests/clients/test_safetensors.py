@@ -8,11 +8,11 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import load_model, save_model
-from timm.models import save_for_hf
 
 import sem_timm  # noqa: F401
 from tests.clients.models import assert_close, images, models
 from tests.twins import trained
+from tests.versions import save_for_hf
 
 PROGRAM = 'safetensors'
 PACKAGES = ('safetensors',)

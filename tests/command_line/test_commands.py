@@ -21,9 +21,9 @@ from sem_timm.finetuning.comparison import options_without
 from sem_timm.operations import operation_names
 from tests.finetuning.small_runs import write_images
 from tests.thorough import first_of_each, thorough
-from tests.versions import save_for_hf
+from tests.versions import save_for_hf, since_timm
 
-COMMANDS = ('list', 'plan', 'explain', 'finetune', 'decisions', 'transfer', 'bench')
+COMMANDS = ('list', 'plan', 'explain', 'finetune', 'decisions', 'transfer', 'fold', 'bench')
 SMALL = ['finetune', 'test_resnet', '--no-pretrained', '--image-size', '16', '--batch-size', '8', '--epochs', '1']
 
 
@@ -221,6 +221,7 @@ def test_comparison_that_cannot_be_is_refused_before_the_training(
     assert read_state(find_checkpoint(run)[1]) == before
 
 
+@since_timm('1.0.16', 'models of local-dir:')
 def test_result_is_told_where_the_comparison_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ['--data', str(write_images(tmp_path / 'data')), '--cpu', '--no-progress', '--compare']
     save_for_hf(timm.create_model('test_resnet_sem', num_classes=3), tmp_path / 'hub')

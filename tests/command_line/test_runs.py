@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,40 @@ def test_transfer_keeps_what_it_made(attending: Path, tmp_path: Path, capsys: py
         assert torch.equal(model(images), again(images))
 
 
+def test_fold_leaves_a_file_for_timm_alone(gated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / 'folded.safetensors'
+    assert main(['fold', str(gated), '--output', str(output)]) == 0
+    *_, accuracy, way = capsys.readouterr().out.splitlines()
+    assert accuracy.startswith('Top-1 accuracy: ') and way.startswith("Weights: timm.create_model('test_resnet', check")
+    compute = f'model = {way.removeprefix("Weights: ")}; torch.save(model.eval()(torch.ones(2, 3, 16, 16)), "out")'
+    code = f'import sys, timm, torch; {compute}; assert "sem_timm" not in sys.modules'
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path)
+    assert done.returncode == 0
+    model = open_run(gated).model
+    assert main(['fold', str(gated), '--json', '--max-batches', '2']) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result['is_plain'] and result['num_folded'] == 4
+    run = open_run(gated)
+    assert sem_timm.fold_gates(model, run.validation).accuracy_after == pytest.approx(
+        float(accuracy.split()[-3]), abs=0.01
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(torch.load(tmp_path / 'out'), model(torch.ones(2, 3, 16, 16)), rtol=1e-5, atol=1e-5)
+
+
+def test_fold_writes_no_file_that_timm_could_not_load(
+    gated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / 'folded.safetensors'
+    assert main(['fold', str(gated), '--max-loss', '0', '--output', str(output)]) == 2
+    printed = capsys.readouterr()
+    assert 'its loss is above max_loss=0' in printed.out and not output.exists()
+    assert (
+        'could not be folded' in printed.err
+        and 'Leave --max-loss out or raise it, or leave --output out' in printed.err
+    )
+
+
 @pytest.mark.parametrize(
     ('arguments', 'part'),
     [
@@ -112,6 +148,10 @@ def test_transfer_keeps_what_it_made(attending: Path, tmp_path: Path, capsys: py
         (['finetune', '--output', '{gated}/patch'], 'patch exists and is not empty; name another --output'),
         (['transfer', '{attending}', '--output', '{attending}'], 'exists; name a new folder'),
         (['transfer', '{gated}'], 'nothing in ResNet can take external'),
+        (['fold', '/nowhere'], '/nowhere is not the folder of a finished run'),
+        (['fold', '{attending}'], 'has no gates that patch_model put in'),
+        (['fold', '{gated}', '--output', 'folded.pth'], 'is no name of a .safetensors file, such as --output folded-f'),
+        (['fold', '{gated}', '--output', '{gated}/model.safetensors'], 'exists; name a new file, such as --output'),
     ],
 )
 def test_errors_are_one_line(

@@ -23,6 +23,7 @@ from tests.families import Family
 from tests.layers.attention_inputs import trained
 from tests.outputs import outputs
 from tests.thorough import first_of_each
+from tests.versions import since_torch
 
 TINY: dict[str, Any] = {'depth': 1, 'embed_dim': 24, 'num_heads': 3, 'img_size': 48}
 MODELS = {
@@ -138,6 +139,7 @@ def test_the_older_exporter_with_any_batch(name: str, model: str, tmp_path: Path
 NEWER = [(name, model, BATCHES[model][0]) for name, model in PAIRS if model in ('vit', 'swin', 'resnet')]
 
 
+@since_torch('2.5', 'dynamic_shapes of torch.onnx.export')
 @pytest.mark.parametrize(('name', 'model', 'batch'), first_of_each(NEWER))
 def test_the_newer_exporter_with_a_fixed_batch(name: str, model: str, batch: int, tmp_path: Path) -> None:
     check(patched(name, model), [MODELS[model].images(batch)], tmp_path / 'model.onnx', dynamo=True)

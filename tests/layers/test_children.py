@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import is_pruned
 
 from tests.layers.every_layer import BASES, CASES, WITH_CHILDREN, WITH_WEIGHTS, called_children, holders, layer_classes
+from tests.versions import set_submodule
 
 
 def test_every_layer_of_the_package_is_asked() -> None:
@@ -148,12 +149,12 @@ def test_adapters_in_the_place_of_layers_have_their_effect_and_merge(name: str) 
     for child_name in holders(layer):
         expected = results(name, layer)
         adapter = LowRank(layer.get_submodule(child_name))
-        layer.set_submodule(child_name, adapter)
+        set_submodule(layer, child_name, adapter)
         adapted = results(name, layer)
         assert differ(adapted, expected), child_name
         layer(*CASES[name].inputs()).sum().backward()
         assert adapter.up.grad is not None
-        layer.set_submodule(child_name, adapter.merged())
+        set_submodule(layer, child_name, adapter.merged())
         close(results(name, layer), adapted)
 
 

@@ -11,6 +11,7 @@ import torch
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
 
+from sem_timm.errors import OptionError
 from sem_timm.layers import SEM, ChannelGate, Excitation
 
 X = torch.randn(2, 16, 4, 4)
@@ -126,3 +127,29 @@ def test_a_variant_loads_what_version_0_1_0_wrote() -> None:
     overlay = dict(state_dict=state, num_classes=1000)
     pretrained = timm.create_model('test_resnet_sem', pretrained=True, pretrained_cfg_overlay=overlay).eval()
     assert torch.equal(pretrained(x), model(x))
+
+
+def test_a_gate_becomes_an_identity_and_keeps_its_other_weights() -> None:
+    for gate in (stirred(SEM(16, init='paper')), stirred(Excitation(16, 'ie', init='identity'))):
+        before = {key: tensor.clone() for key, tensor in gate.state_dict().items()}
+        assert gate.can_be_identity and not torch.equal(gate(X), X)
+        gate.become_identity()
+        assert torch.equal(gate(X), X) and gate.form == 'identity'
+        changed = {key for key, tensor in gate.state_dict().items() if not torch.equal(tensor, before[key])}
+        assert 'decision.weight' not in changed and 'operators.se.fc1.weight' not in changed
+
+
+class WithoutZero(nn.Linear):
+    """An operator that cannot start at zero."""
+
+    def __init__(self, channels: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels, channels, device=device, dtype=dtype)
+
+
+def test_a_gate_of_operators_that_cannot_be_zero_becomes_no_identity() -> None:
+    gate = Excitation(16, WithoutZero, init='paper')
+    before = gate.state_dict()
+    assert not gate.can_be_identity
+    with pytest.raises(OptionError):
+        gate.become_identity()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in gate.state_dict().items())

@@ -41,7 +41,7 @@ def named(suffix: str) -> set[str]:
     return {name.removesuffix(suffix) for name in timm.list_models(f'*{suffix}')}
 
 
-@since_timm('1.0.31', 'all architectures of the table')
+@since_timm('1.0.31', 'architecture that the table does not know')
 def test_architectures_with_sites_have_variants_and_others_have_not() -> None:
     sites = {name: counts for name, counts in read_table().sites.items() if name in BASES}
     assert named('_ea') == {name for name, (external, _) in sites.items() if external}

@@ -16,7 +16,7 @@ from torch import nn
 import sem_timm
 from sem_timm import OptionError
 from tests.registry.models import assert_equal, gates, image, outputs, train
-from tests.versions import save_for_hf
+from tests.versions import save_for_hf, since_timm
 
 
 def fine_tuned(name: str = 'test_resnet_sem', **kwargs: Any) -> nn.Module:
@@ -130,6 +130,7 @@ def test_saved_variant_without_its_modules_is_refused(tmp_path: Path) -> None:
     assert gates(timm.create_model(f'local-dir:{tmp_path / "unpatched"}'))
 
 
+@since_timm('1.0.16', 'models of local-dir:')
 def test_folder_with_base_weights_serves_a_variant(tmp_path: Path) -> None:
     """As the error above says."""
     base: Any = sem_timm.unpatch_model(fine_tuned())
@@ -151,6 +152,7 @@ def test_weights_of_other_options_are_an_error(tmp_path: Path) -> None:
     assert gates(timm.create_model(f'local-dir:{tmp_path}', **lenient)).keys() == {'layer1.0.sem'}
 
 
+@since_timm('1.0.16', 'models of local-dir:')
 def test_options_without_a_place_in_json_are_refused_by_timm(tmp_path: Path) -> None:
     model = timm.create_model('test_resnet_sem', sem_target=lambda name, module: name == 'layer1.0')
     with pytest.raises(ValueError, match='sem_target'):

@@ -282,7 +282,7 @@ class OutOfMemory(nn.Module):
 
 
 def test_what_else_goes_wrong_in_a_model_stays_what_it_is() -> None:
-    model = vit()
+    model = model_of('test_vit', 'external', img_size=64, dynamic_img_size=True)
     model.patch_embed.register_module('norm', OutOfMemory())
     with refused(model, RuntimeError, 'no more memory'):
         sem_timm.attention_map(model, torch.zeros(3, 96, 64))

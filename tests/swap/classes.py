@@ -9,6 +9,7 @@ import pytest
 
 from tests.families import SMALL_MVITV2, SMALL_SWIN, Family
 from tests.thorough import thorough
+from tests.versions import EFFICIENTVIT
 
 _VIT: dict[str, Any] = {'img_size': 64, 'embed_dim': 64, 'depth': 2, 'num_heads': 2}
 _FOUR: dict[str, Any] = {'embed_dims': (32, 64, 96, 128), 'depths': (1, 1, 1, 1)}
@@ -36,9 +37,7 @@ CLASSES = {
     'models.efficientformer_v2.Attention2dDownsample': Family(
         'efficientformerv2_s0', options={'img_size': 64}, other_size=None
     ),
-    'models.efficientvit_msra.CascadedGroupAttention': Family(
-        'efficientvit_m0', options={'depth': (1, 1, 2), 'num_heads': (2, 2, 2)}
-    ),
+    'models.efficientvit_msra.CascadedGroupAttention': Family('efficientvit_m0', **EFFICIENTVIT),
     'models.eva.EvaAttention': Family('vit_tiny_patch16_dinov3_qkvb', options={**_VIT, 'dynamic_img_size': True}),
     'models.fastvit.Attention': Family(
         'fastvit_mci0', options={'embed_dims': (32, 64, 128, 256), 'layers': (1, 1, 1, 1)}

@@ -75,7 +75,7 @@ TARGETS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
         NoMatchError,
         ("target 'blocks.9.attn'", 'blocks.5.attn'),
     ),
-    'class_that_is_not_there': ({'target': AttentionRope}, NoMatchError, ('AttentionRope', 'VisionTransformer')),
+    'class_that_is_not_there': ({'target': AttentionRope}, NoMatchError, (AttentionRope.__name__, 'VisionTransformer')),
     'block': (
         {'target': 'blocks.0'},
         RefusedError,

@@ -18,6 +18,7 @@ from tests.swap.classes import CLASSES, by_form
 from tests.swap.swapping import assert_all_learn, backward, outputs, shapes, swap
 from tests.thorough import first_of_each
 from tests.twins import assert_equal
+from tests.versions import class_name
 
 # Two classes may be found in one model, which need not be tested twice.
 CLASSES_OF: dict[str, list[str]] = {}
@@ -57,8 +58,7 @@ def each(request: pytest.FixtureRequest) -> Swapped:
 
 
 def class_names(model: Any, names: Any) -> set[str]:
-    classes = (type(model.get_submodule(name)) for name in names)
-    return {f'{cls.__module__}.{cls.__name__}'.removeprefix('timm.') for cls in classes}
+    return {class_name(type(model.get_submodule(name))) for name in names}
 
 
 def test_there_are_44_classes() -> None:

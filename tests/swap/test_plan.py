@@ -17,6 +17,7 @@ from tests.snapshot import assert_same, snapshot
 from tests.swap.classes import CLASSES, SHARED_TABLES, by_form
 from tests.swap.swapping import swap
 from tests.thorough import first_of_each
+from tests.versions import attention_takes
 
 VIT = CLASSES['layers.attention.Attention']
 SWIN = CLASSES['models.swin_transformer.WindowAttention']
@@ -121,7 +122,7 @@ def test_sites_say_what_was_found() -> None:
         2,
         -3,
         1,
-        True,
+        attention_takes('attn_mask'),
     )
     swin = only('models.swin_transformer.WindowAttention')
     assert (swin.shape, swin.num_heads, swin.masked) == ((32, 3, 16, 8), 3, False)

@@ -18,7 +18,7 @@ from tests.swap.classes import CLASSES
 from tests.swap.small_attention import WIDTH, Model, Projected
 from tests.swap.swapping import assert_all_learn, backward, outputs, swap
 from tests.thorough import first_of_each
-from tests.versions import Attention
+from tests.versions import CONVIT_CHANGES_ITSELF, Attention, needs_argument
 
 _VIT: dict[str, Any] = {'img_size': 64, 'embed_dim': 64, 'depth': 2, 'num_heads': 2}
 _CAIT = Family('cait_xxs24_224', options={'img_size': 64, 'depth': 1})
@@ -52,7 +52,13 @@ REFUSED: dict[str, tuple[Family, str, str]] = {
         'its queries are computed from q_global, its keys and values from other inputs',
     ),
     'cait.TalkingHeadAttn': (_CAIT, 'blocks.0.attn', 'its logits are mixed before they are used'),
-    'convit.GPSA': (CLASSES['models.convit.MHSA'], 'blocks.0.attn', 'its attention weights are mixed before they are'),
+    'convit.GPSA': (
+        CLASSES['models.convit.MHSA'],
+        'blocks.0.attn',
+        'GPSA.forward changes self.rel_indices'
+        if CONVIT_CHANGES_ITSELF
+        else 'its attention weights are mixed before they are',
+    ),
     'efficientformer_v2.Attention2d': (
         CLASSES['models.efficientformer_v2.Attention2dDownsample'],
         'stages.3.blocks.2.token_mixer',
@@ -251,5 +257,6 @@ class Derived(Attention):
         return 2 * super().forward(x, attn_mask, is_causal)
 
 
+@needs_argument('is_causal')
 def test_attention_behind_super_is_found() -> None:
     assert [site.name for site in sem_timm.plan_model(Model(Derived(WIDTH, 2)), 'external', input_size=(3, 32, 32))]

@@ -1,0 +1,249 @@
+"""Where a constant factor per channel goes, in blocks that end in one operation each; and that it does, in numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.layers import DropPath, LayerNorm2d, ScaledStdConv2d
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sem_timm
+from sem_timm.surgery import FactorPlace, factor_places
+from tests.lively import lively
+
+WIDTH, SIZE = 6, (3, 8, 8)
+
+
+class Block(nn.Module):
+    """A convolution on the branch, and what each test puts behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+
+    def tail(self, x: Tensor, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.tail(x, self.conv(x))
+
+
+class Plain(Block):
+    def tail(self, x: Tensor, y: Tensor) -> Tensor:
+        return y
+
+
+class Scaled(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+
+    def tail(self, x: Tensor, y: Tensor) -> Tensor:
+        return y * self.scale[:, None, None]
+
+
+class ScaledAsAWhole(Scaled):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def tail(self, x: Tensor, y: Tensor) -> Tensor:
+        return y * self.scale / 3 * 0.5
+
+
+class Biased(Scaled):
+    def tail(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.relu(y + self.scale.view(1, -1, 1, 1))
+
+
+class TwoConvolutions(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Conv2d(WIDTH, WIDTH, 1, bias=False)
+
+    def tail(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.other(x * x)
+
+
+class SummedInALoop(TwoConvolutions):
+    def tail(self, x: Tensor, y: Tensor) -> Tensor:
+        total: Any = 0
+        for part in (y, self.other(x * x)):
+            total = total + part
+        return total  # type: ignore[no-any-return]
+
+
+class Joined(TwoConvolutions):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(WIDTH, 2, 3, padding=1), nn.Conv2d(WIDTH, 4, 1)
+
+    def tail(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.cat([y, self.other(x * x)], 1)
+
+
+class Tokens(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def tail(self, x: Tensor, y: Tensor) -> Tensor:
+        tokens = self.linear(y.flatten(2).transpose(1, 2))
+        return tokens.transpose(1, 2).reshape(x.shape).contiguous()
+
+
+class NormedTokens(Tokens):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.RMSNorm(WIDTH)  # type: ignore[assignment]
+
+
+class MixedTokens(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(64, 64, bias=False)
+
+    def tail(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.mix(y.flatten(2)).unflatten(2, (8, 8))
+
+
+class Layered(Block):
+    """Layers that are walked into, called as children."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def tail(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.layers(y)  # type: ignore[no-any-return]
+
+
+class ReadTwice(Block):
+    def tail(self, x: Tensor, y: Tensor) -> Tensor:
+        return y * y.mean((2, 3), keepdim=True)
+
+
+class ReadElsewhere(Block):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        y = self.conv(x)
+        return x + y, y
+
+
+class FlippedChannels(Block):
+    def tail(self, x: Tensor, y: Tensor) -> Tensor:
+        return y.roll(1, dims=1)
+
+
+class Numbered(Block):
+    def tail(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + 1.0
+
+
+def network(block: nn.Module) -> Any:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.block = nn.Conv2d(3, WIDTH, 1), block
+            self.head = nn.Conv2d(WIDTH, 4, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.block(self.stem(x))
+            return self.head(x[0] + x[1] if isinstance(x, tuple) else x).mean((2, 3))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = lively(Network()).eval()
+        sem_timm.patch_model(model, 'ie', target=['block'], init='paper', input_size=SIZE)
+    for parameter in model.block.ie.parameters():
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    nn.init.zeros_(model.block.ie.operators['ie'].gamma)  # another gate for each channel, the same for all images
+    return model
+
+
+@pytest.mark.parametrize(
+    ('block', 'parameters', 'kind'),
+    [
+        (Plain(), 'conv.weight conv.bias', 'convolution'),
+        (Scaled(), 'scale', 'layer scale'),
+        (ScaledAsAWhole(), 'conv.weight conv.bias', 'convolution'),
+        (Biased(), 'conv.weight conv.bias scale', 'convolution + bias'),
+        (TwoConvolutions(), 'conv.weight conv.bias other.weight', 'convolution'),
+        (SummedInALoop(), 'conv.weight conv.bias other.weight', 'convolution'),
+        (Joined(), 'conv.weight conv.bias other.weight other.bias', 'convolution'),
+        (Tokens(), 'linear.weight linear.bias', 'linear layer'),
+        (MixedTokens(), 'conv.weight conv.bias', 'convolution'),
+        (
+            Layered(nn.BatchNorm2d(WIDTH), nn.ReLU(inplace=True), nn.Dropout2d(0.1)),
+            'layers.0.weight layers.0.bias',
+            'batch norm',
+        ),
+        (Layered(nn.GroupNorm(2, WIDTH), DropPath(0.2)), 'layers.0.weight layers.0.bias', 'group norm'),
+        (Layered(LayerNorm2d(WIDTH), nn.Identity()), 'layers.0.weight layers.0.bias', 'layer norm'),
+        (NormedTokens(), 'linear.weight', 'RMS norm'),
+        (
+            Layered(nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 1)), nn.AvgPool2d(3, 1, 1)),
+            'layers.0.0.weight layers.0.0.bias',
+            'convolution',
+        ),
+        (Layered(ScaledStdConv2d(WIDTH, WIDTH, 1)), 'layers.0.gain layers.0.bias', 'convolution'),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else '',
+)
+def test_place_of_a_factor(block: nn.Module, parameters: str, kind: str) -> None:
+    model = network(block)
+    (place,) = factor_places(model)
+    assert [one.name for one in place.parameters] == [f'block.{name}' for name in parameters.split()], place.reason
+    assert place.kind == kind
+    images = torch.randn(3, *SIZE)
+    with torch.no_grad():
+        expected = model(images)
+        (row,) = sem_timm.fold_gates(model, images).gates
+        assert row.folded, row.reason
+        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+    assert type(model.block) is type(block)
+
+
+@pytest.mark.parametrize(
+    ('block', 'reason'),
+    [
+        (ReadTwice(), 'conv in block is read by others as well'),
+        (ReadElsewhere(), 'conv in block is read by others as well'),
+        (FlippedChannels(), 'roll in block moves channels in a way that is not read'),
+        (Numbered(), 'a term of add in block has no channels of its own'),
+        (Layered(nn.GELU()), 'layers.0'),
+        (Layered(nn.LayerNorm([WIDTH, 8, 8])), 'block.layers.0 works on another axis than the channels'),
+        (Layered(nn.BatchNorm2d(WIDTH, affine=False)), 'block.layers.0 is a batch norm without weights'),
+        (Layered(nn.Linear(8, 8)), 'block.layers.0 works on another axis than the channels'),
+        (Layered(nn.ConvTranspose2d(WIDTH, WIDTH, 1)), 'conv_transpose2d in block.layers.0 does not pass a factor on'),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else '',
+)
+def test_factor_without_a_place(block: nn.Module, reason: str) -> None:
+    model = network(block)
+    (place,) = factor_places(model)
+    assert not place.parameters and reason in place.reason
+    (row,) = sem_timm.fold_gates(model, torch.randn(2, *SIZE)).gates
+    assert not row.folded and reason in row.reason
+
+
+def test_layers_are_named_once() -> None:
+    (place,) = factor_places(network(Scaled()))
+    assert place.layers == ('block.scale',)
+    (place,) = factor_places(network(Plain()))
+    assert place.layers == ('block.conv',)
+
+
+def test_places_need_no_weights() -> None:
+    with torch.device('meta'):
+        model = sem_timm.patch_model(timm.create_model('test_vit'), 'sem', branches='all')
+    places = list(factor_places(model))
+    assert [place.layers for place in places[:2]] == [('blocks.0.attn.proj',), ('blocks.0.mlp.fc2',)]
+    assert all(isinstance(place, FactorPlace) and not place.reason for place in places)
+
+
+def test_a_model_without_insertions_has_no_places() -> None:
+    assert list(factor_places(timm.create_model('test_resnet'))) == []
