@@ -34,9 +34,12 @@ TABLES_STAY_FROZEN = TIMM >= (1, 0, 31)
 # The indices of the outputs of its first two stages among ConvNeXt's intermediates, where the stem was the first.
 CONVNEXT_STAGES = (0, 1) if TIMM >= (1, 0, 16) else (1, 2)
 
-# What builds `efficientvit_m0` for the sizes that it is tested with: before, it took images of no other than one.
+# What builds a small `efficientvit_m0` for the sizes it is tested with: before, it took images of no other than one.
+_EFFICIENTVIT = {'depth': (1, 1, 2), 'num_heads': (2, 2, 2)}
 EFFICIENTVIT: dict[str, Any] = (
-    {} if TIMM >= (1, 0, 31) else {'size': 128, 'options': {'img_size': 128}, 'other_size': None}
+    {'options': _EFFICIENTVIT}
+    if TIMM >= (1, 0, 31)
+    else {'size': 128, 'options': {**_EFFICIENTVIT, 'img_size': 128}, 'other_size': None}
 )
 
 

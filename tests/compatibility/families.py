@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from timm.models import byobnet, mvitv2
+from timm.models import byobnet
 
-from tests.families import SMALL_SWIN, Family
+from tests.families import SMALL_MVITV2, SMALL_SWIN, Family
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,6 @@ class Column(Family):
 
 _REPVGG = byobnet._rep_vgg_bcfg(d=(1, 2, 1, 1), wf=(0.25, 0.25, 0.25, 0.25))
 _MOBILEONE = byobnet._mobileone_bcfg(d=(1, 2, 1, 1), wf=(0.25, 0.25, 0.25, 0.25), num_conv_branches=2)
-
-# A configuration that timm's entry point takes as `cfg_variant`; its own are too large for a thousand tests.
-_MVITV2 = 'small mvitv2'
-mvitv2.model_cfgs[_MVITV2] = mvitv2.MultiScaleVitCfg(
-    depths=(1, 1, 1, 1), embed_dim=(32, 48, 64, 96), num_heads=(1, 2, 2, 4)
-)
 
 COLUMNS = {
     'resnet': Column('test_resnet'),
@@ -78,7 +72,7 @@ COLUMNS = {
     ),
     'mvitv2': Column(
         'mvitv2_tiny',
-        options={'img_size': 64, 'cfg_variant': _MVITV2},
+        options=SMALL_MVITV2,
         other_size=None,
         layout='NLC',
         attention='over pooled keys, with decomposed positions',

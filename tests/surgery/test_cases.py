@@ -165,7 +165,7 @@ def test_plans_and_random_numbers_of_others_are_not_disturbed() -> None:
 
 WINDOWED = [
     ('tiny_vit_5m_224', 'sem', {}, [(224, 224), (128, 96), (96, 160)]),
-    ('twins_svt_small', 'external', {'depths': (2, 1, 1, 1)}, [(224, 224), (128, 96)]),
+    ('twins_svt_small', 'external', {'depths': (2, 1, 1, 1)}, [(128, 96)]),
     ('cpubone_nano', 'external', {}, [(224, 224), (100, 130)]),
 ]
 

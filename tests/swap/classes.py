@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.families import SMALL_SWIN, Family
+from tests.families import SMALL_MVITV2, SMALL_SWIN, Family
 from tests.thorough import thorough
 from tests.versions import EFFICIENTVIT
 
@@ -61,7 +61,7 @@ CLASSES = {
     'models.maxxvit.Attention2d': Family('test_coatnet', options={'img_size': 64}, other_size=None),
     'models.maxxvit.AttentionCl': Family('test_maxvit', options={'img_size': 64}, other_size=128),
     'models.metaformer.Attention': Family('caformer_s18'),
-    'models.mvitv2.MultiScaleAttention': Family('mvitv2_tiny', options={'img_size': 64}, other_size=None),
+    'models.mvitv2.MultiScaleAttention': Family('mvitv2_tiny', options=SMALL_MVITV2, other_size=None),
     'models.nest.Attention': Family('nest_tiny', options={'img_size': 64}, other_size=None),
     'models.nextvit.EfficientAttention': Family('nextvit_small', options={'depths': (1, 2, 5, 2)}),
     'models.pvt_v2.Attention': Family('pvt_v2_b0', options=_FOUR | {'num_heads': (1, 2, 3, 4)}),
