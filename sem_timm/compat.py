@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -75,6 +76,7 @@ REFUSING_PROXIES: tuple[Callable[..., Any], ...] = () if _TORCH >= (2, 9) else _
 
 __all__ = [
     'REFUSING_PROXIES',
+    'TELLS_SAVED_TENSORS_HOOKS',
     'buffers_take_proxies',
     'create_attn',
     'create_norm',
@@ -86,6 +88,7 @@ __all__ = [
     'list_optimizers',
     'load_state_dict_from_path',
     'logit_distillation_task',
+    'may_hook_saved_tensors',
     'meta_is_checkpointed',
     'on_meta',
     'param_groups_layer_decay',
@@ -137,7 +140,7 @@ def load_state_dict_from_path(folder: str) -> dict[str, Tensor]:
             f"source='local-dir' is for folders, which timm {timm.__version__} cannot read. "
             f"Do: pip install 'timm>=1.0.16', or name a file: pretrained_cfg_overlay=dict(file=...)."
         ) from error
-    weights: dict[str, Tensor] = load_state_dict_from_path(folder)
+    weights: dict[str, Tensor] = load_state_dict_from_path(Path(folder))  # timm < 1.0.23 takes no text
     return weights
 
 
@@ -226,16 +229,23 @@ def forget_compiled() -> None:
         torch.compiler.reset()
 
 
-def saved_tensors_hooks_in_force() -> tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]] | None:
-    """The innermost pair of `torch.autograd.graph.saved_tensors_hooks` that is in force, if any is.
+# Whether this torch tells which hooks for saved tensors are in force, and those under which a tensor was saved; torch 2.9
+# does not tell the latter.
+TELLS_SAVED_TENSORS_HOOKS = hasattr(torch._C._autograd, '_top_saved_tensors_default_hooks') and hasattr(
+    torch._C._autograd.SavedTensor, 'unpack_hook'
+)
 
-    Raises:
-        NotImplementedError: If this torch does not tell.
-    """
-    innermost: Any = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
-    if innermost is None:  # torch < 2.5
-        raise NotImplementedError
-    return innermost(True) or None
+
+def saved_tensors_hooks_in_force() -> tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]] | None:
+    """The innermost pair of `torch.autograd.graph.saved_tensors_hooks` that is in force, if any is."""
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks or None
+
+
+def may_hook_saved_tensors() -> bool:
+    """Whether `torch.autograd.graph.disable_saved_tensors_hooks` is not in force."""
+    autograd: Any = torch._C._autograd
+    return bool(autograd._saved_tensors_hooks_is_enabled())
 
 
 def logit_distillation_task() -> Callable[..., Any]:

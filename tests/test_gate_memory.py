@@ -18,9 +18,9 @@ from tests.layers.kept_bytes import kept_bytes
 from tests.outputs import loss_of
 from tests.thorough import first_of_each, thorough
 from tests.twins import trained
-from tests.versions import since_torch
+from tests.versions import tells_saved_tensors_hooks
 
-pytestmark = since_torch('2.5', 'way to tell which hooks for saved tensors are in force')
+pytestmark = tells_saved_tensors_hooks
 
 # Families whose branches end in a batch norm or a layer scale, everywhere.
 _FREE = ('resnet', 'regnet', 'convnext', 'nfnet', 'hrnet', 'xcit')

@@ -16,6 +16,7 @@ from packaging.version import Version
 from timm.models import _registry
 from torch import nn
 
+from sem_timm.compat import TELLS_SAVED_TENSORS_HOOKS
 from sem_timm.errors import MissingPackageError
 
 TORCH = Version(torch.__version__).release
@@ -72,6 +73,13 @@ def class_name(cls: type) -> str:
     return (
         'layers.attention.Attention' if cls is Attention else f'{cls.__module__}.{cls.__name__}'.removeprefix('timm.')
     )
+
+
+# Where a gate may look up what is kept.
+tells_saved_tensors_hooks = pytest.mark.skipif(
+    not TELLS_SAVED_TENSORS_HOOKS,
+    reason=f'torch {torch.__version__} does not tell the hooks of saved tensors',
+)
 
 
 def unless_timm_fails(plainly: Callable[[], Any]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sem_timm.compat import saved_tensors_hooks_in_force
+from sem_timm.compat import TELLS_SAVED_TENSORS_HOOKS, may_hook_saved_tensors, saved_tensors_hooks_in_force
 from sem_timm.layers.recording import may_write_over
 
 # The batch norms of torch on a CPU and on GPUs, and the product, which is what layer scale and drop path are.
@@ -134,12 +134,9 @@ def kept_of(y: Tensor, positions: tuple[int, ...]) -> Kept | None:
 
 def may_read_the_graph() -> bool:
     """Whether what autograd keeps can be read more than once, and is what it was given."""
-    if not getattr(torch._C._autograd, '_saved_tensors_hooks_is_enabled', lambda: True)():
+    if not TELLS_SAVED_TENSORS_HOOKS or not may_hook_saved_tensors():
         return False
-    try:
-        hooks = saved_tensors_hooks_in_force()
-    except NotImplementedError:
-        return False
+    hooks = saved_tensors_hooks_in_force()
     if hooks is None:
         return True
     pack, unpack = hooks
@@ -158,7 +155,7 @@ def is_readable(node: Any) -> bool:
     for name in _saved_by(kind):
         saved = getattr(node, name)
         for each in saved if isinstance(saved, (tuple, list)) else (saved,):
-            hook = getattr(each, 'unpack_hook', None)
+            hook = None if each is None else each.unpack_hook
             if hook is None:
                 continue
             if str(getattr(hook, '__module__', '')).partition('.')[0] == 'torch' or not isinstance(each.data, Tensor):

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.versions import since_timm
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -18,6 +20,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module('fold')
 
 
+@since_timm('1.0.21', 'test_nfnet that can be built on the meta device')
 def test_page_counts_what_is_found(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ['test_resnet', 'test_nfnet', '--json', str(tmp_path / 'log'), '--out', str(tmp_path / 'page.md')]
     script.main(arguments)

@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from sem_timm.layers import SEM, ChannelGate, Excitation, gate, recomputed
 from tests.layers.kept_bytes import kept_bytes
 from tests.thorough import first_of_each
-from tests.versions import since_torch
+from tests.versions import tells_saved_tensors_hooks
 
-pytestmark = since_torch('2.5', 'way to tell which hooks for saved tensors are in force')
+pytestmark = tells_saved_tensors_hooks
 
 CHANNELS = 6
 
