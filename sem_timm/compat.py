@@ -229,8 +229,8 @@ def forget_compiled() -> None:
         torch.compiler.reset()
 
 
-# Whether this torch tells which hooks for saved tensors are in force, and which were when a tensor was saved; the latter
-# is not told by torch 2.9.
+# Whether this torch tells which hooks for saved tensors are in force, and which were when a tensor was saved.
+# torch 2.9 does not tell the latter.
 TELLS_SAVED_TENSORS_HOOKS = hasattr(torch._C._autograd, '_top_saved_tensors_default_hooks') and hasattr(
     torch._C._autograd.SavedTensor, 'unpack_hook'
 )
