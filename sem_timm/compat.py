@@ -10,17 +10,16 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
-import timm.optim
 import torch
 from timm.layers import SEModule
 from timm.layers import create_attn as _create_attn
 from timm.models import PretrainedCfg, get_pretrained_cfg, split_model_name_tag
 from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookNet
-from timm.scheduler import create_scheduler_v2
 from torch import Tensor, fx, nn
 
 from sem_timm.errors import MissingPackageError
@@ -42,11 +41,6 @@ try:
     from timm.layers import get_notrace_functions
 except ImportError:  # timm < 1.0.17
     from timm.models._features_fx import get_notrace_functions
-
-try:
-    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
-except ImportError:  # timm < 1.0.12
-    from timm.optim.optim_factory import param_groups_layer_decay, param_groups_weight_decay
 
 try:
     from torch.compiler import is_exporting
@@ -102,20 +96,22 @@ def create_attn(
     name: str, channels: int, device: torch.device | str | None, dtype: torch.dtype | None, **options: Any
 ) -> Any:
     """One of timm's attention modules, where and of the type that was asked for."""
-    if 'device' in inspect.signature(SEModule).parameters:
-        return _create_attn(name, channels, device=device, dtype=dtype, **options)
-    with nullcontext() if device is None else torch.device(device):  # timm < 1.0.21
-        return _create_attn(name, channels, **options).to(dtype)
+    return _placed(partial(_create_attn, name, channels, **options), device, dtype)
 
 
 def create_norm(
     norm_layer: Callable[..., nn.Module], width: int, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> nn.Module:
     """One of timm's norms, or another with the same arguments, where and of the type that was asked for."""
+    norm: nn.Module = _placed(partial(norm_layer, width), device, dtype)
+    return norm
+
+
+def _placed(build: Callable[..., Any], device: torch.device | str | None, dtype: torch.dtype | None) -> Any:
     if 'device' in inspect.signature(SEModule).parameters:
-        return norm_layer(width, device=device, dtype=dtype)
+        return build(device=device, dtype=dtype)
     with nullcontext() if device is None else torch.device(device):  # timm < 1.0.21
-        return norm_layer(width).to(dtype=dtype)
+        return build().to(dtype=dtype)
 
 
 def wrapper_arguments(wrapper: Any, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -144,11 +140,36 @@ def load_state_dict_from_path(folder: str) -> dict[str, Tensor]:
     return weights
 
 
+def _optim() -> Any:
+    """timm's room of optimizers, which is loaded when it is asked for and not with this package."""
+    import timm.optim
+
+    return timm.optim
+
+
+def param_groups_layer_decay(*args: Any, **options: Any) -> list[dict[str, Any]]:
+    """timm's groups of parameters with a learning rate for each layer."""
+    return _param_groups('param_groups_layer_decay', *args, **options)
+
+
+def param_groups_weight_decay(*args: Any, **options: Any) -> list[dict[str, Any]]:
+    """timm's groups of parameters with and without weight decay."""
+    return _param_groups('param_groups_weight_decay', *args, **options)
+
+
+def _param_groups(name: str, *args: Any, **options: Any) -> list[dict[str, Any]]:
+    optim = _optim()
+    home = optim if hasattr(optim, name) else optim.optim_factory  # timm < 1.0.12
+    groups: list[dict[str, Any]] = getattr(home, name)(*args, **options)
+    return groups
+
+
 def list_optimizers() -> list[str]:
     """Names of all optimizers that timm makes."""
-    listed = getattr(timm.optim, 'list_optimizers', None)
+    optim = _optim()
+    listed = getattr(optim, 'list_optimizers', None)
     if listed is None:  # timm < 1.0.12 has an if-chain
-        return re.findall(r"opt_lower == '(\w+)'", inspect.getsource(timm.optim.create_optimizer_v2))
+        return re.findall(r"opt_lower == '(\w+)'", inspect.getsource(optim.create_optimizer_v2))
     return [str(name) for name in listed()]
 
 
@@ -210,6 +231,8 @@ def create_scheduler(optimizer: torch.optim.Optimizer, name: str, **options: Any
         ValueError: If this timm knows none of that name.
         MissingPackageError: If a newer timm does.
     """
+    from timm.scheduler import create_scheduler_v2
+
     scheduler, _ = create_scheduler_v2(optimizer, name, **options)
     if scheduler is None and name == 'constant':  # timm < 1.0.31
         scheduler, _ = create_scheduler_v2(optimizer, 'step', **{**options, 'decay_epochs': 1, 'decay_rate': 1.0})

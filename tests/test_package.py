@@ -102,6 +102,17 @@ def test_all_is_public_with_the_extra() -> None:
     assert ast.literal_eval(made) == sem_timm.__all__
 
 
+def test_import_loads_nothing_that_only_training_needs() -> None:
+    result = run_python(
+        'import sys, timm\n'
+        'before = set(sys.modules)\n'
+        'import sem_timm\n'
+        'loaded = {name.partition(".")[0] for name in set(sys.modules) - before}\n'
+        'assert loaded == {"sem_timm"}, sorted(set(sys.modules) - before)\n'
+    )
+    assert result.returncode == 0, result.stderr
+
+
 @thorough
 def test_import_loads_no_reports_and_names_them_all_the_same() -> None:
     result = run_python(
