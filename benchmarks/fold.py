@@ -22,7 +22,7 @@ import timm
 import torch
 from meta import create_on_meta
 from rich.progress import track
-from run_log import Record, append_record, read_log
+from run_log import Record, continued, read_log
 
 import sem_timm
 from sem_timm.surgery import factor_places
@@ -132,12 +132,7 @@ def report(rows: list[Row], seconds: float) -> str:
 def sweep(names: list[str], log: Path | None) -> Iterator[Row]:
     """The rows of architectures; those in the log are not looked at again."""
     known = {row.architecture: row for row in map(Row.read, read_log(log) if log else ())}
-    for name in track(names, description='looking'):
-        if name not in known:
-            known[name] = look_at(name)
-            if log:
-                append_record(log, vars(known[name]))
-        yield known[name]
+    return continued(track(names, description='looking'), known, look_at, log)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import gc
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from torch import Tensor
 
 import sem_timm
 from benchmarks.meta import create_on_meta
-from benchmarks.run_log import append_record, read_log
+from benchmarks.run_log import continued, read_log
 from benchmarks.zoo import VERSIONS
 from sem_timm.layers import ChannelGate
 from sem_timm.layers.gated_sum import follows
@@ -143,16 +142,9 @@ def step_of(x: Tensor) -> str:
 
 
 def sweep(names: list[str], log: Path) -> Iterator[Endings]:
-    """Of all architectures, first those that an earlier run with the same versions left in the log."""
+    """Of all architectures; what an earlier run with the same versions left in the log is not done again."""
     logged = [Endings(**record) for record in read_log(log) if record['versions'] == VERSIONS]
-    known = {row.architecture: row for row in logged if row.architecture in names}
-    yield from known.values()
-    for name in names:
-        if name not in known:
-            row = look_at(name)
-            append_record(log, asdict(row))
-            yield row
-            gc.collect()
+    return continued(names, {row.architecture: row for row in logged}, look_at, log)
 
 
 def page(rows: list[Endings]) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import gc
 import json
 import warnings
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from torch import nn
 
 import sem_timm
 from benchmarks.meta import create_on_meta
-from benchmarks.run_log import append_record, read_log
+from benchmarks.run_log import continued, read_log
 from benchmarks.zoo import VERSIONS, write_page
 from sem_timm.meta import LayoutMode
 from sem_timm.surgery.cases import has_cases
@@ -100,16 +99,9 @@ def run(model: nn.Module, shape: tuple[int, ...]) -> Any:
 
 
 def sweep(names: list[str], log: Path) -> Iterator[Sizes]:
-    """Of all architectures, first those that an earlier run with the same versions left in the log."""
+    """Of all architectures; what an earlier run with the same versions left in the log is not done again."""
     logged = [Sizes(**record) for record in read_log(log) if record['versions'] == VERSIONS]
-    known = {row.architecture: row for row in logged if row.architecture in names}
-    yield from known.values()
-    for name in names:
-        if name not in known:
-            row = look_at(name)
-            append_record(log, asdict(row))
-            yield row
-            gc.collect()
+    return continued(names, {row.architecture: row for row in logged}, look_at, log)
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -26,7 +27,7 @@ import torch
 from measuring import Line, record
 from meta import create_on_meta
 from rich.progress import track
-from run_log import Record, append_record, read_log
+from run_log import Record, continued, read_log
 from torch import nn
 
 import sem_timm
@@ -234,12 +235,8 @@ def sweep(names: list[str], operation: str, apply: bool, log: Path | None) -> It
     """The rows of architectures; those in the log are not planned again."""
     earlier = map(Row.read, read_log(log)) if log else ()
     known = {row.architecture: row for row in earlier if row.operation == operation}
-    for name in track(names, description='planning'):
-        if name not in known:
-            known[name] = plan_architecture(name, operation, apply)
-            if log:
-                append_record(log, vars(known[name]))
-        yield known[name]
+    look_at = partial(plan_architecture, operation=operation, apply=apply)
+    return continued(track(names, description='planning'), known, look_at, log)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 Record = dict[str, Any]
+
+Row = TypeVar('Row')
 
 
 def read_log(path: Path) -> list[Record]:
@@ -33,6 +37,20 @@ def append_record(path: Path, record: Record) -> None:
         os.write(file, line.encode())
     finally:
         os.close(file)
+
+
+def continued(
+    names: Iterable[str], known: Mapping[str, Row], look_at: Callable[[str], Row], log: Path | None
+) -> Iterator[Row]:
+    """The row of each name: those that are known, and the others as they are looked at, logged one by one."""
+    for name in names:
+        row = known.get(name)
+        if row is None:
+            row = look_at(name)
+            if log:
+                append_record(log, dict(vars(row)))
+            gc.collect()  # what was built for it
+        yield row
 
 
 def is_logged(records: list[Record], key: Record) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 
-from sem_timm.layers.kept import Kept, kept_of, sums_of
+from sem_timm.layers.kept import Kept, kept_of, may_read_the_graph, sums_of
 from sem_timm.layers.pool_and_scale import positions, product_and_sum, spread
 from sem_timm.layers.recomputed import Difference, Recomputed, recomputed_of
 from sem_timm.layers.recording import is_eager
@@ -36,6 +36,8 @@ def follows(y: Tensor, shortcut: Tensor | None, channel_dim: int) -> Source | No
     if not is_eager(y, *(() if shortcut is None else (shortcut,))) or y.ndim < 3:
         return None
     if shortcut is not None and (shortcut.dtype != y.dtype or shortcut.shape != y.shape):
+        return None
+    if not may_read_the_graph():
         return None
     return kept_of(y, positions(y, channel_dim)) or recomputed_of(y, dear=shortcut is not None)
 

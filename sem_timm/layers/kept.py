@@ -114,7 +114,7 @@ def kept_of(y: Tensor, positions: tuple[int, ...]) -> Kept | None:
         y: (B, C, ...) or (B, ..., C).
         positions: Its axes of positions.
     """
-    if y.grad_fn is None or not y.numel() or not may_read_the_graph():
+    if y.grad_fn is None or not y.numel():
         return None
     with torch.no_grad():
         try:
@@ -141,7 +141,7 @@ def may_read_the_graph() -> bool:
         return True
     pack, unpack = hooks
     # Those of gradient checkpointing and offloading hand out every tensor once, or a copy. Others may only count.
-    if str(getattr(pack, '__module__', '')).partition('.')[0] == 'torch':
+    if _is_torchs(pack):
         return False
     probe = torch.empty(0)
     packed = pack(probe)
@@ -156,11 +156,13 @@ def is_readable(node: Any) -> bool:
         saved = getattr(node, name)
         for each in saved if isinstance(saved, (tuple, list)) else (saved,):
             hook = None if each is None else each.unpack_hook
-            if hook is None:
-                continue
-            if str(getattr(hook, '__module__', '')).partition('.')[0] == 'torch' or not isinstance(each.data, Tensor):
+            if hook is not None and (_is_torchs(hook) or not isinstance(each.data, Tensor)):
                 return False
     return True
+
+
+def _is_torchs(hook: Any) -> bool:
+    return str(getattr(hook, '__module__', '')).partition('.')[0] == 'torch'
 
 
 @cache
@@ -223,6 +225,11 @@ def shape_of(edge: tuple[Any, int]) -> torch.Size | None:
     return torch.Size(metadata[number].shape) if number < len(metadata) else None
 
 
+def bias_of(node: Any, index: int) -> Any:
+    """The parameter that a step was given at a place; None if it was given none that learns."""
+    return getattr(node.next_functions[index][0], 'variable', None)
+
+
 def order_of(node: Any) -> tuple[int, ...]:
     """The order of axes that a permutation makes."""
     axes = tuple(node._saved_dims)
@@ -238,7 +245,7 @@ def _normalized(node: Any, y: Tensor, positions: tuple[int, ...]) -> Kept:
         mean, scale = node._saved_running_mean, (node._saved_running_var + eps).rsqrt()
     if node._saved_weight is not None:
         scale = scale * node._saved_weight
-    bias = getattr(node.next_functions[2][0], 'variable', None)
+    bias = bias_of(node, 2)
     shape = (1, -1, *(1 for _ in positions))
     offset = None if bias is None else (bias - mean * scale).view(shape)
     return Kept(node, '_saved_input', tuple(range(y.ndim)), positions, scale.view(shape), offset)

@@ -50,10 +50,9 @@ def scaled(
         # Under autocast, a float32 parameter makes the gate of a half-precision input float32.
         gate = gate.to(x.dtype)
     gate = gate * gain
-    if is_recorded() or shortcut is None or not lie_alike(x, shortcut):
-        return product_and_sum(x, gate, shortcut, shortcut_first, channel_dim)
-    if not torch.is_grad_enabled() or not may_write_over():
-        return torch.addcmul(shortcut, x, spread(gate, x, channel_dim))  # one pass
+    in_one_pass = not is_recorded() and not (torch.is_grad_enabled() and may_write_over())
+    if in_one_pass and shortcut is not None and lie_alike(x, shortcut):
+        return torch.addcmul(shortcut, x, spread(gate, x, channel_dim))
     return product_and_sum(x, gate, shortcut, shortcut_first, channel_dim)
 
 

@@ -17,18 +17,37 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sem_timm.layers.kept import is_readable, may_read_the_graph, order_of, shape_of
+from sem_timm.layers.kept import bias_of, is_readable, order_of, shape_of
+
+
+def _has_no_bias(node: Any) -> bool:
+    return node.name() == 'ConvolutionBackward0' and node._saved_bias_sym_sizes_opt in (None, [], (), (0,), [0])
+
+
+def _layer_norm(node: Any) -> Tensor:
+    normalized = (node._saved_input - node._saved_result1) * node._saved_result2
+    if node._saved_weight is not None:
+        normalized = normalized * node._saved_weight
+    return normalized if node._saved_bias is None else normalized + node._saved_bias
+
+
+def _convolution(node: Any) -> Tensor:
+    options = (node._saved_stride, node._saved_padding, node._saved_dilation)
+    transposed = (node._saved_transposed, node._saved_output_padding, node._saved_groups)
+    bias = None if _has_no_bias(node) else bias_of(node, 2)
+    return torch.ops.aten.convolution(node._saved_input, node._saved_weight, bias, *options, *transposed)
+
 
 _ACTIVATIONS: dict[str, Callable[[Any], Tensor]] = {
     'SiluBackward0': lambda node: F.silu(node._saved_self),
     'GeluBackward0': lambda node: F.gelu(node._saved_self, approximate=node._saved_approximate),
     'HardswishBackward0': lambda node: F.hardswish(node._saved_self),
-    'NativeLayerNormBackward0': lambda node: _layer_norm(node),
+    'NativeLayerNormBackward0': _layer_norm,
 }
 _PRODUCTS: dict[str, tuple[Callable[[Any], Tensor], tuple[str, ...], int | None]] = {
-    'AddmmBackward0': (lambda node: _bias(node, 0) + node._saved_mat1 @ node._saved_mat2, ('mat1', 'mat2'), 0),
+    'AddmmBackward0': (lambda node: bias_of(node, 0) + node._saved_mat1 @ node._saved_mat2, ('mat1', 'mat2'), 0),
     'MmBackward0': (lambda node: node._saved_self @ node._saved_mat2, ('self', 'mat2'), None),
-    'ConvolutionBackward0': (lambda node: _convolution(node), ('input', 'weight'), 2),
+    'ConvolutionBackward0': (_convolution, ('input', 'weight'), 2),
 }
 _MOVES = ('ViewBackward0', 'UnsafeViewBackward0', 'AliasBackward0', 'PermuteBackward0')
 
@@ -99,7 +118,7 @@ def recomputed_of(y: Tensor, *, dear: bool) -> Recomputed | None:
         y: The tensor.
         dear: Whether a matrix product or a convolution will do, too.
     """
-    if y.grad_fn is None or not may_read_the_graph():
+    if y.grad_fn is None:
         return None
     try:
         return _found(y, dear)
@@ -116,7 +135,7 @@ def _found(y: Tensor, dear: bool) -> Recomputed | None:
         elif shape_of(node.next_functions[0]) != shape:
             return None
         if node.name() == 'AddBackward0':
-            biases.append(_bias(node, 1))
+            biases.append(bias_of(node, 1))
         node = node.next_functions[0][0]
         if node is None:
             return None
@@ -132,9 +151,9 @@ def _found(y: Tensor, dear: bool) -> Recomputed | None:
     if node.name() == 'AddmmBackward0' and not node._saved_alpha == node._saved_beta == 1:
         return None
     if place is not None and not _has_no_bias(node):
-        if _bias(node, place) is None:
+        if bias_of(node, place) is None:
             return None
-        biases.append(_bias(node, place))
+        biases.append(bias_of(node, place))
     return Recomputed(y.grad_fn, y.shape, True, [(bias, bias._version) for bias in biases])
 
 
@@ -147,7 +166,7 @@ def _is_constant_product(node: Any) -> bool:
 
 def _is_sum_with_bias(node: Any) -> bool:
     """Whether a step adds a bias, as linear layers do where their input is in another order in memory."""
-    return node.name() == 'AddBackward0' and node._saved_alpha == 1 and _bias(node, 1) is not None
+    return node.name() == 'AddBackward0' and node._saved_alpha == 1 and bias_of(node, 1) is not None
 
 
 def _shape_before(node: Any, shape: torch.Size) -> torch.Size:
@@ -171,27 +190,5 @@ def _computed(node: Any, shape: torch.Size) -> Tensor:
     if name == 'MulBackward0':
         return _computed(before, shape) * node._saved_other
     if name == 'AddBackward0':
-        return _computed(before, shape) + _bias(node, 1)
+        return _computed(before, shape) + bias_of(node, 1)
     return _computed(before, _shape_before(node, shape)).reshape(shape)
-
-
-def _bias(node: Any, index: int) -> Any:
-    return getattr(node.next_functions[index][0], 'variable', None)
-
-
-def _has_no_bias(node: Any) -> bool:
-    return node.name() == 'ConvolutionBackward0' and node._saved_bias_sym_sizes_opt in (None, [], (), (0,), [0])
-
-
-def _layer_norm(node: Any) -> Tensor:
-    normalized = (node._saved_input - node._saved_result1) * node._saved_result2
-    if node._saved_weight is not None:
-        normalized = normalized * node._saved_weight
-    return normalized if node._saved_bias is None else normalized + node._saved_bias
-
-
-def _convolution(node: Any) -> Tensor:
-    options = (node._saved_stride, node._saved_padding, node._saved_dilation)
-    transposed = (node._saved_transposed, node._saved_output_padding, node._saved_groups)
-    bias = None if _has_no_bias(node) else _bias(node, 2)
-    return torch.ops.aten.convolution(node._saved_input, node._saved_weight, bias, *options, *transposed)

@@ -196,8 +196,14 @@ def is_fast(z: Tensor) -> bool:
 _NUMERICAL = ['norm in training', 'convolution', 'frozen norm', 'layer scale', 'drop path', 'SiLU']
 
 
-def both_ways(monkeypatch: pytest.MonkeyPatch, block: Block, *args: Any, **options: Any) -> tuple[list[Any], list[Any]]:
-    """Output and all gradients, and the same where every input is kept."""
+def both_ways(
+    monkeypatch: pytest.MonkeyPatch,
+    block: Block,
+    *args: Any,
+    written_over: Callable[[Tensor], Tensor] | None = None,
+    **options: Any,
+) -> tuple[list[Any], list[Any]]:
+    """Output and all gradients, and the same where every input is kept; the output may be written over before."""
     found = []
     for keep in (False, True):
         with monkeypatch.context() as patch:
@@ -205,6 +211,7 @@ def both_ways(monkeypatch: pytest.MonkeyPatch, block: Block, *args: Any, **optio
                 patch.setattr(gate, 'follows', lambda *args: None)
             z = block(*args, **options)
         assert is_fast(z) is not keep
+        z = z if written_over is None else written_over(z)
         loss = (z * torch.linspace(-1, 2, z.numel(), dtype=z.dtype).view_as(z).sin()).sum()
         leaves = [arg for arg in (*args, *block.parameters()) if isinstance(arg, Tensor) and arg.requires_grad]
         found.append([z, *torch.autograd.grad(loss, leaves)])
@@ -238,13 +245,7 @@ def test_what_is_dear_to_compute_again_is_a_difference(monkeypatch: pytest.Monke
         assert_equal_gradients(*both_ways(monkeypatch, block, x, shortcut, shortcut_first=True))
         assert not calls
     # Where the sum is written over, it tells nothing any more.
-    results = []
-    for keep in (False, True):
-        if keep:
-            monkeypatch.setattr(gate, 'follows', lambda *args: None)
-        z = block(x, shortcut)
-        results.append(torch.autograd.grad(torch.sigmoid_(z).square().sum(), [x, shortcut, *block.parameters()]))
-    assert_equal_gradients([z, *results[0]], [z, *results[1]])
+    assert_equal_gradients(*both_ways(monkeypatch, block, x, shortcut, written_over=torch.sigmoid_))
 
 
 def test_without_a_shortcut_or_a_bias_that_learns_what_is_dear_is_kept() -> None:
@@ -370,13 +371,7 @@ def test_what_reads_the_norm_besides_gets_its_gradient(monkeypatch: pytest.Monke
 def test_activations_behind_may_work_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     block = Block()
     x, shortcut = block.inputs()
-    results = []
-    for keep in (False, True):
-        if keep:
-            monkeypatch.setattr(gate, 'follows', lambda *args: None)
-        z = block(x, shortcut)
-        results.append(torch.autograd.grad(torch.relu_(z).square().sum(), [x, shortcut, *block.parameters()]))
-    assert_equal_gradients([z, *results[0]], [z, *results[1]])
+    assert_equal_gradients(*both_ways(monkeypatch, block, x, shortcut, written_over=torch.relu_))
 
 
 def test_hooks_of_the_norm_and_of_its_output_are_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
