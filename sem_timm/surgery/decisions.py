@@ -16,6 +16,7 @@ import operator
 from typing import Any
 
 from torch import Tensor, fx
+from torch.fx.node import has_side_effect
 
 from sem_timm.errors import GuardError
 from sem_timm.surgery.graphs import ancestors
@@ -28,6 +29,7 @@ FITS = '_fits'
 NO_TENSOR = 'no_tensor'
 
 
+@has_side_effect
 def check(value: Any, expected: Any, where: str) -> None:
     """Run-time check of one decision that a value-guided trace took: ``value`` still answers as it did then.
 
@@ -47,6 +49,14 @@ def answers(value: Any, expected: Any) -> bool:
     """Whether a value still answers a question of a trace as it did then: as a truth, a number, or a length."""
     kind = len if isinstance(value, (tuple, list, Tensor)) and type(expected) is int else type(expected)
     return bool(kind(value) == expected)
+
+
+def equals(value: Any, expected: Any) -> bool:
+    """Whether an argument is the constant that it was; where `torch.fx` traces the whole model, its graph checks it."""
+    if isinstance(value, fx.Proxy):
+        value.tracer.create_proxy('call_function', check, (value, expected, value.node.name), {})
+        return True
+    return bool(value == expected)
 
 
 def divide(graph: fx.Graph) -> tuple[fx.Graph, fx.Graph]:

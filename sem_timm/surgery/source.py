@@ -19,7 +19,7 @@ from typing import Any, TypeGuard
 from torch import Tensor, fx
 
 from sem_timm.errors import GuardError
-from sem_timm.surgery.decisions import FITS, answers, check, divide
+from sem_timm.surgery.decisions import FITS, answers, check, divide, equals
 from sem_timm.surgery.trace import Trace
 
 
@@ -39,6 +39,7 @@ def graph_source(
     if not asked and not trace.guards and not checked:
         return _function(trace.signature, code), tuple(sorted(bindings.items()))
     guards = [f'if not ({guard.condition}):\n    return False' for guard in trace.guards]
+    more |= {'equals': equals} if any(guard.condition.startswith('equals(') for guard in trace.guards) else {}
     bindings = {**bindings, **more, other_case.__name__: other_case}
     arguments = ', '.join(['self', *_passed_on(trace.signature)])
     code = [f'if not {FITS}({arguments}):\n    return {other_case.__name__}({arguments})', *code]
@@ -285,5 +286,5 @@ def _numbered(stem: str) -> Iterator[str]:
     yield from (f'{stem}{number}' for number in count(2))
 
 
-_OURS = {'check', 'answers', 'other_case', 'GuardError', FITS}
+_OURS = {'check', 'answers', 'equals', 'other_case', 'GuardError', FITS}
 _RESERVED = {'torch', 'device', 'inf', 'nan', 'math', 'operator', *_OURS, *dir(builtins)}

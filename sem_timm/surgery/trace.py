@@ -28,7 +28,7 @@ from sem_timm.errors import TraceError, place_of
 from sem_timm.meta.skeleton import Call
 from sem_timm.surgery.arguments import bind, conditions, forward_signature, same_tensors
 from sem_timm.surgery.bytecode import names_called, switches_in
-from sem_timm.surgery.decisions import check
+from sem_timm.surgery.decisions import check, equals
 from sem_timm.surgery.equivalents import forward_of
 from sem_timm.surgery.tracers import LEVELS, LevelTracer, is_unpacked, own_methods
 
@@ -42,6 +42,11 @@ class Guard:
     """A condition on an argument that the traced code relies on, as source code."""
 
     condition: str
+
+    @staticmethod
+    def that_equals(name: str, value: Any) -> Guard:
+        """An argument is None, or a constant, as it was."""
+        return Guard(f'{name} is None' if value is None else f'{equals.__name__}({name}, {value!r})')
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,7 @@ def _with_free_arguments(
             graph, symbolic = freer, symbolic | set(names)
     for name in constants:
         if name not in symbolic:
-            guards.append(Guard(f'{name} is None' if values[name] is None else f'{name} == {values[name]!r}'))
+            guards.append(Guard.that_equals(name, values[name]))
     for name in given:
         parameter = signature.parameters.get(name)  # of what has no name none is optional
         if (

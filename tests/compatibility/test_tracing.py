@@ -20,6 +20,7 @@ from sem_timm.layers.sem import DECISION_FORMS
 from tests.lively import lively
 from tests.thorough import first_of_each
 from tests.twins import trained
+from tests.versions import needs_argument
 
 # Operations with their options; what is not the same code for every place, in both layouts.
 OPERATIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -124,7 +125,6 @@ def test_attention_that_was_swapped(operation: str) -> None:
     model: Any = lively(timm.create_model('vit_tiny_patch16_224', **small))  # type: ignore[arg-type]
     sem_timm.patch_model(model, operation, input_size=(3, 32, 32))
     trained(model).eval()
-    # A causal call would be another plan, so that it cannot be left open.
     traced = fx.symbolic_trace(model, concrete_args={'attn_mask': None, 'is_causal': False})
     for batch_size in (1, 3):
         images = torch.randn(batch_size, 3, 32, 32)
@@ -133,3 +133,22 @@ def test_attention_that_was_swapped(operation: str) -> None:
         traced(images).sum().backward()
     gradients = {name for name, parameter in traced.named_parameters() if parameter.grad is not None}
     assert any('.qkv.' in name for name in gradients) or operation == 'eamlp'
+
+
+@pytest.mark.filterwarnings('ignore::sem_timm.SwapWarning')
+@needs_argument('is_causal')
+@pytest.mark.parametrize('operation', attention_names())
+def test_a_trace_that_leaves_arguments_open_checks_them_when_it_runs(operation: str) -> None:
+    """As torchvision traces, and timm with it: what may be given later stands for something, so the mask is there."""
+    torch.manual_seed(0)
+    small = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+    model: Any = lively(timm.create_model('vit_tiny_patch16_224', **small))  # type: ignore[arg-type]
+    sem_timm.patch_model(model, operation, input_size=(3, 32, 32))
+    trained(model).eval()
+    extractor: Any = create_feature_extractor(model, ['blocks.1'])
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model.forward_intermediates(images, indices=[1], output_fmt='NLC', intermediates_only=True)[0]
+        torch.testing.assert_close(extractor(images)['blocks.1'][:, 1:], expected)
+        with pytest.raises(sem_timm.GuardError, match='is_causal'):
+            extractor(images, is_causal=True)

@@ -154,7 +154,7 @@ def guards_for_unread(reading: Reading, graphs: dict[bool, fx.Graph]) -> Iterato
     unread = unread_arguments(reading.trace.values, graphs)
     for name, value in reading.trace.values.items():
         if name in unread and isinstance(value, (type(None), bool, float, str)):
-            yield Guard(f'{name} is None' if value is None else f'{name} == {value!r}')
+            yield Guard.that_equals(name, value)
 
 
 def calling(attribute: str, arguments: list[str], masked: bool) -> fx.Graph:
