@@ -75,6 +75,12 @@ def class_name(cls: type) -> str:
     )
 
 
+# Where `timm.create_model` gives a model that was saved in a folder the arguments that it was made with.
+saves_arguments = pytest.mark.skipif(
+    not hasattr(timm.models._hub, 'get_model_args'),
+    reason=f'timm {timm.__version__} does not save the arguments of a model',
+)
+
 # Where a gate may look up what is kept.
 tells_saved_tensors_hooks = pytest.mark.skipif(
     not TELLS_SAVED_TENSORS_HOOKS,

@@ -12,7 +12,7 @@ from safetensors.torch import load_model, save_model
 import sem_timm  # noqa: F401
 from tests.clients.models import assert_close, images, models
 from tests.twins import trained
-from tests.versions import save_for_hf
+from tests.versions import save_for_hf, saves_arguments
 
 PROGRAM = 'safetensors'
 PACKAGES = ('safetensors',)
@@ -28,6 +28,7 @@ def test_model_goes_through_a_file(tmp_path: Path) -> None:
         assert_close(given.patched(images()), given.stirred(images()))
 
 
+@saves_arguments
 def test_folder_of_the_hub(tmp_path: Path) -> None:
     """`timm.models.save_for_hf` of a variant, and `timm.create_model` from the folder"""
     model: Any = trained(timm.create_model('test_resnet_sem', num_classes=8)).eval()

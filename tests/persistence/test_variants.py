@@ -18,7 +18,7 @@ from sem_timm.registry import base_architecture
 from tests.refusals import refused
 from tests.registry.models import image, train
 from tests.twins import trained
-from tests.versions import save_for_hf
+from tests.versions import save_for_hf, saves_arguments
 
 
 def pair(variant: str, **options: Any) -> tuple[Any, Any]:
@@ -68,6 +68,7 @@ def test_patch_of_a_variant_fits_the_base(
     assert torch.equal(run(base), run(model))
 
 
+@saves_arguments
 @each
 def test_patch_of_a_base_fits_its_variant_and_goes_on_through_timm(
     tmp_path: Path, variant: str, options: dict[str, Any], operation: str, own: dict[str, Any]

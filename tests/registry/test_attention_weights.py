@@ -16,7 +16,7 @@ from torch import nn
 import sem_timm
 from sem_timm import OptionError, SwapWarning
 from tests.registry.models import assert_equal, image, outputs, train
-from tests.versions import save_for_hf
+from tests.versions import save_for_hf, saves_arguments
 
 VARIANTS = ('ea', 'eamlp')
 
@@ -33,6 +33,7 @@ def attentions(model: nn.Module) -> list[tuple[str, Any]]:
     return [(part.name, part.operation) for part in sem_timm.patched_modules(model)]
 
 
+@saves_arguments
 @pytest.mark.parametrize('safe', [False, True])
 @pytest.mark.parametrize('suffix', VARIANTS)
 def test_saved_variant_comes_back_with_its_options(tmp_path: Path, suffix: str, safe: bool) -> None:
@@ -50,6 +51,7 @@ def test_saved_variant_comes_back_with_its_options(tmp_path: Path, suffix: str, 
     assert attentions(untrained) and untrained.num_classes == 5
 
 
+@saves_arguments
 def test_saved_variant_comes_back_twice(tmp_path: Path) -> None:
     model = fine_tuned(ea_norm='softmax')
     save_for_hf(model, tmp_path / 'one')
@@ -59,6 +61,7 @@ def test_saved_variant_comes_back_twice(tmp_path: Path) -> None:
     assert_equal(outputs(loaded, image(160)), outputs(model, image(160)))
 
 
+@saves_arguments
 @pytest.mark.parametrize('suffix', VARIANTS)
 def test_saved_variant_fits_other_classes_channels_and_sizes(tmp_path: Path, suffix: str) -> None:
     model = fine_tuned(suffix)
@@ -70,6 +73,7 @@ def test_saved_variant_fits_other_classes_channels_and_sizes(tmp_path: Path, suf
     assert blocks and all(torch.equal(value, weights[key]) for key, value in blocks.items())
 
 
+@saves_arguments
 @pytest.mark.parametrize('suffix', VARIANTS)
 def test_saved_variant_makes_a_feature_backbone(tmp_path: Path, suffix: str) -> None:
     model = fine_tuned(suffix)
@@ -105,6 +109,7 @@ def test_hub_model_of_a_variant_loads(tmp_path: Path, monkeypatch: pytest.Monkey
     assert loaded.pretrained_cfg['source'] == 'hf-hub' and 'state_dict' not in loaded.pretrained_cfg
 
 
+@saves_arguments
 @pytest.mark.parametrize('suffix', VARIANTS)
 def test_saved_variant_without_its_modules_is_refused(tmp_path: Path, suffix: str) -> None:
     model: Any = sem_timm.unpatch_model(fine_tuned(suffix))
@@ -116,6 +121,7 @@ def test_saved_variant_without_its_modules_is_refused(tmp_path: Path, suffix: st
     assert_equal(outputs(sem_timm.unpatch_model(lenient), image(160)), outputs(model, image(160)))
 
 
+@saves_arguments
 def test_saved_variant_without_weights_of_its_own_comes_back_without_a_warning(
     tmp_path: Path, registrations: None
 ) -> None:
@@ -138,6 +144,7 @@ def test_folder_with_base_weights_serves_a_variant(tmp_path: Path) -> None:
     assert_equal(outputs(sem_timm.unpatch_model(model), image(160)), outputs(base, image(160)))
 
 
+@saves_arguments
 @pytest.mark.parametrize('suffix', VARIANTS)
 def test_weights_of_other_options_are_an_error(tmp_path: Path, suffix: str) -> None:
     save_for_hf(fine_tuned(suffix), tmp_path)
@@ -160,6 +167,7 @@ def test_variants_of_two_attentions_do_not_take_each_others_weights(tmp_path: Pa
         timm.create_model('test_vit_ea', pretrained_cfg_overlay=overlay, **kwargs)
 
 
+@saves_arguments
 def test_shared_slots_of_windows_come_back(tmp_path: Path) -> None:
     torch.manual_seed(0)
     options: dict[str, Any] = dict(embed_dim=24, depths=[2, 2, 2, 2], num_classes=3, img_size=128, window_size=4)

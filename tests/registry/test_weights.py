@@ -16,7 +16,7 @@ from torch import nn
 import sem_timm
 from sem_timm import OptionError
 from tests.registry.models import assert_equal, gates, image, outputs, train
-from tests.versions import save_for_hf, since_timm
+from tests.versions import save_for_hf, saves_arguments, since_timm
 
 
 def fine_tuned(name: str = 'test_resnet_sem', **kwargs: Any) -> nn.Module:
@@ -26,6 +26,7 @@ def fine_tuned(name: str = 'test_resnet_sem', **kwargs: Any) -> nn.Module:
     return model
 
 
+@saves_arguments
 @pytest.mark.parametrize('safe', [False, True])
 @pytest.mark.parametrize('init', ['identity', 'paper'])
 def test_saved_variant_comes_back_with_its_options(tmp_path: Path, init: str, safe: bool) -> None:
@@ -41,6 +42,7 @@ def test_saved_variant_comes_back_with_its_options(tmp_path: Path, init: str, sa
     assert untrained.state_dict().keys() == model.state_dict().keys() and untrained.num_classes == 5
 
 
+@saves_arguments
 def test_default_init_comes_back_too(tmp_path: Path, base_weights: Callable[..., str]) -> None:
     """The form of the gates is no matter of chance, though the defaults with and without weights differ."""
     overlay = dict(file=base_weights('test_resnet'))
@@ -52,6 +54,7 @@ def test_default_init_comes_back_too(tmp_path: Path, base_weights: Callable[...,
             assert {g.form for g in gates(loaded).values()} == {g.form for g in gates(model).values()}
 
 
+@saves_arguments
 def test_saved_variant_comes_back_twice(tmp_path: Path) -> None:
     model = fine_tuned()
     save_for_hf(model, tmp_path / 'one')
@@ -60,6 +63,7 @@ def test_saved_variant_comes_back_twice(tmp_path: Path) -> None:
     assert_equal(outputs(loaded, image()), outputs(model, image()))
 
 
+@saves_arguments
 def test_saved_variant_fits_other_classes_channels_and_sizes(tmp_path: Path) -> None:
     model = fine_tuned('test_vit_sem')
     save_for_hf(model, tmp_path)
@@ -70,6 +74,7 @@ def test_saved_variant_fits_other_classes_channels_and_sizes(tmp_path: Path) -> 
     assert torch.equal(other.blocks[0].mlp.fc1.weight, model.blocks[0].mlp.fc1.weight)
 
 
+@saves_arguments
 @pytest.mark.parametrize('base', ['test_resnet', 'test_efficientnet', 'test_vit'])
 def test_saved_variant_makes_a_feature_backbone(tmp_path: Path, base: str) -> None:
     model = fine_tuned(f'{base}_sem')
@@ -119,6 +124,7 @@ def test_hub_model_of_a_variant_loads(tmp_path: Path, monkeypatch: pytest.Monkey
     assert loaded.pretrained_cfg['source'] == 'hf-hub' and 'state_dict' not in loaded.pretrained_cfg
 
 
+@saves_arguments
 def test_saved_variant_without_its_modules_is_refused(tmp_path: Path) -> None:
     """Its record says that it is a variant, and its weights are those of a base."""
     model: Any = sem_timm.unpatch_model(fine_tuned())
@@ -142,6 +148,7 @@ def test_folder_with_base_weights_serves_a_variant(tmp_path: Path) -> None:
         assert_equal(outputs(model, image()), outputs(base, image()))
 
 
+@saves_arguments
 def test_weights_of_other_options_are_an_error(tmp_path: Path) -> None:
     save_for_hf(fine_tuned(), tmp_path)
     with pytest.raises(OptionError, match='trained with other options'):
@@ -152,7 +159,7 @@ def test_weights_of_other_options_are_an_error(tmp_path: Path) -> None:
     assert gates(timm.create_model(f'local-dir:{tmp_path}', **lenient)).keys() == {'layer1.0.sem'}
 
 
-@since_timm('1.0.16', 'models of local-dir:')
+@saves_arguments
 def test_options_without_a_place_in_json_are_refused_by_timm(tmp_path: Path) -> None:
     model = timm.create_model('test_resnet_sem', sem_target=lambda name, module: name == 'layer1.0')
     with pytest.raises(ValueError, match='sem_target'):
