@@ -1,10 +1,12 @@
 """Runs the tests of programs that take timm models, and writes which of them take patched ones.
 
     pip install -e '.[dev,clients]'
-    python benchmarks/clients.py
+    git clone https://github.com/huggingface/pytorch-image-models
+    TIMM_REPOSITORY=pytorch-image-models python benchmarks/clients.py
 
-Each program is a file in tests/clients/. What is not installed is kept on the page as it was run last, with the
-versions of then, in docs/clients.json.
+The scripts of timm are not in its wheel, so that they need a checkout of it; without one they are left out. Each
+program is a file in tests/clients/. What is not installed is kept on the page as it was run last, with the versions of
+then, in docs/clients.json.
 """
 
 from __future__ import annotations
