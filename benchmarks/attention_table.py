@@ -20,7 +20,7 @@ from pathlib import Path
 
 import timm
 import torch
-from meta import create_on_meta
+from meta import create_on_meta, own_architectures
 from run_log import append_record, read_log
 from torch import nn
 
@@ -156,7 +156,7 @@ def main() -> int:
         return 0 if compare(found) else 1
     if args.restart:
         args.log.unlink(missing_ok=True)
-    names = [name for name in timm.list_models() if not timm.models.is_model_in_modules(name, ['registry'])]
+    names = own_architectures()
     known = known_rows(args.log)
     found = []
     for row in progress(rows(names, args.operations, known), len(names) * len(args.operations)):

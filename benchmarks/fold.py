@@ -20,7 +20,7 @@ from pathlib import Path
 
 import timm
 import torch
-from meta import create_on_meta
+from meta import create_on_meta, own_architectures
 from rich.progress import track
 from run_log import Record, continued, read_log
 
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     gc.freeze()
-    own = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith('timm.')]
+    own = own_architectures()
     rows = list(sweep(args.names or own, args.json))
     gc.unfreeze()
     text = report(rows, sum(row.seconds for row in rows))

@@ -24,12 +24,11 @@ from rich.progress import track
 from torch import Tensor
 
 import sem_timm
-from benchmarks.meta import create_on_meta
+from benchmarks.meta import create_on_meta, own_architectures
 from benchmarks.run_log import continued, read_log
 from benchmarks.zoo import VERSIONS
 from sem_timm.layers import ChannelGate
 from sem_timm.layers.gated_sum import follows
-from tests.zoo_subject import own_architectures
 
 LOG = Path('build/gate_memory.jsonl')
 PAGE = Path('docs/gate_memory.md')

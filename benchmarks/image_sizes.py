@@ -24,12 +24,11 @@ from rich.progress import track
 from torch import nn
 
 import sem_timm
-from benchmarks.meta import create_on_meta
+from benchmarks.meta import create_on_meta, own_architectures
 from benchmarks.run_log import continued, read_log
 from benchmarks.zoo import VERSIONS, write_page
 from sem_timm.meta import LayoutMode
 from sem_timm.surgery.cases import has_cases
-from tests.zoo_subject import own_architectures
 
 LOG = Path('build/image_sizes.jsonl')
 DOCUMENT = Path('docs/zoo_sizes.json')

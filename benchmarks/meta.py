@@ -1,4 +1,4 @@
-"""Networks on the meta device without the cost of initial values, which nothing there has."""
+"""timm's architectures, and networks on the meta device without the cost of initial values, which nothing there has."""
 
 from __future__ import annotations
 
@@ -31,3 +31,8 @@ def create_on_meta(architecture: str, **options: Any) -> nn.Module:
     with _WithoutValues(torch.device('meta')):
         model: nn.Module = timm.create_model(architecture, **options)
     return model
+
+
+def own_architectures() -> list[str]:
+    """timm's own names, without the variants that sem_timm registers."""
+    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith('timm.')]

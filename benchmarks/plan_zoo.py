@@ -25,7 +25,7 @@ from pathlib import Path
 import timm
 import torch
 from measuring import Line, record
-from meta import create_on_meta
+from meta import create_on_meta, own_architectures
 from rich.progress import track
 from run_log import Record, continued, read_log
 from torch import nn
@@ -254,8 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     gc.freeze()  # what was imported stays, and need not be searched for garbage again and again
     if args.json and args.restart:
         args.json.unlink(missing_ok=True)
-    # timm's own, without the variants that sem_timm registers.
-    own = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith('timm.')]
+    own = own_architectures()
     rows = list(sweep(args.names or own, args.operation, args.apply, args.json))
     gc.unfreeze()
     seconds, sides = sum(row.seconds for row in rows), {'create': sum(row.creating for row in rows)}

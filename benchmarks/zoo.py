@@ -25,9 +25,10 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import sem_timm
+from benchmarks.meta import own_architectures
 from benchmarks.run_log import Record, append_record, read_log
 from tests.zoo_check import Result, check
-from tests.zoo_subject import OPERATIONS, Subject, own_architectures
+from tests.zoo_subject import OPERATIONS, Subject
 
 VERSIONS = {'sem_timm': sem_timm.__version__, 'timm': timm.__version__, 'torch': torch.__version__}
 LOG = Path('build/zoo.jsonl')

@@ -7,9 +7,10 @@ from datetime import date
 
 import pytest
 
+from benchmarks.meta import own_architectures
 from tests.thorough import first_of_each
 from tests.zoo_check import check
-from tests.zoo_subject import OPERATIONS, Subject, own_architectures
+from tests.zoo_subject import OPERATIONS, Subject
 
 SMALL = ('atto', 'femto', 'pico', 'nano', 'tiny')
 

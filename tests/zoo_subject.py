@@ -19,11 +19,6 @@ MAX_PARAMETERS = 100_000_000
 SIZES = (32, 64, 96, 128, 160, 192, 224)  # of images, tried before the model's own
 
 
-def own_architectures() -> list[str]:
-    """timm's own names, without the variants that sem_timm registers."""
-    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith('timm.')]
-
-
 @dataclass
 class Step:
     """A training step without an update: the outputs, and the gradients of the parameters that got one."""

@@ -2,7 +2,8 @@
 
 from sem_timm.meta.layout import Layout, layout_of, set_layout
 from sem_timm.meta.layout_mode import LayoutMode
-from sem_timm.meta.skeleton import Call, Probe, dtype_of, filled, probe, shadow, weightless
+from sem_timm.meta.probing import Call, Probe, probe
+from sem_timm.meta.skeleton import dtype_of, filled, shadow, weightless
 from sem_timm.meta.state import State
 
 __all__ = [

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sem_timm.meta.layout import Layout, layout_of, set_layout
 from sem_timm.meta.layout_mode import LayoutMode
-from sem_timm.meta.skeleton import Call
+from sem_timm.meta.probing import Call
 from sem_timm.meta.state import State
 from sem_timm.meta.vocabulary import EITHER, PASSING_LAYERS, word_of
 from sem_timm.surgery.bytecode import names_called, names_called_by

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sem_timm.meta.skeleton import Call
+from sem_timm.meta.probing import Call
 from sem_timm.surgery.equivalents import forward_of
 
 _POSITIONS, _NAMES = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD

@@ -28,7 +28,8 @@ from torch.utils._pytree import tree_map_only
 
 from sem_timm.errors import GuardError, RefusedError, TraceError
 from sem_timm.meta.layout import Layout, is_learned, layout_of, set_layout, set_learned
-from sem_timm.meta.skeleton import Call, dtype_of, on_meta, probe_call, weightless
+from sem_timm.meta.probing import Call, probe_call
+from sem_timm.meta.skeleton import dtype_of, on_meta, weightless
 from sem_timm.surgery.aliasing import tensors_in
 from sem_timm.surgery.arguments import bind, forward_signature, passed, same_tensors
 from sem_timm.surgery.decisions import FITS

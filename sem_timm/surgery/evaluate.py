@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_map_only
 
 from sem_timm.meta.layout_mode import AnsweringMode
-from sem_timm.meta.skeleton import Call
+from sem_timm.meta.probing import Call
 from sem_timm.surgery.aliasing import linked, passed_on, passed_on_in_either_mode
 from sem_timm.surgery.bytecode import may_write
 from sem_timm.surgery.effects import writes_in

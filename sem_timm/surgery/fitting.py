@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from sem_timm.errors import GuardError
-from sem_timm.meta.skeleton import Call, dtype_of, on_meta, weightless
+from sem_timm.meta.probing import Call
+from sem_timm.meta.skeleton import dtype_of, on_meta, weightless
 from sem_timm.random_state import preserved_random_state
 from sem_timm.surgery.aliasing import tensors_in
 from sem_timm.surgery.arguments import bind, forward_signature

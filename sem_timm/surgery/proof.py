@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_flatten
 
 from sem_timm.errors import TraceError, from_package
 from sem_timm.meta.layout_mode import LayoutMode
-from sem_timm.meta.skeleton import Call
+from sem_timm.meta.probing import Call
 from sem_timm.meta.state import outline, plain
 from sem_timm.meta.vocabulary import PASSING_LAYERS, Kind, kind_of
 from sem_timm.random_state import preserved_random_state, random_states

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sem_timm.errors import TraceError, place_of
-from sem_timm.meta.skeleton import Call, Probe, probe
+from sem_timm.meta.probing import Call, Probe, probe
 from sem_timm.random_state import preserved_random_state
 from sem_timm.surgery.arguments import bind, forward_signature
 from sem_timm.surgery.bytecode import may_add

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map_only
 
-from sem_timm.meta.skeleton import Call
+from sem_timm.meta.probing import Call
 from sem_timm.meta.state import INFRASTRUCTURE
 from sem_timm.surgery.aliasing import Passing, linked, passed_on, tensors_in
 from sem_timm.surgery.arguments import same_tensors

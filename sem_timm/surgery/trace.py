@@ -25,7 +25,7 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from sem_timm.errors import TraceError, place_of
-from sem_timm.meta.skeleton import Call
+from sem_timm.meta.probing import Call
 from sem_timm.surgery.arguments import bind, conditions, forward_signature, same_tensors
 from sem_timm.surgery.bytecode import names_called, switches_in
 from sem_timm.surgery.decisions import check, equals

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import sem_timm
-from sem_timm.meta.skeleton import probe, shadow, weightless
+from sem_timm.meta.probing import probe
+from sem_timm.meta.skeleton import shadow, weightless
 from tests.twins import trained
 
 

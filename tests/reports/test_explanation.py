@@ -182,7 +182,7 @@ def test_model_that_does_not_run_is_a_reason_and_not_a_crash() -> None:
 
     found = sem_timm.explain(Broken(), 'stem')
     assert found.refusal is not None and 'not today' in found.refusal.text
-    assert found.refusal.decided_by == 'meta/skeleton.py' and "raise ValueError('not today')" in found.refusal.line
+    assert found.refusal.decided_by == 'meta/probing.py' and "raise ValueError('not today')" in found.refusal.line
     assert 'does not run' in str(found)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sem_timm.errors import TraceError
 from sem_timm.meta.layout_mode import LayoutMode
-from sem_timm.meta.skeleton import Call
+from sem_timm.meta.probing import Call
 from sem_timm.surgery.aliasing import tensors_in
 from sem_timm.surgery.placement import Placement, Rehearsal
 from sem_timm.surgery.reading import Reader

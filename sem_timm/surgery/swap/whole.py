@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sem_timm.meta.layout import is_learned, layout_of
-from sem_timm.meta.skeleton import Call, filled
+from sem_timm.meta.probing import Call
+from sem_timm.meta.skeleton import filled
 from sem_timm.random_state import preserved_random_state
 from sem_timm.surgery.aliasing import tensors_in
 from sem_timm.surgery.arguments import forward_signature
