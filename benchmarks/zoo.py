@@ -9,7 +9,6 @@ From the folder of the repository. Needs no weights, no network and no GPU. What
 from __future__ import annotations
 
 import argparse
-import datetime
 import fnmatch
 import json
 import multiprocessing
@@ -155,7 +154,7 @@ def _circumstances(rows: list[Row]) -> str:
     in_numbers = sum(row.device == 'cpu' for row in rows)
     return (
         f'All {len(rows):,} architectures of timm {timm.__version__}, patched and given back by '
-        f'`python -m benchmarks.zoo` with torch {torch.__version__} until {datetime.date.today()}, in {hours:.1f} '
+        f'`python -m benchmarks.zoo` with torch {torch.__version__}, in {hours:.1f} '
         'hours of one core. '
         f'{in_numbers:,} of them, up to 100 M parameters, were compared in numbers, with random weights, on the CPU, '
         f'at the smallest images that they take; {len(rows) - in_numbers:,} on the meta device, where numbers count as '
