@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,9 @@ from sem_timm.finetuning.errors import first_sentence
 from sem_timm.finetuning.options import BUILT_IN, NO_OPERATION, FinetuneOptions
 from sem_timm.operations import patch_model
 from sem_timm.persistence.parts import head_prefixes
-from sem_timm.surgery import patched_modules, unpatch_model
+from sem_timm.surgery import patched_modules
 
 _DIGITS_SIZE = 32
-
-# Attributes that accelerate and torch.compile put on a model, with its own forward behind theirs.
-_WRAPPING = ('forward', '_original_forward', '_is_accelerate_prepared', '_compiled_call_impl')
 
 
 def create_model(options: FinetuneOptions, num_classes: int) -> nn.Module:
@@ -192,25 +187,3 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of the classifier, by name; none where a model does not say which module that is."""
     heads = head_prefixes(model)
     return {name: p for name, p in model.named_parameters() if heads and name.startswith(heads)}
-
-
-@contextmanager
-def given_back_on_error(network: nn.Module | None) -> Iterator[None]:
-    """Leaves a model of the user's own as it was, should what prepares it for training end in an error."""
-    if network is None:
-        yield
-        return
-    was_patched, attributes = bool(patched_modules(network)), {n: vars(network).get(n) for n in _WRAPPING}
-    trained = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
-    try:
-        yield
-    except BaseException:
-        for name, value in attributes.items():
-            vars(network).pop(name, None)
-            if value is not None:
-                vars(network)[name] = value
-        if patched_modules(network) and not was_patched:
-            unpatch_model(network)
-        for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
-        raise

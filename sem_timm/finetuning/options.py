@@ -15,6 +15,9 @@ LOSSES = ('cross-entropy', 'binary-cross-entropy')
 BUILT_IN = 'digits'
 NO_OPERATION = 'none'
 
+ALL, NEW, HEAD, LORA = 'all', 'new', 'head', 'lora'
+TRAINED_PARTS = (HEAD, 'norms', 'biases', NEW, LORA)
+
 
 def _option(default: Any, panel: str, text: str) -> Any:
     """A field with what the command line says about it."""
@@ -62,6 +65,13 @@ class FinetuneOptions:
     validation_fraction: float = _option(
         0.2, 'Data', 'Share of the training images held out at random where a folder has no such split.'
     )
+    max_train_images: int | None = _option(None, 'Data', 'Train on so many of the images, drawn at random by the seed.')
+    tuning_fraction: float = _option(
+        0.0,
+        'Data',
+        'Hold out this share of the training images, and measure on it instead of on the validation images.',
+    )
+    split_seed: int | None = _option(None, 'Data', 'Seed of what is held out; by default that of the run.')
     num_classes: int | None = _option(None, 'Data', 'Number of classes, where the data does not tell.')
     workers: int = _option(0, 'Data', 'Processes that load images, for each process that trains.')
     skip_bad_images: bool = _option(False, 'Data', 'Skip and count images that cannot be read, instead of stopping.')
@@ -87,12 +97,20 @@ class FinetuneOptions:
     min_lr: float = _option(1e-6, 'Training', 'Learning rate at the end.')
     loss: str = _option('cross-entropy', 'Training', f'One of {", ".join(LOSSES)}.')
     clip: float | None = _option(None, 'Training', 'Largest norm of the gradient; longer ones are shortened.')
-    freeze_base: bool = _option(False, 'Training', 'Train only what was put in, and the head; base norms in eval.')
+    train: str = _option(
+        ALL,
+        'Training',
+        f'What is trained beside the head: all, or one or more of {", ".join(TRAINED_PARTS)}, joined by + as in '
+        'new+norms. But with all, batch norms of the base keep their statistics. lora needs PEFT.',
+    )
+    freeze_base: bool = _option(False, 'Training', 'The same as --train new.')
+    lora_rank: int = _option(4, 'Training', 'Rank of the adapters of --train lora.')
     unfreeze_every: float | None = _option(
-        None, 'Training', 'Begin as with --freeze-base; then free one more stage, the last first, each N epochs.'
+        None, 'Training', 'Begin as with --train new; then free one more stage, the last first, each N epochs.'
     )
     ema: float | None = _option(None, 'Training', 'Decay of a moving average of the weights, such as 0.9998.')
     seed: int = _option(0, 'Training', 'Seed of weights, order and augmentation.')
+    measure_every: int = _option(1, 'Training', 'Epochs between measurements of the accuracy; the last is measured.')
 
     precision: str = _option('no', 'Machine', f'Mixed precision, one of {", ".join(PRECISIONS)}.')
     channels_last: bool = _option(False, 'Machine', 'Keep images channels last in memory.')
@@ -129,13 +147,31 @@ class FinetuneOptions:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise OptionError(f'{name}={getattr(self, name)!r} is unknown. {closest(getattr(self, name), choices)}')
+        self._check_trained_parts()
         self._check_together()
+
+    @property
+    def trained_parts(self) -> frozenset[str]:
+        """What is trained beside the head: `ALL`, or some of `TRAINED_PARTS`."""
+        return frozenset((NEW if self.freeze_base else self.train).split('+'))
+
+    def _check_trained_parts(self) -> None:
+        for name in self.train.split('+'):
+            if name not in (ALL, *TRAINED_PARTS):
+                raise OptionError(f'train={self.train!r} is unknown. {closest(name, (ALL, *TRAINED_PARTS))}')
+        if ALL in self.train.split('+')[1:] or self.train.startswith(f'{ALL}+'):
+            raise OptionError(f'train={self.train!r}: with {ALL!r} there is nothing to add; leave the rest out.')
+        if self.freeze_base and self.train not in (ALL, NEW):
+            raise OptionError(f'freeze_base is the same as train={NEW!r}, which excludes train={self.train!r}.')
 
     def _check_together(self) -> None:
         if self.operation == NO_OPERATION and (self.target or self.exclude or self.operation_options):
             raise OptionError("operation='none' takes no target, exclude and options; name an operation.")
-        if self.freeze_base and self.unfreeze_every is not None:
-            raise OptionError('freeze_base and unfreeze_every exclude each other; unfreeze_every begins frozen too.')
+        if self.unfreeze_every is not None and self.trained_parts != {ALL}:
+            name = 'freeze_base' if self.freeze_base else f'train={self.train!r}'
+            raise OptionError(f'{name} and unfreeze_every exclude each other; unfreeze_every begins frozen too.')
+        if self.tuning_fraction >= 1:
+            raise OptionError(f'tuning_fraction={self.tuning_fraction} leaves no image to train on.')
         if self.ema is not None and not 0 < self.ema < 1:
             raise OptionError(f'ema={self.ema} is out of range: it must be between 0 and 1, such as 0.9998.')
         if self.batch_size % self.accumulate:
@@ -200,8 +236,12 @@ _LOWEST = {
     'keep': 1,
     'stop_at': 1,
     'seed': 0,
+    'split_seed': 0,
+    'max_train_images': 1,
+    'measure_every': 1,
+    'lora_rank': 1,
 }
-_SHARES = ('validation_fraction', 'scale', 'random_erasing', 'smoothing')
+_SHARES = ('validation_fraction', 'tuning_fraction', 'scale', 'random_erasing', 'smoothing')
 _CHOICES = {'schedule': SCHEDULES, 'precision': PRECISIONS, 'loss': LOSSES}
 
 FinetuneOptions.__doc__ = '\n    '.join(

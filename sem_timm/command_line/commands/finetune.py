@@ -13,8 +13,8 @@ import typer
 
 from sem_timm.command_line.values import complete_model, complete_operation, parse_pairs, parse_target
 from sem_timm.finetuning import FinetuneOptions, FinetuneResult, finetune
+from sem_timm.finetuning.baseline import finetune_without, options_without
 from sem_timm.finetuning.calls import options_of_run
-from sem_timm.finetuning.comparison import finetune_without, options_without
 from sem_timm.finetuning.options import BUILT_IN, NO_OPERATION
 
 _NAMES = {'operation_options': '--set'}
