@@ -249,15 +249,16 @@ def describe(parts: Parts, options: FinetuneOptions, run: Path, state: State) ->
         f'{len({m.name for m in patched_modules(model)})} modules: '
         f'{sum(p.numel() for p in all_parameters):,} parameters, {sum(p.numel() for p in new):,} of them new, '
         f'{trained:,} trained',
-        f'{options.data}: {_length(data.train)} images for training, {_length(data.validation)} for validation{kept}, '
-        f'{data.num_classes} classes',
+        f'{options.data}: {length_of(data.train)} images for training, {length_of(data.validation)} for validation'
+        f'{kept}, {data.num_classes} classes',
         *(f'  {group["name"]}: {sum(p.numel() for p in group["params"]):,}' for group in parts.optimizer.param_groups),
         f'{run}: ' + (f'goes on after step {state.step}' if state.step else 'new run'),
     ]
     return '\n'.join(lines)
 
 
-def _length(dataset: Any) -> int:
+def length_of(dataset: Any) -> int:
+    """How many images a dataset has."""
     # The length of a stream is rounded, to what all of its workers can yield.
     told = getattr(getattr(dataset, 'reader', None), 'num_samples', None)
     return told if isinstance(told, int) else len(dataset)
@@ -276,7 +277,7 @@ def _finish(parts: Parts, state: State, options: FinetuneOptions, run: Path, sec
         after=state.history[-1]['accuracy'],
         best=best['accuracy'],
         best_checkpoint=Checkpoints(run).best(),
-        num_images=(_length(data.train), _length(data.validation)),
+        num_images=(length_of(data.train), length_of(data.validation)),
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_new_parameters=sum(p.numel() for p in new),
         num_trained_parameters=sum(p.numel() for group in parts.optimizer.param_groups for p in group['params']),

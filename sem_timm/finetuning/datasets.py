@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 from sem_timm.errors import OptionError
 from sem_timm.finetuning.errors import DataError
 from sem_timm.finetuning.opening import folders_in, open_split, root_of
-from sem_timm.finetuning.options import BUILT_IN, FinetuneOptions
+from sem_timm.finetuning.options import FinetuneOptions
 from sem_timm.finetuning.samples import LabelCheck, Samples
 
 
@@ -55,10 +55,10 @@ def open_data(options: FinetuneOptions, mode: str = 'RGB', part_size: int = 1) -
         OptionError: If the number of classes must be told and was not.
         MissingPackageError: If the data needs a package that is not installed.
     """
-    if options.data == BUILT_IN:
-        from sem_timm.finetuning.builtin import Digits
+    if options.is_built_in:
+        from sem_timm.finetuning.builtin import open_built_in
 
-        return _samples(options, Digits(train=True), Digits(train=False), False, mode)
+        return _samples(options, open_built_in(options, True), open_built_in(options, False), False, mode)
     train = open_split(options, options.train_split, part_size)
     validation = open_split(options, options.validation_split, part_size)
     if isinstance(train, IterableDataset):

@@ -13,12 +13,13 @@ from torch import nn
 
 from sem_timm.errors import OptionError, SwapWarning, closest
 from sem_timm.finetuning.errors import first_sentence
-from sem_timm.finetuning.options import BUILT_IN, NO_OPERATION, FinetuneOptions
+from sem_timm.finetuning.options import NO_OPERATION, FinetuneOptions
+from sem_timm.finetuning.packaged import PACKAGED, with_packaged_weights
 from sem_timm.operations import patch_model
 from sem_timm.persistence.parts import head_prefixes
 from sem_timm.surgery import patched_modules
 
-_DIGITS_SIZE = 32
+_BUILT_IN_SIZE = 32
 
 
 def create_model(options: FinetuneOptions, num_classes: int) -> nn.Module:
@@ -31,6 +32,8 @@ def create_model(options: FinetuneOptions, num_classes: int) -> nn.Module:
     if not timm.is_model(name) and not options.model.startswith(('hf-hub:', 'local-dir:')):
         raise OptionError(f'model {options.model!r} is unknown. {closest(name, timm.list_models())}')
     kwargs = {'num_classes': num_classes, **model_arguments(name, options.model_options, _image_size(options))}
+    if options.weights in PACKAGED:
+        return with_packaged_weights(_created(options, pretrained=False, **kwargs), options)
     if options.weights is not None:
         return _with_weights(options, options.weights, kwargs)
     pretrained = is_pretrained(options)
@@ -49,7 +52,7 @@ def create_model(options: FinetuneOptions, num_classes: int) -> nn.Module:
 def is_pretrained(options: FinetuneOptions) -> bool:
     """Whether a model begins with the weights that timm knows for it: by default if it has some, but for digits."""
     cfg = timm.get_pretrained_cfg(timm.models.split_model_name_tag(options.model)[0])
-    wanted = options.data != BUILT_IN if options.pretrained is None else options.pretrained
+    wanted = not options.is_built_in if options.pretrained is None else options.pretrained
     return wanted and (cfg is None or bool(cfg.has_weights))
 
 
@@ -118,14 +121,14 @@ def _with_weights(options: FinetuneOptions, file: str, kwargs: dict[str, Any]) -
 
 
 def _image_size(options: FinetuneOptions) -> int | None:
-    return options.image_size or (_DIGITS_SIZE if options.data == BUILT_IN else None)
+    return options.image_size or (_BUILT_IN_SIZE if options.is_built_in else None)
 
 
 def data_config(model: nn.Module, options: FinetuneOptions) -> dict[str, Any]:
     """What timm's transforms are made from: size, mean and deviation of the model's images, and how they are cut."""
     given: dict[str, Any] = {'input_size': input_size(model, options.model_options, _image_size(options))}
-    if options.data == BUILT_IN:
-        given['crop_pct'] = 1.0  # the digits fill their images
+    if options.is_built_in:
+        given['crop_pct'] = 1.0  # digits and clothes fill their images
     config: dict[str, Any] = resolve_data_config(given, model=model)
     channels = config['input_size'][0]
     for name in ('mean', 'std'):  # those of the weights, which may have been for other channels
