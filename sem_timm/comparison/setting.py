@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from sem_timm.comparison.data import check_splits, data_identity, differences
+from sem_timm.comparison.demonstration import demonstration
 from sem_timm.comparison.log import Log, Record
 from sem_timm.comparison.options import OF_MACHINES, OF_ROWS, RECIPE, CompareOptions
 from sem_timm.comparison.rows import Row, make_rows
 from sem_timm.comparison.runs import Search
 from sem_timm.errors import OptionError, closest
 from sem_timm.finetuning.errors import CheckpointError
-from sem_timm.finetuning.options import BUILT_IN, NO_OPERATION, FinetuneOptions
+from sem_timm.finetuning.options import NO_OPERATION, FinetuneOptions
 
 _DEFAULT_TUNING = 0.2
 
-# Without a word about model, data and recipe: few enough images for differences to show, and for three minutes.
-_DEMONSTRATION = {'data': BUILT_IN, 'max_train_images': 400}
-_ALWAYS_FREE = {*OF_MACHINES} - {'data'}
+_ALWAYS_FREE = {*OF_MACHINES} - {'data', 'weights'}
 
 _OF_ROWS = ('operations', 'target', 'position', 'train')
 _OF_SEARCH = ('search', 'lr_factors', 'search_seeds')
@@ -93,12 +92,13 @@ def open_setting(given: Mapping[str, Any]) -> Setting:
     """
     ours, recipe = split_options(given)
     options = CompareOptions(**ours)
-    return _new(options, recipe) if options.resume is None else _going_on(options, ours, recipe)
+    return _new(options, ours, recipe) if options.resume is None else _going_on(options, ours, recipe)
 
 
-def _new(options: CompareOptions, given: dict[str, Any]) -> Setting:
+def _new(options: CompareOptions, ours: dict[str, Any], given: dict[str, Any]) -> Setting:
     if not {*given} - _ALWAYS_FREE:
-        given = {**_DEMONSTRATION, **given}
+        shown, recipe = demonstration()
+        options, given = CompareOptions(**{**shown, **ours}), {**recipe, **given}
     base = _base(given)
     folder = Path(options.output or _default_folder(base))
     if folder.exists() and not folder.is_dir():
