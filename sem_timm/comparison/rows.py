@@ -98,10 +98,14 @@ def parse_rows(text: str) -> list[Row]:
 
 
 def _with_options(name: str, pairs: Sequence[str], text: str) -> Row:
-    values = parse_pairs(pairs, f'{name}:')
-    own: dict[str, Any] = {key: values.pop(key) for key in _OWN if key in values}
+    typed = [pair.partition('=') for pair in pairs]
+    own: dict[str, Any] = {key: value for key, equals, value in typed if equals and key in _OWN}
+    for key in {'target', 'exclude'} & {*own}:
+        names = tuple(own[key].split(','))
+        own[key] = names if len(names) > 1 else names[0]
+    options = parse_pairs([pair for pair in pairs if pair.partition('=')[0] not in own], f'{name}:')
     try:
-        return Row(operation=name, options=values, **own)
+        return Row(operation=name, options=options, **own)
     except OptionError as error:
         way = ' A row with options ends at a space, not at a comma.' if ',' in text else ''
         raise OptionError(f'{error}{way}') from error
