@@ -24,7 +24,7 @@ from tests.finetuning.small_runs import write_images
 from tests.thorough import first_of_each, thorough
 from tests.versions import save_for_hf, since_timm
 
-COMMANDS = ('list', 'plan', 'explain', 'finetune', 'decisions', 'transfer', 'fold', 'bench')
+COMMANDS = ('list', 'plan', 'explain', 'finetune', 'compare', 'decisions', 'transfer', 'fold', 'bench')
 SMALL = ['finetune', 'test_resnet', '--no-pretrained', '--image-size', '16', '--batch-size', '8', '--epochs', '1']
 
 
