@@ -47,6 +47,8 @@ def _told(row: RowResult, base: RowResult) -> str:
 
 
 def _needed(found: Difference) -> str:
+    if found.mean == 0:
+        return 'There is no difference that more seeds would show.'
     if found.needed is None:
         return f'To show a difference of this size would take more than {MOST_SEEDS:,} seeds.'
     if found.needed <= found.num_pairs:

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from sem_timm.errors import SemTimmError
+from sem_timm.errors import OptionError, SemTimmError
 from sem_timm.finetuning import FinetuneOptions
 from sem_timm.finetuning.freezing import Freezing
 from sem_timm.finetuning.groups import create_optimizer
 from sem_timm.finetuning.lora import insert_adapters
 from sem_timm.finetuning.losses import create_loss
-from sem_timm.finetuning.models import create_model, data_config, inserted_parameters, operate
+from sem_timm.finetuning.models import create_model, data_config, inserted_parameters, operate, operation_name
 from sem_timm.finetuning.options import HEAD, NEW
 from sem_timm.persistence import save_patch
 from sem_timm.random_state import preserved_random_state
@@ -80,6 +80,11 @@ def build_model(options: FinetuneOptions, num_classes: int) -> nn.Module:
     """
     plain = replace(options, pretrained=False, weights=None)
     model = create_model(plain, num_classes)
+    if patched_modules(model):
+        raise OptionError(
+            f'{options.model} has {operation_name(model)} already, so that no row would be without. Give the base, and '
+            'the operation as a row, such as --operations none,sem:reduction=8.'
+        )
     operate(model, plain, data_config(model, plain)['input_size'])
     insert_adapters(model, plain)
     Freezing(model, plain)

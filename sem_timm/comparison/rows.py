@@ -40,6 +40,11 @@ class Row:
     train: str = ALL
 
     def __post_init__(self) -> None:
+        if not isinstance(self.operation, str):
+            raise OptionError(
+                f'operation={self.operation!r} has no name that a log could hold. An excitation operator of your own '
+                "gets one by sem_timm.register_excitation('name', Class)."
+            )
         object.__setattr__(self, 'name', self.name or self._made_name())
         try:
             self.applied_to(FinetuneOptions())

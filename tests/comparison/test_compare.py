@@ -226,6 +226,7 @@ def test_a_damaged_checkpoint_costs_the_run_and_no_more(images: Path, tmp_path: 
         ({'lr_factors': ()}, OptionError, 'are no factors above 0'),
         ({'baseline': 'nothing'}, OptionError, "baseline 'nothing' is no row. Close: none"),
         ({'model': 'resnettt'}, OptionError, "model 'resnettt' is unknown"),
+        ({'model': 'test_resnet_sem'}, OptionError, 'test_resnet_sem has sem already, so that no row would be without'),
         ({'data': '/nowhere'}, DataError, "data '/nowhere' is no file or folder here"),
         ({'operations': 'none,external,linear'}, OptionError, 'nothing is left to compare none with. external: '),
         ({'batch_size': 64}, DataError, 'fewer than one update takes'),

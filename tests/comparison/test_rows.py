@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 
 from sem_timm import OptionError
 from sem_timm.comparison import Row
@@ -57,6 +58,11 @@ def test_the_base_has_nothing_new_to_train_and_what_is_put_in_is_trained() -> No
     assert [row.train for row in rows if row.operation == 'none'] == ['head', 'norms', 'all']
     assert [row.train for row in rows if row.operation == 'sem'] == ['new', 'new+norms', 'all']
     assert rows[0].name == 'none (head)' and rows[2].name == 'none'
+
+
+def test_operations_without_a_name_are_refused() -> None:
+    with pytest.raises(OptionError, match='has no name that a log could hold'):
+        Row(operation=nn.Identity)  # type: ignore[arg-type]
 
 
 def test_rows_of_python_are_taken_as_they_are() -> None:
