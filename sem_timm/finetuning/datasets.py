@@ -138,6 +138,8 @@ def _chosen(
     validation: Sequence[int] = range(num_validation or 0)
     if num_validation is None:
         train, validation = _parted(train, round(num_train * options.validation_fraction), seed)
+    if options.max_validation_images is not None and options.max_validation_images < len(validation):
+        validation = _parted(validation, options.max_validation_images, seed)[1]
     if options.max_train_images is not None and options.max_train_images < len(train):
         train = _parted(train, options.max_train_images, options.seed)[1]
     if options.tuning_fraction:
@@ -153,7 +155,9 @@ def _parted(indices: Sequence[int], count: int, seed: int) -> tuple[list[int], l
 
 
 def _check_stream(options: FinetuneOptions) -> None:
-    given = [name for name in ('max_train_images', 'tuning_fraction') if getattr(options, name)]
+    given = [
+        name for name in ('max_train_images', 'max_validation_images', 'tuning_fraction') if getattr(options, name)
+    ]
     if given:
         raise OptionError(
             f'{options.data} is a stream, of which no part can be chosen: leave out {", ".join(given)}, or give a '

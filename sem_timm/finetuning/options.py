@@ -76,6 +76,9 @@ class FinetuneOptions:
         0.2, 'Data', 'Share of the training images held out at random where a folder has no such split.'
     )
     max_train_images: int | None = option(None, 'Data', 'Train on so many of the images, drawn at random by the seed.')
+    max_validation_images: int | None = option(
+        None, 'Data', 'Measure on so many of the images, drawn at random by --split-seed.'
+    )
     tuning_fraction: float = option(
         0.0,
         'Data',
@@ -253,6 +256,7 @@ _LOWEST = {
     'seed': 0,
     'split_seed': 0,
     'max_train_images': 1,
+    'max_validation_images': 1,
     'measure_every': 1,
     'lora_rank': 1,
 }
