@@ -107,9 +107,9 @@ def _failures(result: ComparisonResult) -> Iterator[str]:
         if result.search is not None and row.lr is not None:
             yield from _at_an_end(row, result.search.lrs)
     if result.num_pending:
-        yield f'{result.num_pending} runs are still to be done: sem-timm compare --resume {result.folder}'
+        yield f'Runs that are still to be done: {result.num_pending}; sem-timm compare --resume {result.folder}'
     if result.num_damaged:
-        yield f'{result.num_damaged} lines of the log could not be read; what they held was done again, or is to be.'
+        yield f'Lines of the log that could not be read, and whose runs were done again: {result.num_damaged}.'
 
 
 def _at_an_end(row: RowResult, lrs: tuple[float, ...]) -> Iterator[str]:

@@ -135,7 +135,7 @@ def test_a_run_that_another_process_is_about_is_left_to_it(images: Path, tmp_pat
         assert mine
         result = compare(resume=str(folder), seeds=3, progress=False)
     assert sorted(result['none'].accuracies) == [0, 2]
-    assert result.num_pending == 1 and '1 runs are still to be done: sem-timm compare --resume' in str(result)
+    assert result.num_pending == 1 and 'Runs that are still to be done: 1; sem-timm compare --resume' in str(result)
 
 
 def test_other_data_and_another_recipe_are_refused(images: Path, tmp_path: Path) -> None:

@@ -134,6 +134,9 @@ def test_few_images_are_drawn_by_the_seed_and_some_are_held_out_of_them(images: 
     assert len(few[0]) == 20 and few == chosen(max_train_images=20) and few[1] == validation
     assert few[0] != chosen(max_train_images=20, seed=1)[0]
     assert chosen(max_train_images=99) == (all_train, validation)
+    measured = chosen(max_validation_images=5, split_seed=0)[1]
+    assert len(measured) == 5 and {*measured} < {*validation}
+    assert measured == chosen(max_validation_images=5, split_seed=0, seed=1)[1]
     tuned, measured = chosen(max_train_images=20, tuning_fraction=0.25)
     assert len(measured) == 5 and sorted(tuned + measured) == few[0]
     assert chosen(tuning_fraction=0.25, split_seed=3, seed=1) == chosen(tuning_fraction=0.25, split_seed=3, seed=2)

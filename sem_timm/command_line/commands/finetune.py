@@ -30,7 +30,7 @@ def command(compare: bool | None, as_json: bool, **values: Any) -> None:
     saves and stops; `--resume` continues exactly. `torchrun --nproc-per-node 2 -m sem_timm finetune ...` and
     `accelerate launch` train on several GPUs.
 
-    Examples: `sem-timm finetune`, `sem-timm finetune resnet50 --data photos/ --freeze-base --new-lr-scale 10`,
+    Examples: `sem-timm finetune`, `sem-timm finetune resnet50 --data photos/ --train new --new-lr-scale 10`,
     `sem-timm finetune vit_small_patch16_224 --operation external --set memory=32 --data hfds/beans --layer-decay 0.7`,
     `sem-timm finetune --resume runs/my-run`.
     """
