@@ -41,7 +41,7 @@ def draw(result: ComparisonResult, file: Path) -> None:
     left.set_yticks(range(len(rows)), [_labelled(row.name) for row in rows])
     left.set_ylim(len(rows) - 0.5, -0.5)
     left.set_xlabel('accuracy, %: seeds and their mean')
-    right.set_xlabel(f'difference to {_labelled(result.baseline)}, points: mean and 95 % interval')
+    right.set_xlabel(f'points above {_labelled(result.baseline)}: mean, 95 % interval')
     for axes in (left, right):
         axes.grid(axis='x', alpha=0.3)
         axes.spines[['top', 'right']].set_visible(False)
