@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import datetime
-import itertools
 import json
-import os
 import platform
 import statistics
 import sys
@@ -22,9 +20,6 @@ import torch
 from torch.utils.benchmark import Timer
 
 import sem_timm
-
-# The profiler, which counts the memory, reports its start, its stop and every missing GPU otherwise.
-os.environ.setdefault('KINETO_LOG_LEVEL', '6')
 
 # As many calls in a row as last this long: caches are then a call's own, and the clock is fine enough.
 SERIES_SECONDS = 0.05
@@ -84,21 +79,6 @@ def take_turns(
         for name in list(calls) if run % 2 else reversed(list(calls)):
             rounds[name].append(timers[name].timeit(lengths[name]).mean)
     return Times(rounds)
-
-
-def peak_mib(call: Callable[[], object], device: str) -> float:
-    """Peak MiB that a call allocates beyond what lives before it, counted by the allocator."""
-    call()
-    if device == 'cuda':
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == '[memory]']
-    events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate(event.nbytes() for event in events)) / 2**20
 
 
 def machine(device: str) -> dict[str, Any]:

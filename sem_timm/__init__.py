@@ -45,6 +45,7 @@ from sem_timm.registry import register_variants
 
 if TYPE_CHECKING:
     from sem_timm.attention_transfer import TransferOptions, TransferResult, transfer
+    from sem_timm.comparison import CompareOptions, ComparisonResult, compare
     from sem_timm.finetuning import FinetuneOptions, FinetuneResult, finetune, open_run
     from sem_timm.folding import FoldResult, GateFold, fold_gates
     from sem_timm.operations import (
@@ -87,6 +88,8 @@ __all__ = [
     'BaseWeightsWarning',
     'CaaMAttention',
     'ChannelsFirst',
+    'CompareOptions',
+    'ComparisonResult',
     'CrossSampleAttention',
     'Decisions',
     'EfficientAttention',
@@ -127,6 +130,7 @@ __all__ = [
     'TransferResult',
     'WeightsError',
     'attention_map',
+    'compare',
     'decisions',
     'disabled',
     'drop_unread_parameters',
@@ -156,6 +160,7 @@ _LAZY = {
         'TransferResult',
         'transfer',
     ),
+    'sem_timm.comparison': ('CompareOptions', 'ComparisonResult', 'compare'),
     'sem_timm.finetuning': ('FinetuneOptions', 'FinetuneResult', 'finetune', 'open_run'),
     'sem_timm.folding': ('FoldResult', 'GateFold', 'fold_gates'),
     'sem_timm.operations': (
@@ -196,8 +201,12 @@ _LAZY = {
 
 
 # ``from sem_timm import *`` takes what is there.
-if not (find_spec('accelerate') and find_spec('rich')):
-    __all__[:] = [name for name in __all__ if name not in _LAZY['sem_timm.finetuning']]
+_NEEDED = {
+    'sem_timm.comparison': ('accelerate', 'rich', 'scipy'),
+    'sem_timm.finetuning': ('accelerate', 'rich'),
+}
+_ABSENT = {name for room, packages in _NEEDED.items() if not all(map(find_spec, packages)) for name in _LAZY[room]}
+__all__[:] = [name for name in __all__ if name not in _ABSENT]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from sem_timm.command_line import commands
 
 _HELP = """Better attention in any timm model: plan it, train it, look at it.
 
-Examples: `sem-timm plan resnet50`, `sem-timm finetune`, `sem-timm finetune resnet50 --data photos/ --freeze-base`.
+Examples: `sem-timm plan resnet50`, `sem-timm finetune`, `sem-timm finetune resnet50 --data photos/ --train new`.
 """
 
 

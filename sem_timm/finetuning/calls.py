@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,11 @@ from sem_timm.finetuning.files import (
     write_text,
     write_whole,
 )
+from sem_timm.finetuning.giving_back import given_back_on_error
 from sem_timm.finetuning.logs import start_logs
-from sem_timm.finetuning.models import given_back_on_error, head_parameters, inserted_parameters, operation_name
-from sem_timm.finetuning.options import FinetuneOptions
+from sem_timm.finetuning.lora import merge_adapters
+from sem_timm.finetuning.models import head_parameters, inserted_parameters, operation_name
+from sem_timm.finetuning.options import HEAD, NEW, FinetuneOptions
 from sem_timm.finetuning.parts import Parts, build_parts, create_accelerator
 from sem_timm.finetuning.progress import ProgressDisplay
 from sem_timm.finetuning.stopping import StopRequest
@@ -40,6 +43,8 @@ from sem_timm.surgery import patched_modules
 _MAY_CHANGE = {'resume', 'stop_at', 'progress', 'workers', 'keep', 'checkpoint_every', 'skip_bad_images'}
 # Remedies for a run that diverged: with them it goes on, but is no longer the run that was begun.
 _REMEDIES = {'lr', 'min_lr', 'new_lr_scale', 'clip'}
+
+OpenDisplay = Callable[[int, int, bool], ProgressDisplay]
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class FinetuneResult:
         options: What the run was told.
         operation: What is in the model, be it by the name of a variant; 'none' if nothing was put in.
         folder: Folder of the run: options, logs, checkpoints, ``model.safetensors`` and ``result.json``; with
-            ``freeze_base`` also ``patch``, the folder of a patch file with what was trained, if one can hold it.
+            ``train='new'`` also ``patch``, the folder of a patch file with what was trained, if one can hold it.
         before: Accuracy on the validation images before the first update, from 0 to 1.
         after: Accuracy at the end.
         best: Highest accuracy after an epoch.
@@ -116,8 +121,22 @@ def finetune(
         SemTimmError: OptionError, DataError, CheckpointError or WriteError, each saying what to do; DivergedError
             for a loss that is not finite; StoppedError after Ctrl-C or SIGTERM, when the state is saved.
     """
+    return run_finetuning(_asked(options, given), given, network, ProgressDisplay)
+
+
+def run_finetuning(
+    options: FinetuneOptions, given: dict[str, Any], network: nn.Module | None, open_display: OpenDisplay
+) -> FinetuneResult:
+    """`finetune`, shown by a display of the caller's.
+
+    Args:
+        options: All options.
+        given: Those among them that were given by name.
+        network: As there.
+        open_display: Makes the display from the number of updates, of epochs, and whether to show anything.
+    """
     began = time.perf_counter()
-    asked, checkpoint, changed = _resumed(_asked(options, given), given)
+    asked, checkpoint, changed = _resumed(options, given)
     accelerator = create_accelerator(asked)
     with StopRequest(patient=accelerator.num_processes > 1) as stop:
         with given_back_on_error(network):
@@ -130,7 +149,7 @@ def finetune(
                 state = _load(parts, checkpoint, asked if changed else None)
             start_logs(accelerator, run, asked.trackers, state.step)
         total = asked.epochs * parts.training.num_updates
-        with ProgressDisplay(total, asked.epochs, asked.progress and accelerator.is_main_process) as display:
+        with open_display(total, asked.epochs, asked.progress and accelerator.is_main_process) as display:
             display.say(describe(parts, asked, run, state))
             if changed:
                 display.say(f'from here on it is another run than the one that was begun: {changed}')
@@ -230,15 +249,16 @@ def describe(parts: Parts, options: FinetuneOptions, run: Path, state: State) ->
         f'{len({m.name for m in patched_modules(model)})} modules: '
         f'{sum(p.numel() for p in all_parameters):,} parameters, {sum(p.numel() for p in new):,} of them new, '
         f'{trained:,} trained',
-        f'{options.data}: {_length(data.train)} images for training, {_length(data.validation)} for validation{kept}, '
-        f'{data.num_classes} classes',
+        f'{options.data}: {length_of(data.train)} images for training, {length_of(data.validation)} for validation'
+        f'{kept}, {data.num_classes} classes',
         *(f'  {group["name"]}: {sum(p.numel() for p in group["params"]):,}' for group in parts.optimizer.param_groups),
         f'{run}: ' + (f'goes on after step {state.step}' if state.step else 'new run'),
     ]
     return '\n'.join(lines)
 
 
-def _length(dataset: Any) -> int:
+def length_of(dataset: Any) -> int:
+    """How many images a dataset has."""
     # The length of a stream is rounded, to what all of its workers can yield.
     told = getattr(getattr(dataset, 'reader', None), 'num_samples', None)
     return told if isinstance(told, int) else len(dataset)
@@ -246,6 +266,7 @@ def _length(dataset: Any) -> int:
 
 def _finish(parts: Parts, state: State, options: FinetuneOptions, run: Path, seconds: float) -> FinetuneResult:
     model, data, accelerator = parts.final_model(), parts.data, parts.accelerator
+    merge_adapters(model)
     new, best = inserted_parameters(model).values(), state.best or {}
     result = FinetuneResult(
         model=model.eval(),
@@ -256,7 +277,7 @@ def _finish(parts: Parts, state: State, options: FinetuneOptions, run: Path, sec
         after=state.history[-1]['accuracy'],
         best=best['accuracy'],
         best_checkpoint=Checkpoints(run).best(),
-        num_images=(_length(data.train), _length(data.validation)),
+        num_images=(length_of(data.train), length_of(data.validation)),
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_new_parameters=sum(p.numel() for p in new),
         num_trained_parameters=sum(p.numel() for group in parts.optimizer.param_groups for p in group['params']),
@@ -269,7 +290,7 @@ def _finish(parts: Parts, state: State, options: FinetuneOptions, run: Path, sec
     if accelerator.is_main_process:
         write_whole(run / WEIGHTS, lambda path: save_model(model, str(path)))
         write_text(run / RESULT, json.dumps(result.to_dict(), indent=1))
-        if options.freeze_base and patched_modules(model):  # else the patch alone is not what was trained
+        if options.trained_parts <= {NEW, HEAD} and patched_modules(model):  # else a patch is not all that was trained
             _save_patch(model, run / PATCH)
     accelerator.wait_for_everyone()
     accelerator.free_memory()

@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 from sem_timm.errors import OptionError
 from sem_timm.finetuning.errors import DataError
 from sem_timm.finetuning.opening import folders_in, open_split, root_of
-from sem_timm.finetuning.options import BUILT_IN, FinetuneOptions
+from sem_timm.finetuning.options import FinetuneOptions
 from sem_timm.finetuning.samples import LabelCheck, Samples
 
 
@@ -55,14 +55,15 @@ def open_data(options: FinetuneOptions, mode: str = 'RGB', part_size: int = 1) -
         OptionError: If the number of classes must be told and was not.
         MissingPackageError: If the data needs a package that is not installed.
     """
-    if options.data == BUILT_IN:
-        from sem_timm.finetuning.builtin import Digits
+    if options.is_built_in:
+        from sem_timm.finetuning.builtin import open_built_in
 
-        return _samples(options, Digits(train=True), Digits(train=False), False, mode)
+        return _samples(options, open_built_in(options, True), open_built_in(options, False), False, mode)
     train = open_split(options, options.train_split, part_size)
     validation = open_split(options, options.validation_split, part_size)
     if isinstance(train, IterableDataset):
         num_classes = _num_classes(options, train)
+        _check_stream(options)
         streams: tuple[Any, Any] = train, validation
         for part in streams:
             part.target_transform = LabelCheck(options.data, num_classes)
@@ -92,24 +93,25 @@ def _is_held_out(options: FinetuneOptions, train: Any, validation: Any) -> bool:
 
 def _samples(options: FinetuneOptions, train: Any, validation: Any, held_out: bool, mode: str) -> Data:
     """Samples of two datasets, or of two parts of one."""
-    parts: Sequence[Sequence[int] | None] = (None, None)
-    if held_out:
-        parts = _held_out(options, len(train))
-    else:
+    if not held_out:
         _check_classes(train, validation)
+    parts = _chosen(options, len(train), None if held_out else len(validation))
+    if options.tuning_fraction:
+        validation = train
     num_classes = _num_classes(options, train)
     check = LabelCheck(options.data, num_classes)
     samples = [
         Samples(dataset, options.seed, indices, mode, options.skip_bad_images, measured, check)
         for dataset, indices, measured in zip((train, validation), parts, (False, True))
     ]
-    if len(samples[0]) < options.batch_size:
+    if not len(samples[0]) or len(samples[0]) < options.batch_size:
         raise DataError(
             f'{options.data} has {len(samples[0])} images for training, fewer than one update takes: '
             f'--batch-size {options.batch_size}. Give a smaller one, such as {max(1, len(samples[0]) // 8)}.'
         )
     if not len(samples[1]):
-        raise DataError(f'{options.data} has no images for validation; try a larger --validation-fraction.')
+        way = '--tuning-fraction' if options.tuning_fraction else '--validation-fraction'
+        raise DataError(f'{options.data} has no images for validation; try a larger {way}.')
     classes = tuple(_class_names(train) or ())
     if len(classes) == 1 and options.num_classes is None:
         raise DataError(
@@ -118,10 +120,49 @@ def _samples(options: FinetuneOptions, train: Any, validation: Any, held_out: bo
     return Data(options.data, samples[0], samples[1], num_classes, held_out, classes)
 
 
-def _held_out(options: FinetuneOptions, number: int) -> tuple[list[int], list[int]]:
-    order = torch.randperm(number, generator=torch.Generator().manual_seed(options.seed)).tolist()
-    count = round(number * options.validation_fraction)
-    return sorted(order[count:]), sorted(order[:count])
+def _chosen(
+    options: FinetuneOptions, num_train: int, num_validation: int | None
+) -> tuple[Sequence[int], Sequence[int]]:
+    """The samples that are trained on and those that are measured on, by number.
+
+    Those for validation are held out first, then so many are drawn from the rest as are to be trained on, and of these
+    some are held out for tuning. So the validation images are the same with and without tuning.
+
+    Args:
+        options: Those of the run.
+        num_train: Number of samples that may be trained on.
+        num_validation: Number of those for validation; None if they are to be held out of the others.
+    """
+    seed = options.seed if options.split_seed is None else options.split_seed
+    train: Sequence[int] = range(num_train)
+    validation: Sequence[int] = range(num_validation or 0)
+    if num_validation is None:
+        train, validation = _parted(train, round(num_train * options.validation_fraction), seed)
+    if options.max_validation_images is not None and options.max_validation_images < len(validation):
+        validation = _parted(validation, options.max_validation_images, seed)[1]
+    if options.max_train_images is not None and options.max_train_images < len(train):
+        train = _parted(train, options.max_train_images, options.seed)[1]
+    if options.tuning_fraction:
+        # With another seed than above, which would take those that would have been held out next.
+        train, validation = _parted(train, round(len(train) * options.tuning_fraction), seed + 1)
+    return train, validation
+
+
+def _parted(indices: Sequence[int], count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Parts samples at random: all but so many, and those; both in order."""
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(indices[i] for i in order[count:]), sorted(indices[i] for i in order[:count])
+
+
+def _check_stream(options: FinetuneOptions) -> None:
+    given = [
+        name for name in ('max_train_images', 'max_validation_images', 'tuning_fraction') if getattr(options, name)
+    ]
+    if given:
+        raise OptionError(
+            f'{options.data} is a stream, of which no part can be chosen: leave out {", ".join(given)}, or give a '
+            'folder of images.'
+        )
 
 
 def _class_names(dataset: Any) -> list[str] | None:

@@ -78,13 +78,15 @@ class Trainer:
     def _is_unmeasured(self) -> bool:
         step = self.state.step
         measured = self.state.history[-1]['step'] if self.state.history else 0
-        return step > measured and step % self.updates_per_epoch == 0
+        epoch, rest = divmod(step, self.updates_per_epoch)
+        is_due = epoch % self.options.measure_every == 0 or step >= self.total
+        return step > measured and rest == 0 and is_due
 
     def _train_epoch(self) -> None:
         epoch, start = divmod(self.state.step, self.updates_per_epoch)
         batches = self.parts.training.parts(epoch, start)
         self.parts.freezing.set_training_mode(self.parts.model)
-        for update in range(start, self.updates_per_epoch):
+        for _ in range(start, self.updates_per_epoch):
             if self.parts.freezing.advance(self.state.step / self.updates_per_epoch):
                 self.parts.wrap_again()  # what gathers gradients knows only what required them when it was made
                 self.parts.freezing.set_training_mode(self.parts.model)
@@ -95,9 +97,8 @@ class Trainer:
             values['train/images_per_second'] = self.options.batch_size / (time.perf_counter() - began)
             self.accelerator.log({'train/epoch': epoch, **values}, step=self.state.step)
             self.display.update(self.state.step, epoch, values)
-            every = self.options.checkpoint_every
-            ends_epoch = update + 1 == self.updates_per_epoch  # then a measurement comes first
-            if every and self.state.step % every == 0 and not ends_epoch:
+            every = self.options.checkpoint_every or self.updates_per_epoch
+            if self.state.step % every == 0 and not self._is_unmeasured():  # else a measurement comes first
                 self._save()
             self._stop_if_asked()
 
@@ -145,9 +146,10 @@ class Trainer:
             groups = offending_groups(model, optimizer, gradients=True)
         last = self.checkpoints.all()
         return DivergedError(
-            f'{what} at step {self.state.step + 1}. Parameter groups {where}: {"; ".join(groups) or "none"}. '
+            f'{what} at step {self.state.step + 1}',
+            f'Parameter groups {where}: {"; ".join(groups) or "none"}. '
             'Go on with a lower --lr or --new-lr-scale, or --clip 1, as another run than the one that was begun: '
-            f'--resume {last[-1] if last else "none"} --lr {self.options.lr / 10:g}.'
+            f'--resume {last[-1] if last else "none"} --lr {self.options.lr / 10:g}.',
         )
 
     def _measure(self) -> dict[str, float]:

@@ -20,7 +20,19 @@ class WriteError(SemTimmError):
 
 
 class DivergedError(SemTimmError):
-    """The loss or a gradient is no longer a finite number."""
+    """The loss or a gradient is no longer a finite number.
+
+    Args:
+        what: What is not finite, at which step.
+        more: Where, and what may be done about it.
+
+    Attributes:
+        what: What is not finite, at which step.
+    """
+
+    def __init__(self, what: str, more: str) -> None:
+        super().__init__(f'{what}. {more}')
+        self.what = what
 
 
 class StoppedError(SemTimmError):

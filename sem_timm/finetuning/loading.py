@@ -99,7 +99,7 @@ def _create(
         re_mode='pixel',
         scale=(options.scale, 1.0),
         hflip=0.5 if flip else 0.0,
-        color_jitter=0.0 if options.data == BUILT_IN else 0.4,
+        color_jitter=0.0 if options.is_built_in else 0.4,
         auto_augment=options.auto_augment,
         interpolation=config['interpolation'],
         mean=config['mean'],

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +13,13 @@ from torch import nn
 
 from sem_timm.errors import OptionError, SwapWarning, closest
 from sem_timm.finetuning.errors import first_sentence
-from sem_timm.finetuning.options import BUILT_IN, NO_OPERATION, FinetuneOptions
+from sem_timm.finetuning.options import NO_OPERATION, FinetuneOptions
+from sem_timm.finetuning.packaged import PACKAGED, with_packaged_weights
 from sem_timm.operations import patch_model
 from sem_timm.persistence.parts import head_prefixes
-from sem_timm.surgery import patched_modules, unpatch_model
+from sem_timm.surgery import patched_modules
 
-_DIGITS_SIZE = 32
-
-# Attributes that accelerate and torch.compile put on a model, with its own forward behind theirs.
-_WRAPPING = ('forward', '_original_forward', '_is_accelerate_prepared', '_compiled_call_impl')
+_BUILT_IN_SIZE = 32
 
 
 def create_model(options: FinetuneOptions, num_classes: int) -> nn.Module:
@@ -36,6 +32,8 @@ def create_model(options: FinetuneOptions, num_classes: int) -> nn.Module:
     if not timm.is_model(name) and not options.model.startswith(('hf-hub:', 'local-dir:')):
         raise OptionError(f'model {options.model!r} is unknown. {closest(name, timm.list_models())}')
     kwargs = {'num_classes': num_classes, **model_arguments(name, options.model_options, _image_size(options))}
+    if options.weights in PACKAGED:
+        return with_packaged_weights(_created(options, pretrained=False, **kwargs), options)
     if options.weights is not None:
         return _with_weights(options, options.weights, kwargs)
     pretrained = is_pretrained(options)
@@ -54,7 +52,7 @@ def create_model(options: FinetuneOptions, num_classes: int) -> nn.Module:
 def is_pretrained(options: FinetuneOptions) -> bool:
     """Whether a model begins with the weights that timm knows for it: by default if it has some, but for digits."""
     cfg = timm.get_pretrained_cfg(timm.models.split_model_name_tag(options.model)[0])
-    wanted = options.data != BUILT_IN if options.pretrained is None else options.pretrained
+    wanted = not options.is_built_in if options.pretrained is None else options.pretrained
     return wanted and (cfg is None or bool(cfg.has_weights))
 
 
@@ -123,14 +121,14 @@ def _with_weights(options: FinetuneOptions, file: str, kwargs: dict[str, Any]) -
 
 
 def _image_size(options: FinetuneOptions) -> int | None:
-    return options.image_size or (_DIGITS_SIZE if options.data == BUILT_IN else None)
+    return options.image_size or (_BUILT_IN_SIZE if options.is_built_in else None)
 
 
 def data_config(model: nn.Module, options: FinetuneOptions) -> dict[str, Any]:
     """What timm's transforms are made from: size, mean and deviation of the model's images, and how they are cut."""
     given: dict[str, Any] = {'input_size': input_size(model, options.model_options, _image_size(options))}
-    if options.data == BUILT_IN:
-        given['crop_pct'] = 1.0  # the digits fill their images
+    if options.is_built_in:
+        given['crop_pct'] = 1.0  # digits and clothes fill their images
     config: dict[str, Any] = resolve_data_config(given, model=model)
     channels = config['input_size'][0]
     for name in ('mean', 'std'):  # those of the weights, which may have been for other channels
@@ -192,25 +190,3 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of the classifier, by name; none where a model does not say which module that is."""
     heads = head_prefixes(model)
     return {name: p for name, p in model.named_parameters() if heads and name.startswith(heads)}
-
-
-@contextmanager
-def given_back_on_error(network: nn.Module | None) -> Iterator[None]:
-    """Leaves a model of the user's own as it was, should what prepares it for training end in an error."""
-    if network is None:
-        yield
-        return
-    was_patched, attributes = bool(patched_modules(network)), {n: vars(network).get(n) for n in _WRAPPING}
-    trained = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
-    try:
-        yield
-    except BaseException:
-        for name, value in attributes.items():
-            vars(network).pop(name, None)
-            if value is not None:
-                vars(network)[name] = value
-        if patched_modules(network) and not was_patched:
-            unpatch_model(network)
-        for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
-        raise

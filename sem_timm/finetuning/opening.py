@@ -13,7 +13,7 @@ from torchvision.datasets import ImageFolder
 
 from sem_timm.errors import MissingPackageError, OptionError, closest
 from sem_timm.finetuning.errors import DataError, first_sentence
-from sem_timm.finetuning.options import BUILT_IN, FinetuneOptions
+from sem_timm.finetuning.options import BUILT_IN, FASHION, FinetuneOptions
 
 # Names of timm's factory begin so, with the packages that each kind needs; anything else is a folder or file.
 _PACKAGES: dict[str, tuple[str, ...]] = {
@@ -113,7 +113,7 @@ def _check_path(name: str) -> None:
     if not name or not path.exists():
         raise DataError(
             f'data {name!r} is no file or folder here. Give a folder with one folder of images per class, a tar, '
-            f"a name such as torch/cifar10 or hfds/beans (with --data-root), or '{BUILT_IN}'."
+            f"a name such as torch/cifar10 or hfds/beans (with --data-root), '{BUILT_IN}' or '{FASHION}'."
         )
     if path.is_file() and path.suffix != '.tar':
         raise DataError(

@@ -20,6 +20,7 @@ from sem_timm.finetuning.datasets import Data, open_data
 from sem_timm.finetuning.freezing import Freezing
 from sem_timm.finetuning.groups import create_optimizer
 from sem_timm.finetuning.loading import TrainingLoader, ValidationLoader
+from sem_timm.finetuning.lora import insert_adapters
 from sem_timm.finetuning.losses import check_pairs, create_loss, create_mixup
 from sem_timm.finetuning.models import check_operation, create_model, data_config, operate
 from sem_timm.finetuning.options import FinetuneOptions
@@ -132,6 +133,7 @@ def build_parts(options: FinetuneOptions, accelerator: Accelerator, network: nn.
     if options.resume is None:
         check_operation(model, options)
     operate(model, options, config['input_size'])
+    insert_adapters(model, options)
     if options.sync_bn:  # before anything keeps the norms that it replaces
         model = convert_sync_batchnorm(model)
     memory_format = _memory_format(options)

@@ -121,6 +121,16 @@ class Samples(Dataset[Any]):
         image, label = self.dataset[index][:2]
         return image.convert(self.mode) if image.mode != self.mode else image, int(label)
 
+    def content(self, position: int) -> bytes:
+        """What a sample is made of, whatever reads images and wherever they are: its label and file, or its pixels."""
+        index = self.indices[position]
+        if isinstance(self.dataset, ImageDataset):
+            file, label = self.dataset.reader[index][:2]
+            with file:
+                return f'{label} '.encode() + file.read()
+        image, label = self.dataset[index][:2]
+        return f'{int(label)} {image.size} '.encode() + image.tobytes()
+
     def name(self, position: int) -> str:
         """The file of a sample where there is one, else its number."""
         index = self.indices[position]

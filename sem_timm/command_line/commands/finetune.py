@@ -5,17 +5,18 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from dataclasses import fields
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import torch
 import typer
 
-from sem_timm.command_line.values import complete_model, complete_operation, parse_pairs, parse_target
+from sem_timm.command_line.fields import flag_of, give_parameters, keyword, parameters_of
+from sem_timm.command_line.values import parse_target
 from sem_timm.finetuning import FinetuneOptions, FinetuneResult, finetune
+from sem_timm.finetuning.baseline import finetune_without, options_without
 from sem_timm.finetuning.calls import options_of_run
-from sem_timm.finetuning.comparison import finetune_without, options_without
 from sem_timm.finetuning.options import BUILT_IN, NO_OPERATION
+from sem_timm.typed_values import parse_pairs
 
 _NAMES = {'operation_options': '--set'}
 _PAIRS = ('model_options', 'operation_options')
@@ -29,13 +30,13 @@ def command(compare: bool | None, as_json: bool, **values: Any) -> None:
     saves and stops; `--resume` continues exactly. `torchrun --nproc-per-node 2 -m sem_timm finetune ...` and
     `accelerate launch` train on several GPUs.
 
-    Examples: `sem-timm finetune`, `sem-timm finetune resnet50 --data photos/ --freeze-base --new-lr-scale 10`,
+    Examples: `sem-timm finetune`, `sem-timm finetune resnet50 --data photos/ --train new --new-lr-scale 10`,
     `sem-timm finetune vit_small_patch16_224 --operation external --set memory=32 --data hfds/beans --layer-decay 0.7`,
     `sem-timm finetune --resume runs/my-run`.
     """
     typed = {name: value for name, value in values.items() if value not in (None, [])}
     for name in {*_PAIRS} & {*typed}:
-        typed[name] = parse_pairs(typed[name], _flag(name))
+        typed[name] = parse_pairs(typed[name], flag_of(name, _NAMES))
     for name in {*_TARGETS} & {*typed}:
         typed[name] = parse_target(typed[name])
     if 'trackers' in typed:
@@ -82,43 +83,15 @@ def _as_text(result: FinetuneResult, without: FinetuneResult | None) -> str:
     return '\n'.join(lines)
 
 
-def _flag(name: str) -> str:
-    return _NAMES.get(name, '--' + name.replace('_', '-'))
-
-
 def _parameters() -> list[inspect.Parameter]:
     """The parameters that typer makes the command line from."""
-    hints = get_type_hints(FinetuneOptions)
-    made = [
-        _parameter(field.name, field.default, hints[field.name], field.metadata) for field in fields(FinetuneOptions)
-    ]
+    made = parameters_of(FinetuneOptions, _NAMES, (*_PAIRS, *_TARGETS, 'trackers'))
     text = 'Train once more without the operation and compare. By default for the built-in digits.'
     own = {
         'compare': (None, Annotated[bool | None, typer.Option(help=text, rich_help_panel='Run')]),
         'as_json': (False, Annotated[bool, typer.Option('--json', help='Print JSON.', rich_help_panel='Run')]),
     }
-    kind = inspect.Parameter.KEYWORD_ONLY
-    return made + [inspect.Parameter(n, kind, default=d, annotation=a) for n, (d, a) in own.items()]
+    return made + [keyword(name, default, annotation) for name, (default, annotation) in own.items()]
 
 
-def _parameter(name: str, default: Any, hint: Any, metadata: Any) -> inspect.Parameter:
-    kind = inspect.Parameter.KEYWORD_ONLY
-    text, panel = metadata['help'], metadata['panel']
-    # Without a default of their own, so that what was typed can be told from what was not.
-    shown = ', '.join(default) if isinstance(default, tuple) else default
-    shown = True if isinstance(shown, bool) or shown in (None, '') else str(shown)
-    if name == 'model':
-        info: Any = typer.Argument(help=text, autocompletion=complete_model, show_default=shown)
-        return inspect.Parameter(name, kind, default=None, annotation=Annotated[str | None, info])
-    completion = complete_operation if name == 'operation' else None
-    flag = _flag(name)
-    if hint in (bool, bool | None):
-        flag = f'{flag}/--no-{flag[2:]}'
-    info = typer.Option(flag, help=text, rich_help_panel=panel, autocompletion=completion, show_default=shown)
-    hint = list[str] if name in (*_PAIRS, *_TARGETS, 'trackers') else hint
-    return inspect.Parameter(name, kind, default=None, annotation=Annotated[hint | None, info])
-
-
-_made = _parameters()
-vars(command)['__signature__'] = inspect.Signature(_made)
-command.__annotations__ = {parameter.name: parameter.annotation for parameter in _made}
+give_parameters(command, _parameters())

@@ -14,7 +14,7 @@ from safetensors.torch import save_model
 
 from sem_timm.attention_transfer import TransferOptions, transfer
 from sem_timm.command_line.arguments import OperationOptions, Targets
-from sem_timm.command_line.values import complete_operation, parse_pairs, parse_target
+from sem_timm.command_line.values import complete_operation, parse_target
 from sem_timm.errors import OptionError, SwapWarning, closest
 from sem_timm.finetuning.files import OPTIONS, PATCH, WEIGHTS, explained, write_text, write_whole
 from sem_timm.finetuning.runs import Run, open_run
@@ -23,6 +23,7 @@ from sem_timm.operations import AttentionConfig, patch_model
 from sem_timm.persistence import save_patch
 from sem_timm.registry import base_architecture
 from sem_timm.surgery import patched_modules
+from sem_timm.typed_values import parse_pairs
 
 
 def command(

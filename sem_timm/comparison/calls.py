@@ -1,0 +1,239 @@
+"""`compare`: rows with the same recipe, images and base weights, in paired runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from sem_timm.comparison.costs import Costs, StepMeter, build_model, count_costs
+from sem_timm.comparison.display import ComparisonDisplay
+from sem_timm.comparison.log import Log, Record, RunKey, claimed
+from sem_timm.comparison.picture import draw
+from sem_timm.comparison.result import ComparisonResult, row_results
+from sem_timm.comparison.rows import Row
+from sem_timm.comparison.runs import RUNS, do_run, folder_of, options_of_run, pending_runs, total_runs
+from sem_timm.comparison.setting import Setting, open_setting
+from sem_timm.comparison.tables import as_csv, as_latex, as_markdown
+from sem_timm.errors import OptionError, SemTimmError
+from sem_timm.finetuning import StoppedError
+from sem_timm.finetuning.files import write_text, write_whole
+from sem_timm.finetuning.parts import create_accelerator
+
+_WAIT = 2.0  # seconds, for tries that another process is about
+
+T = TypeVar('T')
+
+
+def compare(**given: Any) -> ComparisonResult:
+    """Compares operations, places and ways of training on one's own images, by runs that differ in nothing else.
+
+    Runs with the same seed have the same images in the same order with the same augmentation, and the same initial
+    weights but for what is new. All rows have one recipe, or as many tries of the learning rate each, which are judged
+    on images held out of the training images. Accuracy is that of the last epoch. Works under ``torchrun`` and
+    ``accelerate launch`` unchanged: then all processes call it.
+
+    Args:
+        **given: Fields of `CompareOptions`, and those fields of `FinetuneOptions` that all runs share, such as
+            ``model``, ``data`` and ``epochs``. Without any, a small network is trained on a few handwritten digits.
+
+    Returns:
+        The rows with accuracies, differences and costs; printing it shows a table with what can be told. The folder has
+        the log, and the tables as CSV, JSON, Markdown, LaTeX and a picture.
+
+    Raises:
+        SemTimmError: OptionError, DataError, CheckpointError or WriteError, each saying what to do; StoppedError after
+            Ctrl-C or SIGTERM in a run. What was finished is in the log, and goes on with ``resume``.
+    """
+    return run_comparison(given)
+
+
+def run_comparison(given: dict[str, Any], command: str | None = None) -> ComparisonResult:
+    """`compare`, with the command that was typed for the record."""
+    setting = open_setting(given)
+    accelerator = create_accelerator(setting.base)
+    setting = replace(setting, folder=Path(_agreed(accelerator, lambda: str(setting.folder))))
+    with ComparisonDisplay(setting.options.progress and accelerator.is_main_process) as display:
+        log = Log(setting.folder)
+        if accelerator.is_main_process:
+            _prepare(setting, log, accelerator, display, command)
+        record = _agreed(accelerator, log.read)
+        display.begin(len(pending_runs(record, setting.search, setting.base.lr, setting.seeds)))
+        _do_runs(setting, log, accelerator, display)
+    record = _agreed(accelerator, log.read)
+    result = _result(setting, record)
+    if accelerator.is_main_process:
+        write_files(result)
+    accelerator.wait_for_everyone()
+    return result
+
+
+def _agreed(accelerator: Accelerator, tell: Callable[[], T]) -> T:
+    """What the first process tells, in all of them."""
+    told = [tell() if accelerator.is_main_process else None]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(told)
+    value: Any = told[0]
+    return value
+
+
+def _prepare(
+    setting: Setting, log: Log, accelerator: Accelerator, display: ComparisonDisplay, command: str | None
+) -> None:
+    """Plans all rows, measures what they cost, and begins or extends the log."""
+    known = setting.record or Record({})
+    ordered = sorted(setting.rows, key=lambda row: row.name != setting.baseline)
+    missing = [
+        row
+        for row in ordered
+        if row.name not in known.refused
+        and (row.name not in known.rows or known.costs.get(row.name, {}).get('baseline') != setting.baseline)
+    ]
+    costs, refused = _costs_of(setting, missing, accelerator, display) if missing else ({}, {})
+    if len(setting.rows) > 1 and len(setting.rows) - len({**known.refused, **refused}) < 2:
+        reasons = '; '.join(f'{name}: {reason}' for name, reason in {**known.refused, **refused}.items())
+        raise OptionError(f'nothing is left to compare {setting.baseline} with. {reasons}')
+    if setting.record is None:
+        log.begin(
+            setting.recipe,
+            setting.data,
+            machine=setting.machine,
+            seeds=setting.seeds,
+            baseline=setting.baseline,
+            command=command,
+        )
+    else:
+        log.read()
+    for row in setting.rows:
+        if row.name not in known.rows:
+            log.append('row', row=row.to_dict(), refused=refused.get(row.name))
+        if row.name in costs:
+            log.append('costs', row=row.name, costs=costs[row.name].to_dict())
+
+
+def _costs_of(
+    setting: Setting, rows: list[Row], accelerator: Accelerator, display: ComparisonDisplay
+) -> tuple[dict[str, Costs], dict[str, str]]:
+    """What rows cost, and why others are refused."""
+    display.say(f'planning {len(rows)} rows' + (', and measuring what they cost' if setting.options.costs else ''))
+    costs: dict[str, Costs] = {}
+    refused: dict[str, str] = {}
+    base_row = next(row for row in setting.rows if row.name == setting.baseline)
+    base_options = base_row.applied_to(setting.base)
+    num_classes = setting.data['num_classes']
+    base_model = build_model(base_options, num_classes)  # an error here is one of model, data or recipe
+    counted_base = count_costs(base_options, base_model, setting.baseline)
+    meter = StepMeter(base_options, base_model, accelerator.device) if setting.options.costs else None
+    for row in rows:
+        options = row.applied_to(setting.base)
+        try:
+            is_base = row.name == setting.baseline
+            model = base_model if is_base else build_model(options, num_classes)
+            counted = counted_base if is_base else count_costs(options, model, setting.baseline)
+            measured = counted if meter is None else meter.measure(counted, options, model)
+            if is_base and meter is not None:  # what it takes over itself is noise
+                measured = replace(measured, step_ratio=1.0, peak_ratio=1.0)
+            costs[row.name] = measured
+        except SemTimmError as error:
+            refused[row.name] = ' '.join(str(error).split())
+    return costs, refused
+
+
+def _do_runs(setting: Setting, log: Log, accelerator: Accelerator, display: ComparisonDisplay) -> None:
+    """Does all runs of this process, one after the other."""
+    rows = {row.name: row for row in setting.rows}
+    while True:
+        with _next_run(setting, log, accelerator) as key:
+            if key is None:
+                return
+            run = folder_of(setting.folder, key)
+            base = replace(setting.base, progress=setting.options.progress)
+            options = options_of_run(base, rows[key.row], key, setting.search, run)
+            try:
+                outcome = do_run(options, display.for_run(key))
+            except StoppedError as error:
+                raise _stopped(error, setting) from error
+            if accelerator.is_main_process:
+                log.append('run', row=key.row, seed=key.seed, lr=key.lr, is_try=key.is_try, **outcome)
+                if not setting.options.keep_runs:
+                    shutil.rmtree(run, ignore_errors=True)
+                display.finish(key, outcome)
+            accelerator.wait_for_everyone()
+
+
+def _stopped(error: StoppedError, setting: Setting) -> StoppedError:
+    way = f'it goes on with: sem-timm compare --resume {setting.folder}'
+    return StoppedError(error.exit_code - 128, f'within a run; those before it are in the log, and {way}')
+
+
+@contextmanager
+def _next_run(setting: Setting, log: Log, accelerator: Accelerator) -> Iterator[RunKey | None]:
+    """The next run, claimed by this process as long as it lasts; None if there is none left for it."""
+    with ExitStack() as claims:
+        yield _agreed(accelerator, lambda: _claim(setting, log, claims))
+
+
+def _claim(setting: Setting, log: Log, claims: ExitStack) -> RunKey | None:
+    while True:
+        pending = pending_runs(log.read(), setting.search, setting.base.lr, setting.seeds)
+        for key in pending:
+            file = folder_of(setting.folder, key).with_suffix('.lock')
+            with ExitStack() as stack:
+                # Between reading the log and claiming it, another process may have finished it.
+                if stack.enter_context(claimed(file)) and key not in log.read().runs:
+                    claims.push(stack.pop_all())
+                    claims.callback(file.unlink, missing_ok=True)
+                    return key
+        if not any(key.is_try for key in pending):
+            return None
+        time.sleep(_WAIT)  # others are about the tries that our runs depend on
+
+
+def _result(setting: Setting, record: Record) -> ComparisonResult:
+    base, search = setting.base, setting.search
+    seeds = {*setting.seeds, *record.begun['seeds'], *(key.seed for key in record.runs if not key.is_try)}
+    rows = row_results(record, search, base.lr, setting.baseline, setting.num_images[1])
+    done = sum(len(row.accuracies) + len(row.diverged) for row in rows) + sum(key.is_try for key in record.runs)
+    told = {
+        'model': base.model,
+        'data': base.data,
+        'num_classes': setting.data['num_classes'],
+        'epochs': base.epochs,
+        'lr': base.lr,
+        'command': record.begun.get('command'),
+    }
+    return ComparisonResult(
+        rows=tuple(rows),
+        baseline=setting.baseline,
+        folder=setting.folder,
+        told=told,
+        num_images=setting.num_images,
+        search=search,
+        num_pending=max(0, total_runs(record, search, len(seeds)) - done),
+        num_damaged=record.num_damaged,
+    )
+
+
+def write_files(result: ComparisonResult) -> None:
+    """Writes the tables into the folder of a comparison, each as a whole or not at all.
+
+    Raises:
+        WriteError: If one cannot be written.
+    """
+    folder = result.folder
+    if not any((folder / RUNS).glob('*')):
+        shutil.rmtree(folder / RUNS, ignore_errors=True)
+    write_text(folder / 'results.json', json.dumps(result.to_dict(), indent=1))
+    write_text(folder / 'results.csv', as_csv(result))
+    write_text(folder / 'results.md', as_markdown(result))
+    write_text(folder / 'results.tex', as_latex(result))
+    with suppress(ImportError):  # the picture alone needs matplotlib
+        write_whole(folder / 'results.png', lambda path: draw(result, path))

@@ -1,0 +1,280 @@
+"""Whole comparisons, small: what is the same in paired runs, what is written, and how they go on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sem_timm.comparison.calls as calls
+from sem_timm import OptionError
+from sem_timm.comparison import ComparisonResult, Row, compare
+from sem_timm.comparison.log import Log, claimed
+from sem_timm.comparison.runs import folder_of
+from sem_timm.finetuning import CheckpointError, DataError, StoppedError
+from sem_timm.finetuning.stopping import StopRequest
+from tests.comparison.small_comparisons import compare_small, lines, options
+from tests.finetuning.small_runs import column, write_images
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp('comparison') / 'whole'
+
+
+@pytest.fixture(scope='module')
+def result(images: Path, weights: Path, folder: Path) -> ComparisonResult:
+    rows = ('none none:name=again sem external', Row(name='late', operation='se', target='layer4.*'))
+    given = {'operations': rows, 'weights': str(weights), 'keep_runs': True, 'costs': True, 'measure_every': 1}
+    return compare_small(images, folder, **given)
+
+
+def runs_of(folder: Path, row: str, seed: int) -> Path:
+    (found,) = folder.glob(f'runs/{row}-*-seed{seed}-*[!k]')
+    return found
+
+
+@pytest.mark.parametrize('seed', [0, 1])
+def test_runs_that_are_told_the_same_are_the_same_bit_for_bit(
+    result: ComparisonResult, folder: Path, seed: int
+) -> None:
+    first, again, sem = (runs_of(folder, name, seed) for name in ('none', 'again', 'sem'))
+    for kind in ('train', 'validation'):
+        assert column(first, 'loss', kind) == column(again, 'loss', kind)
+    assert column(first, 'loss') != column(sem, 'loss')
+    assert column(first, 'loss') != column(runs_of(folder, 'none', 1 - seed), 'loss')
+
+
+@pytest.mark.parametrize('seed', [0, 1])
+def test_an_identity_begins_at_the_same_loss_and_not_the_same_gradient(
+    result: ComparisonResult, folder: Path, seed: int
+) -> None:
+    first, sem = runs_of(folder, 'none', seed), runs_of(folder, 'sem', seed)
+    assert column(first, 'loss')[0] == column(sem, 'loss')[0]
+    assert column(first, 'gradient_norm')[0] != column(sem, 'gradient_norm')[0]
+
+
+def test_rows_are_compared_in_pairs(result: ComparisonResult) -> None:
+    again, sem = result['again'], result['sem']
+    assert again.difference is not None and again.difference.mean == 0 and again.difference.num_pairs == 2
+    assert sem.difference == result.difference('sem', 'none') and result['none'].difference is None
+    means = [result['sem'].accuracies[seed] - result['none'].accuracies[seed] for seed in (0, 1)]
+    assert sem.difference is not None and sem.difference.mean == pytest.approx(sum(means) / 2)
+    assert 'again cannot be told apart from none' in str(result)
+
+
+def test_what_the_model_refuses_is_a_row_that_says_why(result: ComparisonResult, folder: Path) -> None:
+    row = result['external']
+    assert row.refused is not None and 'external' in row.refused and row.accuracies == {} and row.costs is None
+    assert f'external was not run: {row.refused}' in result.conclusions
+    (printed,) = (line for line in result.table().splitlines() if line.startswith('external'))
+    assert 'refused' in printed
+    assert not list(folder.glob('runs/external*'))
+
+
+def test_costs_are_those_of_the_models(result: ComparisonResult) -> None:
+    base, sem, late = (result[name].costs for name in ('none', 'sem', 'late'))
+    assert base is not None and sem is not None and late is not None
+    assert sem.parameters - base.parameters == sem.new_parameters > late.new_parameters > base.new_parameters == 0
+    assert base.macs is not None and sem.macs is not None and sem.macs > base.macs
+    assert base.trained_parameters == base.parameters and base.file_bytes >= 4 * base.parameters
+    assert sem.baseline == 'none' and sem.step_ratio is not None and sem.peak_ratio is not None
+    assert sem.step_ratio > 0 and 0.5 < sem.peak_ratio < 3 and sem.batch_size == 8
+
+
+def test_tables_are_written(result: ComparisonResult, folder: Path) -> None:
+    assert json.loads((folder / 'results.json').read_text()) == json.loads(json.dumps(result.to_dict()))
+    with (folder / 'results.csv').open(newline='') as stream:
+        rows = {row['row']: row for row in csv.DictReader(stream)}
+    assert [*rows] == [row.name for row in result.rows]
+    assert float(rows['sem']['accuracy']) == result['sem'].mean and rows['external']['accuracy'] == ''
+    assert float(rows['sem']['accuracy_seed_1']) == result['sem'].accuracies[1]
+    page = (folder / 'results.md').read_text()
+    assert page.count('\n| ') == 1 + len(rows) and all(sentence[:20] in page for sentence in result.conclusions)
+    assert (folder / 'results.tex').read_text().count(r' \\') == 1 + len(rows)
+    assert (folder / 'results.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_rows_and_seeds_are_added_and_nothing_is_done_twice(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / 'run'
+    compare_small(images, folder, operations='none', seeds=(0,))
+    first = lines(folder, 'run')
+    result = compare(resume=str(folder), operations='none,eca', seeds=2, progress=False)
+    assert lines(folder, 'run')[:1] == first and len(lines(folder, 'run')) == 4
+    assert [row.name for row in result.rows] == ['none', 'eca'] and result.num_pending == 0
+    assert sorted(result['eca'].accuracies) == [0, 1] and not (folder / 'runs').exists()
+    before = (folder / 'log.jsonl').read_bytes()
+    assert compare(resume=str(folder), progress=False).to_dict() == result.to_dict()
+    assert (folder / 'log.jsonl').read_bytes() == before
+
+
+def test_two_that_share_a_log_do_what_one_does(images: Path, tmp_path: Path) -> None:
+    whole, shared = tmp_path / 'whole', tmp_path / 'shared'
+    rows = {'operations': 'none,eca'}
+    expected = compare_small(images, whole, **rows)
+    half = compare_small(images, shared, **rows, seeds=(1,))
+    assert half['eca'].difference is not None and half['eca'].difference.low is None
+    assert 'There is no interval, and one seed tells nothing; give at least --seeds 3' in str(half)
+    both = compare(resume=str(shared), seeds=(0,), progress=False)
+    assert both['eca'].accuracies == expected['eca'].accuracies and both['eca'].losses == expected['eca'].losses
+    assert both['eca'].difference == expected['eca'].difference
+
+
+def test_a_run_that_another_process_is_about_is_left_to_it(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / 'run'
+    compare_small(images, folder, operations='none', seeds=(0,))
+    log = Log(folder)
+    record = log.read()
+    (key,) = record.runs
+    other = type(key)('none', 1, key.lr)
+    with claimed(folder_of(folder, other).with_suffix('.lock')) as mine:
+        assert mine
+        result = compare(resume=str(folder), seeds=3, progress=False)
+    assert sorted(result['none'].accuracies) == [0, 2]
+    assert result.num_pending == 1 and 'Runs that are still to be done: 1; sem-timm compare --resume' in str(result)
+
+
+def test_other_data_and_another_recipe_are_refused(images: Path, tmp_path: Path) -> None:
+    folder, other = tmp_path / 'run', tmp_path / 'other'
+    compare_small(images, folder, operations='none', seeds=1)
+    with pytest.raises(OptionError, match=r'made with another recipe: lr=0.001 there and 0.01 here. Leave that out'):
+        compare(resume=str(folder), lr=0.01)
+    shutil.copytree(images, other)
+    assert compare(resume=str(folder), data=str(other), progress=False).num_pending == 0  # the same images, elsewhere
+    next((other / 'train' / 'cross').glob('*.png')).unlink()
+    with pytest.raises(OptionError, match=r'made with other data than .*: num_train=48 there and 47 here'):
+        compare(resume=str(folder), data=str(other))
+    shutil.copy(images / 'train' / 'circle' / '0.png', other / 'train' / 'cross' / '99.png')
+    with pytest.raises(OptionError, match=r'made with other data than .*: digest='):
+        compare(resume=str(folder), data=str(other))
+    with pytest.raises(OptionError, match='leave out search'):
+        compare(resume=str(folder), search='lr')
+    with pytest.raises(OptionError, match="has another row 'none' already; give this one another name"):
+        compare(resume=str(folder), operations='sem:name=none')
+
+
+def test_diverged_runs_are_counted_and_shown(images: Path, weights: Path, tmp_path: Path) -> None:
+    result = compare_small(
+        images, tmp_path / 'run', operations='none,sem', lr=1e30, warmup_epochs=0.0, weights=str(weights)
+    )
+    row = result['sem']
+    assert row.mean is None and sorted(row.diverged) == [0, 1] and 'at step' in row.diverged[0]
+    assert 'sem diverged in 2 of 2 runs, which are in no mean: seed 0, the ' in str(result)
+    assert 'none has no finished run; without it nothing can be compared.' in result.conclusions
+    assert 'diverged' in result.table() and json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_the_search_has_as_many_tries_for_each_and_never_sees_the_validation_images(
+    images: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / 'run'
+    given: dict[str, Any] = {'operations': 'none,eca', 'search': 'lr', 'lr_factors': (1e-6, 1.0), 'batch_size': 4}
+    result = compare_small(images, folder, **given, seeds=1, epochs=4, lr=3e-3)
+    tries = [entry for entry in lines(folder, 'run') if entry['is_try']]
+    assert len(tries) == 4 and all(entry['images'] == [38, 10] for entry in tries)
+    finals = [entry for entry in lines(folder, 'run') if not entry['is_try']]
+    assert len(finals) == 2 and all(entry['images'] == [48, 15] for entry in finals)
+    assert result['none'].lr == result['eca'].lr == 3e-3  # with the other one nothing moves
+    assert 'none does best with the highest learning rate that was tried, 0.003; others may be better.' in str(result)
+    assert 'the best of 2 learning rates x 1 seeds, on 20% of the training images held out' in result.table()
+
+
+def test_a_stopped_comparison_goes_on_within_the_run(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = compare_small(images, tmp_path / 'whole', operations='none,eca', seeds=1)
+    folder, asked = tmp_path / 'run', 0
+
+    def signal_number(stop: StopRequest) -> int | None:
+        nonlocal asked
+        asked += 1
+        return 2 if asked > 20 else None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, 'signal_number', property(signal_number, lambda *given: None), raising=False)
+        with pytest.raises(StoppedError, match=r'it goes on with: sem-timm compare --resume .*run') as caught:
+            compare_small(images, folder, operations='none,eca', seeds=1)
+    assert caught.value.exit_code == 130
+    assert list(folder.glob('runs/eca*/checkpoints/step-*')) and len(lines(folder, 'run')) == 1
+    assert compare(resume=str(folder), progress=False)['eca'].losses == whole['eca'].losses
+
+
+def test_a_damaged_checkpoint_costs_the_run_and_no_more(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / 'run'
+    first = compare_small(images, folder, operations='none', seeds=1, keep_runs=True)
+    log = folder / 'log.jsonl'
+    log.write_text(''.join(line for line in log.read_text().splitlines(True) if '"kind": "run"' not in line))
+    for file in folder.glob('runs/*/checkpoints/step-*/state.json'):
+        file.write_text('{')
+    assert compare(resume=str(folder), progress=False)['none'].losses == first['none'].losses
+
+
+@pytest.mark.parametrize(
+    ('given', 'error', 'part'),
+    [
+        ({'operations': 'none,semm'}, OptionError, "operation 'semm' is unknown. Close: sem"),
+        ({'operation': 'sem'}, OptionError, "option 'operation' is said by the rows"),
+        ({'epoch': 3}, OptionError, "option 'epoch' is unknown. Close: epochs"),
+        ({'seeds': 0}, OptionError, 'seeds=0 is out of range: at least one seed'),
+        ({'seeds': (1, 1)}, OptionError, 'are no numbers from 0 on, each once'),
+        ({'seeds': -1}, OptionError, 'at least one seed'),
+        ({'search': 'wd'}, OptionError, "search='wd' is unknown"),
+        ({'lr_factors': ()}, OptionError, 'are no factors above 0'),
+        ({'baseline': 'nothing'}, OptionError, "baseline 'nothing' is no row. Close: none"),
+        ({'model': 'resnettt'}, OptionError, "model 'resnettt' is unknown"),
+        ({'model': 'test_resnet_sem'}, OptionError, 'test_resnet_sem has sem already, so that no row would be without'),
+        ({'data': '/nowhere'}, DataError, "data '/nowhere' is no file or folder here"),
+        ({'operations': 'none,external,linear'}, OptionError, 'nothing is left to compare none with. external: '),
+        ({'batch_size': 64}, DataError, 'fewer than one update takes'),
+        ({'search': 'lr', 'batch_size': 40}, DataError, 'fewer than one update takes'),
+        ({'max_train_images': 4}, DataError, 'has 4 images for training, fewer than one update'),
+        ({'search': 'lr', 'tuning_fraction': 0.001}, DataError, 'try a larger --tuning-fraction'),
+        ({'train': ('norm',)}, OptionError, "train='norm' is unknown. Close: norms"),
+        ({'resume': '/nowhere'}, CheckpointError, '/nowhere has no log of a comparison'),
+    ],
+    ids=str,
+)
+def test_bad_input_is_told_before_anything_is_written(
+    given: dict[str, Any], error: type[Exception], part: str, images: Path, tmp_path: Path
+) -> None:
+    asked = {**options(images, tmp_path / 'run'), **given}
+    if 'resume' in given:
+        asked = given
+    with pytest.raises(error) as caught:
+        compare(**asked)
+    assert part in str(caught.value)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_one_class_and_an_empty_one_are_told(tmp_path: Path) -> None:
+    data = write_images(tmp_path / 'data', splits=False)
+    shutil.rmtree(data / 'cross')
+    (data / 'cross').mkdir()
+    result = compare_small(data, tmp_path / 'run', operations='none', seeds=1)
+    assert result.told['num_classes'] == 2
+    shutil.rmtree(data / 'square')
+    with pytest.raises(DataError, match='has a single class'):
+        compare_small(data, tmp_path / 'other', operations='none', seeds=1)
+
+
+def test_a_folder_that_is_taken_is_left_alone(images: Path, folder: Path, result: Any, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match='exists and is not empty; go on with it by --resume'):
+        compare_small(images, folder)
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(OptionError, match='is a file; name a new folder'):
+        compare_small(images, tmp_path / 'file')
+
+
+def test_without_a_picture_library_the_rest_is_written(
+    result: ComparisonResult, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(*given: Any) -> None:
+        raise ImportError('matplotlib')
+
+    monkeypatch.setattr(calls, 'draw', draw)
+    compare(resume=str(folder), progress=False)
+    assert (folder / 'results.md').is_file()
