@@ -118,9 +118,9 @@ def lacking(error: BaseException | None) -> str:
     if argument is not None and not attention_takes(argument[1]):
         return _no_argument(argument[1])
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if '/torch/' not in frame.filename]
-    last = frames[-1]
-    if '/timm/' not in last.filename:
+    if not frames or '/timm/' not in frames[-1].filename:
         return ''
+    last = frames[-1]
     if last.name == 'parse_model_name':
         return f'timm {timm.__version__} has no models of local-dir:'
     if isinstance(error, TypeError) and re.search('unexpected keyword|multiple values', text):

@@ -224,12 +224,15 @@ class ChannelGate(nn.Module):
         Returns:
             ``x * gate`` or ``x * gate + shortcut``; the first has shape and type of the input.
         """
-        is_mean = type(self).pool is ChannelGate.pool and 'pool' not in vars(self)  # whose gradient is known
-        source = follows(x, shortcut, self.channel_dim) if is_mean else None
-        if source is None:
+        source = follows(x, shortcut, self.channel_dim)
+        if source is None or not self._pools_by_mean():
             return scaled(x, self._gate_pooled(self.pool(x)), self.gain, shortcut, shortcut_first, self.channel_dim)
         layout = (self.channel_dim, self.num_prefix_tokens)
         return gated_sum(x, source, self.pool, self._gate_of, shortcut, shortcut_first, *layout)
+
+    def _pools_by_mean(self) -> bool:
+        """Whether ``pool`` is that of this class, whose gradient is known."""
+        return type(self).pool is ChannelGate.pool and 'pool' not in vars(self)
 
     def _gate_of(self, pooled: Tensor) -> Tensor:
         """The gate for pooled features (B, C)."""
