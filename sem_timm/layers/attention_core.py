@@ -95,6 +95,8 @@ class AttentionCore(nn.Module):
 
     reads_keys: ClassVar[bool] = True
     takes_pairwise_mask: ClassVar[bool] = False
+    # What a trained model kept of its skill without training, in a sentence; empty for a core that needs training.
+    fidelity: ClassVar[str] = ''
     __prepare_scriptable__ = refuse_script
 
     def __init__(
