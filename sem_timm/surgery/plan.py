@@ -79,8 +79,12 @@ class Plan:
     @property
     def needs_training(self) -> bool:
         """Whether the plan swaps attention for one that is not close to the old, or not without what is lost of it."""
+        return self.swaps_attention and not (self._is_close and not self.losing_terms)
+
+    @property
+    def _is_close(self) -> bool:
         operation: Any = self.operation
-        return self.swaps_attention and (not operation.fidelity or bool(self.losing_terms))
+        return self.swaps_attention and bool(operation.fidelity)
 
     @property
     def losing_terms(self) -> tuple[str, ...]:
@@ -128,7 +132,7 @@ class Plan:
         windowed = tuple(site.name for site in self.sites if isinstance(site, Site) and site.num_windows > 1)
         if windowed:
             lines.append(f'Pooled window by window, since the batch holds windows and not images: {_few(windowed)}.')
-        if self.losing_terms:
+        if self._is_close and self.losing_terms:
             lines.append(f'Position biases, or masks of windows, go with the old attention: {_few(self.losing_terms)}.')
         if self.unread:
             lines.append(f'No longer read: {len(self.unread)} parameters, which stop requiring gradients.')
