@@ -32,25 +32,13 @@ def check_token_grid(grid_size: Sequence[int] | None, num_prefix_tokens: int) ->
     return grid_size[0], grid_size[1]
 
 
-def grid_of(
-    num_tokens: int, grid_size: tuple[int, int] | None, num_prefix_tokens: int, asked_by: str
-) -> tuple[int, int]:
-    """Height and width of the grid that so many tokens form, prefix tokens included: the given one, or a square.
-
-    Raises:
-        OptionError: If they form none.
-    """
+def grid_of(num_tokens: int, grid_size: tuple[int, int] | None, num_prefix_tokens: int) -> tuple[int, int] | None:
+    """Height and width of the grid that so many tokens form, prefix tokens included: the given one, or a square."""
     area = num_tokens - num_prefix_tokens
     if grid_size is not None and area == grid_size[0] * grid_size[1]:
         return grid_size
     side = math.isqrt(max(area, 0))
-    if area < 1 or side * side != area:
-        raise OptionError(
-            f'{asked_by} got {num_tokens} tokens; without {num_prefix_tokens} prefix tokens that is '
-            f'no square grid and not grid_size={grid_size}.\n'
-            '  Say what they are: grid_size=(height, width), num_prefix_tokens=1 for a class token.'
-        )
-    return side, side
+    return (side, side) if area > 0 and side * side == area else None
 
 
 @dataclass(frozen=True)

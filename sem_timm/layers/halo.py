@@ -93,7 +93,14 @@ class HaloAttention(AttentionCore):
         Raises:
             OptionError: If they form none.
         """
-        return grid_of(num_tokens, self.grid_size, self.num_prefix_tokens, 'HaloAttention')
+        grid = grid_of(num_tokens, self.grid_size, self.num_prefix_tokens)
+        if grid is None:
+            raise OptionError(
+                f'HaloAttention got {num_tokens} tokens; without {self.num_prefix_tokens} prefix tokens that is '
+                f'no square grid and not grid_size={self.grid_size}.\n'
+                '  Say what they are: grid_size=(height, width), num_prefix_tokens=1 for a class token.'
+            )
+        return grid
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Map queries (..., N, d) to outputs (..., N, value_dim)."""

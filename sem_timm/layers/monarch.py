@@ -49,8 +49,8 @@ class MonarchAttention(AttentionCore):
         block_size: Height and width of a block in tokens, or one number for both; by default one column of the grid,
             ``(height, 1)``.
         passes: How often blocks are asked.
-        grid_size: Height and width of the grid. It serves inputs with as many tokens; any other number of tokens must
-            be a square.
+        grid_size: Height and width of the grid. It serves inputs with as many tokens. Any other number of tokens is
+            taken for a square; where it is none, blocks are not known, and the result is softmax attention.
         num_prefix_tokens: Number of tokens before the grid.
         device: Accepted for uniformity.
         dtype: Accepted for uniformity.
@@ -60,13 +60,11 @@ class MonarchAttention(AttentionCore):
         - Output: (..., N, value_dim).
 
     Raises:
-        OptionError: From the constructor if an argument is out of range, from ``forward`` if an input does not fit, its
-            tokens are no grid, or a mask is not the same for every query.
+        OptionError: From the constructor if an argument is out of range, from ``forward`` if an input does not fit,
+            there are more or fewer keys than queries, or a mask is not the same for every query.
     """
 
-    fidelity: ClassVar[str] = (
-        'A trained ViT-S, all 12 blocks swapped, kept 97 % of its accuracy (78.4 of 80.8 %).'
-    )
+    fidelity: ClassVar[str] = 'A trained ViT-S, all 12 blocks swapped, kept 97 % of its accuracy (78.4 of 80.8 %).'
 
     def __init__(
         self,
@@ -89,13 +87,12 @@ class MonarchAttention(AttentionCore):
         self.grid_size = check_token_grid(grid_size, num_prefix_tokens)
         self.num_prefix_tokens = num_prefix_tokens
 
-    def tiles(self, num_tokens: int) -> Tiles:
-        """How so many tokens, prefix tokens included, lie in blocks.
-
-        Raises:
-            OptionError: If they form no grid.
-        """
-        height, width = grid_of(num_tokens, self.grid_size, self.num_prefix_tokens, 'MonarchAttention')
+    def tiles(self, num_tokens: int) -> Tiles | None:
+        """How so many tokens, prefix tokens included, lie in blocks; None if they form no grid."""
+        grid = grid_of(num_tokens, self.grid_size, self.num_prefix_tokens)
+        if grid is None:
+            return None
+        height, width = grid
         block_height, block_width = self.block_size or (height, 1)
         return Tiles(height, width, min(block_height, height), min(block_width, width))
 
@@ -114,10 +111,12 @@ class MonarchAttention(AttentionCore):
         if attn_mask is not None:
             mask = self.key_padding(attn_mask, (*leading, q.shape[-2], k.shape[-2]), statistics_dtype(q.dtype))
             mask = mask.expand(*leading, 1, k.shape[-2]).transpose(-2, -1)
+        bias = None if mask is None else mask.transpose(-2, -1).to(q.dtype)
+        if tiles is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         out = self._attend_by_blocks(q, k, v, mask, tiles)
         if not self.num_prefix_tokens:
             return out
-        bias = None if mask is None else mask.transpose(-2, -1).to(q.dtype)
         prefix = F.scaled_dot_product_attention(q[..., : self.num_prefix_tokens, :], k, v, attn_mask=bias)
         return torch.cat((prefix, out), dim=-2)
 

@@ -1,8 +1,9 @@
 """timm variants: every architecture of timm also as ``{arch}_sem``, and with another attention where it has one.
 
 They are registered through timm's public `register_model`. A variant is its base, built by the base's own entry point
-with weights and all, and then patched. Those that give the outputs of their base, or nearly, claim its weights. timm's scripts and listings see it as any other model; its options have the
-prefix ``sem_``, ``ea_``, ``eamlp_``, ``timm_cbam_`` and so on.
+with weights and all, and then patched. Those that give the outputs of their base, or nearly, claim its weights. timm's
+scripts and listings see it as any other model; its options have the prefix ``sem_``, ``ea_``, ``eamlp_``,
+``timm_cbam_`` and so on.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def register_variants(*operations: str) -> None:
 
     ``{arch}_sem`` and those of timm's own attentions, such as ``{arch}_timm_cbam``, are there for every architecture;
     ``{arch}_ea`` and the other attentions, such as ``{arch}_efficient``, for those with self-attention that can be
-    replaced; ``{arch}_monarch`` for those whose attention it is close to, and with the base's pretrained weights. For an architecture newer than the table of those, whether it can shows when a model is created.
+    replaced; ``{arch}_monarch`` for those whose attention it is close to, and with the pretrained weights of the base.
+    For an architecture newer than the table of those, whether it can shows when a model is created.
 
     Args:
         *operations: 'sem', 'external' (``{arch}_ea``), another attention that replaces self-attention, such as

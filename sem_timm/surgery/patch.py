@@ -113,9 +113,7 @@ def _what_changes(plan: Plan) -> str:
     back = 'unpatch_model(model) gives the old one back.'
     operation: Any = plan.operation
     if not operation.fidelity:
-        return (
-            f'{took_place} is not an identity. The model gives other outputs than before and needs training; {back}'
-        )
+        return f'{took_place} is not an identity. The model gives other outputs than before and needs training; {back}'
     if not plan.needs_training:
         return f'{took_place} it is close to, without training. {operation.fidelity} Measure your model; {back}'
     return (

@@ -18,6 +18,7 @@ from tests.layers.attention_inputs import both_modes, close, inputs
 def written_out(core: MonarchAttention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """One head, one sample: the outputs query by query, with what a mask (N,) adds to the logits of keys."""
     tiles, first, scale = core.tiles(len(q)), core.num_prefix_tokens, core.head_dim**-0.5
+    assert tiles is not None
     rows, columns = -(-tiles.height // tiles.tile_height), -(-tiles.width // tiles.tile_width)
     blocks: list[list[int | None]] = []
     for row in range(rows):
@@ -179,11 +180,16 @@ def test_any_square_runs_beside_the_grid_given() -> None:
     assert 'block_size=(1, 4), passes=1' in repr(MonarchAttention(4, block_size=[1, 4]))
 
 
-@pytest.mark.parametrize('tokens', [0, 1, 38, 51])
-def test_tokens_that_form_no_grid_are_refused(tokens: int) -> None:
+@pytest.mark.parametrize('tokens', [1, 38, 51])
+def test_tokens_that_form_no_grid_attend_as_before(tokens: int) -> None:
     core = MonarchAttention(4, grid_size=(3, 12), num_prefix_tokens=1)
-    with pytest.raises(OptionError, match=rf'(?s)got {tokens} tokens; without 1 prefix.*grid_size=\(height, width\)'):
-        core(*inputs(core, 2, queries=tokens, dtype=torch.float32))
+    assert core.tiles(tokens) is None
+    q, k, v = inputs(core, 2, queries=tokens)
+    keep = torch.arange(tokens) % 5 != 1
+    logits = q @ k.mT / 2
+    close(core(q, k, v), torch.softmax(logits, -1) @ v)
+    masked = core(q, k, v, attn_mask=keep.view(1, 1, -1))
+    close(masked, torch.softmax(logits.masked_fill(~keep, -torch.inf), -1) @ v)
 
 
 def test_other_numbers_of_keys_are_refused() -> None:

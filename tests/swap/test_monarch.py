@@ -9,15 +9,11 @@ import pytest
 import torch
 
 import sem_timm
-from sem_timm import OptionError, RefusedError
-from tests.families import Family
+from sem_timm import RefusedError
 from tests.swap.classes import CLASSES, FORMS, by_form
 from tests.swap.swapping import backward, outputs, shapes, swap, swapped, without_gradient
 from tests.thorough import first_of_each
 from tests.twins import assert_equal
-
-# One form whose attention is left as it was where nothing is lost, and one where position biases are.
-ALWAYS = {'models.eva.EvaAttention', 'models.swin_transformer.WindowAttention'}
 
 # Why modules cannot take it: no grid for queries and keys alike.
 REASONS = ('it needs one grid for both', 'of which height and width are not known', 'are not those of grid_size=')
@@ -73,9 +69,24 @@ def test_default_blocks_in_every_class(name: str) -> None:
         assert shapes(model, family.images(batch_size)) == shapes(base, family.images(batch_size))
     if family.other_size is not None:
         images = family.images(1, family.other_size)
-        try:
-            assert shapes(model, images) == shapes(base, images)
-        except OptionError as error:  # tokens of a grid that is no square, which a number does not tell
-            assert 'grid_size=(height, width)' in str(error)
+        assert shapes(model, images) == shapes(base, images)
     sem_timm.unpatch_model(model)
     assert_equal(outputs(model, family.images()), outputs(base, family.images()))
+
+
+def test_images_of_another_shape_than_planned() -> None:
+    """Squares go by blocks, and where nothing tells height from width, the old attention is computed."""
+    base = CLASSES['models.eva.EvaAttention'].create()
+    model = swapped(CLASSES['models.eva.EvaAttention'], 'monarch')
+    for size, is_exact in (((96, 96), False), ((64, 96), True)):
+        images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+        assert (largest_difference(base, model, images) < 1e-4) == is_exact
+
+
+@pytest.mark.parametrize('name', first_of_each(['windows', 'class token', 'rotary', 'channels first']))
+@pytest.mark.parametrize('dtype', first_of_each([torch.bfloat16, torch.float16]))
+def test_half_precision_in_models(name: str, dtype: torch.dtype) -> None:
+    family = CLASSES[FORMS[name]]
+    model = swapped(family, 'monarch')
+    for out in outputs(model.to(dtype), family.images(1).to(dtype)):
+        assert out.dtype == dtype and out.isfinite().all()

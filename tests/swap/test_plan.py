@@ -196,7 +196,9 @@ def test_the_warning_says_what_to_do_and_points_at_the_caller() -> None:
 
 
 def test_the_warning_of_an_attention_that_is_close_says_what_was_measured() -> None:
-    with pytest.warns(SwapWarning, match=r'VisionTransformer: monarch .* close to, without training\. .*\d %') as caught:
+    with pytest.warns(
+        SwapWarning, match=r'VisionTransformer: monarch .* close to, without training\. .*\d %'
+    ) as caught:
         sem_timm.patch_model(VIT.create(), 'monarch')
     assert 'needs training' not in str(caught[0].message) and 'unpatch_model(model)' in str(caught[0].message)
     with pytest.warns(SwapWarning, match=r'but for the position biases .* at 4 of 4 sites\. .* needs training'):
