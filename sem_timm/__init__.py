@@ -1,7 +1,7 @@
 """sem_timm: better attention in any timm model, in one call, without breaking what is pretrained.
 
 Importing the package registers variants of timm's architectures: ``*_sem`` of all, ``*_ea`` and ``*_eamlp`` where they
-have self-attention that can be replaced.
+have self-attention that can be replaced, ``*_monarch`` where that needs no training.
 """
 
 import sys

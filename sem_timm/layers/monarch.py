@@ -46,8 +46,8 @@ class MonarchAttention(AttentionCore):
         value_dim: Width of values and output; by default ``head_dim``.
         num_heads: Number of heads of the inputs, or 1 for any.
         head_axis: Which axis of q counts the heads, from the end.
-        block_size: Height and width of a block in tokens, or one number for both; by default one column of the grid,
-            ``(height, 1)``.
+        block_size: Height and width of a block in tokens, or one number for both; by default one row of the grid,
+            ``(1, width)``.
         passes: How often blocks are asked.
         grid_size: Height and width of the grid. It serves inputs with as many tokens. Any other number of tokens is
             taken for a square; where it is none, blocks are not known, and the result is softmax attention.
@@ -93,7 +93,7 @@ class MonarchAttention(AttentionCore):
         if grid is None:
             return None
         height, width = grid
-        block_height, block_width = self.block_size or (height, 1)
+        block_height, block_width = self.block_size or (1, width)
         return Tiles(height, width, min(block_height, height), min(block_width, width))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:

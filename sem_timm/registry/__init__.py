@@ -35,7 +35,7 @@ __all__ = ['base_architecture', 'register_variants']
 
 default_cfgs: dict[str, DefaultCfg] = {}  # where register_model looks for the pretrained cfgs of an entry point
 
-_DEFAULT_OPERATIONS = ('sem', 'external', 'eamlp')
+_DEFAULT_OPERATIONS = ('sem', 'external', 'eamlp', 'monarch')
 
 # Layers that look at their inputs before they go on, which feature_cls='fx' cannot follow; with their subclasses.
 _LEAVES = (SEM, AttentionCore, ChannelsFirst, ExternalAttention2d, MultiHeadExternalAttention)
@@ -52,7 +52,7 @@ def register_variants(*operations: str) -> None:
     Args:
         *operations: 'sem', 'external' (``{arch}_ea``), another attention that replaces self-attention, such as
             'efficient', or one of timm's that is inserted, such as 'timm_cbam'. By default those that importing the
-            package registers: 'sem', 'external' and 'eamlp'.
+            package registers: 'sem', 'external', 'eamlp' and 'monarch'.
 
     Raises:
         OptionError: If no variants can be made with an operation.

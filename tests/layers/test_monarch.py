@@ -67,7 +67,7 @@ def written_out(core: MonarchAttention, q: Tensor, k: Tensor, v: Tensor, mask: T
 
 
 @pytest.mark.parametrize(('grid', 'block', 'prefix', 'passes'), [
-    ((4, 6), None, 1, 1), ((5, 3), None, 0, 2), ((3, 7), (1, 7), 2, 3), ((5, 6), 2, 1, 1), ((4, 5), (3, 2), 5, 2),
+    ((4, 6), None, 1, 1), ((5, 3), None, 0, 2), ((3, 7), (3, 1), 2, 3), ((5, 6), 2, 1, 1), ((4, 5), (3, 2), 5, 2),
     ((7, 3), (2, 9), 0, 1), ((1, 8), (1, 3), 1, 2), ((6, 1), 4, 0, 3), ((3, 3), 1, 1, 2),
 ])  # fmt: skip
 @pytest.mark.parametrize('masked', ['', 'hidden', 'added'])
@@ -173,7 +173,7 @@ def test_memory_grows_with_the_root_of_tokens() -> None:
 
 def test_any_square_runs_beside_the_grid_given() -> None:
     core = MonarchAttention(4, grid_size=[3, 12], num_prefix_tokens=1)
-    assert core.tiles(37) == Tiles(3, 12, 3, 1) and core.tiles(50) == Tiles(7, 7, 7, 1)
+    assert core.tiles(37) == Tiles(3, 12, 1, 12) and core.tiles(50) == Tiles(7, 7, 1, 7)
     assert MonarchAttention(4, block_size=4).tiles(9) == Tiles(3, 3, 3, 3)
     assert MonarchAttention(4, block_size=(1, 4)).tiles(36) == Tiles(6, 6, 1, 4)
     assert core(*inputs(core, 2, queries=26, dtype=torch.float32)).shape == (2, 26, 4)
