@@ -18,6 +18,7 @@ from measuring import Line, Times, options, peak_mib, prepared, record, take_tur
 from rich.progress import track
 from timm.models import VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import sem_timm
 from sem_timm.layers import attention_names
@@ -25,7 +26,9 @@ from sem_timm.layers import attention_names
 CHANNELS, HEADS = 384, 6
 ORIGINAL = 'original'
 
-# All of them squares, since halo attention needs a grid.
+GRIDS = ('halo', 'monarch')  # attentions that need a grid
+
+# All of them squares, for those.
 TOKENS = {
     'cpu': (196, 576, 1024, 2304, 4096, 9216),
     'cuda': (196, 576, 1024, 2304, 4096, 9216, 16384, 36864, 65536),
@@ -33,6 +36,8 @@ TOKENS = {
 GOALS = {196: 0.55, 1024: 0.25, 4096: 0.11, 9216: 0.05}
 DOUBLING_GOAL = 2.1
 EAMLP_GOAL = 0.90
+MONARCH_GOALS = {1025: 0.45, 4097: 0.16, 9217: 0.10}
+MONARCH_MEMORY_GOAL = 8.0
 FLAT_GOAL = 1.10
 
 
@@ -103,7 +108,7 @@ class Bench:
         """A forward of each layer that so many tokens fit."""
         self.start()
         is_square = round(tokens**0.5) ** 2 == tokens
-        return {name: self.call(layer, tokens) for name, layer in self.layers.items() if name != 'halo' or is_square}
+        return {name: self.call(layer, tokens) for name, layer in self.layers.items() if name not in GRIDS or is_square}
 
     def times(self, tokens: int) -> Times:
         """Seconds of all attentions at one number of tokens."""
@@ -112,6 +117,27 @@ class Bench:
     def memory(self, tokens: int) -> dict[str, float]:
         """Peak MiB of all attentions at one number of tokens."""
         return {name: peak_mib(call, self.device) for name, call in self.calls(tokens).items()}
+
+    def monarch(self, tokens: int) -> Line:
+        """The core alone against fused softmax attention, on a class token and a square of patches."""
+        self.start()
+        shape = 1, tokens, 3, HEADS, CHANNELS // HEADS
+        packed = torch.randn(shape, device=self.device, dtype=self.dtype)
+        q, k, v = packed.permute(2, 0, 3, 1, 4)
+        core = sem_timm.MonarchAttention(shape[-1], num_prefix_tokens=1)
+        forward = torch.compile(core, fullgraph=True, dynamic=False) if self.compiled else core
+        calls = {'monarch': lambda: forward(q, k, v), 'sdpa': lambda: F.scaled_dot_product_attention(q, k, v)}
+        times = take_turns(calls, self.runs, self.device)
+        title = f'monarch core / scaled_dot_product_attention, {tokens:,} tokens'
+        return times.line(title, 'monarch', 'sdpa', self.goal(MONARCH_GOALS.get(tokens)))
+
+    def monarch_memory(self, low: int = 2304) -> Line:
+        """What four times the tokens do to the peak memory of Monarch attention: times eight at most."""
+        self.start()
+        sides = {f'{n:,}': peak_mib(self.call(self.layers['monarch'], n), self.device) for n in (low, 4 * low)}
+        small, large = sides.values()
+        title = f'monarch, memory, {4 * low:,} / {low:,} tokens'
+        return Line(title, large / small, MONARCH_MEMORY_GOAL, sides, 'MiB')
 
     def doubling(self, low: int = 4096) -> list[Line]:
         """What twice the tokens do to the peak memory of external attention."""
@@ -176,6 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         figures, lines = curves(bench, tokens)
         if not args.quick:
             lines += bench.doubling()
+            lines += [bench.monarch(count) for count in MONARCH_GOALS]
+            lines += [bench.monarch_memory()]
             lines += [bench.eamlp(196, 1), bench.eamlp(196, 8), bench.eamlp(1024, 1)]
             lines += [bench.flatness(name) for name in ('efficient', 'linear')]
     kept = [line for line in lines if line.goal or line.name.startswith('external')]

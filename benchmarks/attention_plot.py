@@ -30,6 +30,7 @@ STYLES: dict[str, dict[str, Any]] = {
     'efficient': {'color': '#1f8a70', 'linewidth': 1.7},
     'linear': {'color': '#2667b5', 'linewidth': 1.7},
     'halo': {'color': '#7d4fa8', 'linewidth': 1.7},
+    'monarch': {'color': '#5b6b1f', 'linewidth': 1.7},
     'eamlp': {'color': '#d98314', 'linewidth': 1.7},
     'catt': {'color': '#7f7f7f', 'linewidth': 1.7, 'linestyle': (0, (4, 1.4))},
     'caam': {'color': '#a0623a', 'linewidth': 1.7, 'linestyle': (0, (4, 1.4))},

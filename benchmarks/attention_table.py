@@ -51,7 +51,7 @@ def plan(model: nn.Module, architecture: str, operation: str) -> Row:
     start = time.process_time()
     try:
         found = sem_timm.plan_model(model, operation)
-        row.sites = len(found)
+        row.sites = 0 if _loses_skill(found) else len(found)
         row.classes = sorted({site.class_name for site in found})
         refusals = Counter((refusal.class_name, refusal.reason) for refusal in found.refusals)
         row.refused = [(*refusal, count) for refusal, count in refusals.items()]
@@ -61,6 +61,11 @@ def plan(model: nn.Module, architecture: str, operation: str) -> Row:
         row.error = f'{type(error).__name__}: {error}'
     row.seconds = round(time.process_time() - start, 2)
     return row
+
+
+def _loses_skill(plan: sem_timm.Plan) -> bool:
+    """Whether a plan would be close to the original, but for what goes with the old attention."""
+    return plan.needs_training and bool(plan.operation.fidelity)
 
 
 def rows(names: Iterable[str], operations: list[str], known: dict[tuple[str, str], Row]) -> Iterator[Row]:

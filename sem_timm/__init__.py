@@ -1,7 +1,7 @@
 """sem_timm: better attention in any timm model, in one call, without breaking what is pretrained.
 
 Importing the package registers variants of timm's architectures: ``*_sem`` of all, ``*_ea`` and ``*_eamlp`` where they
-have self-attention that can be replaced.
+have self-attention that can be replaced, ``*_monarch`` where that needs no training.
 """
 
 import sys
@@ -37,6 +37,7 @@ from sem_timm.layers import (
     ExternalAttention2d,
     HaloAttention,
     LinearAttention,
+    MonarchAttention,
     MultiHeadExternalAttention,
     excitation_names,
     register_excitation,
@@ -110,6 +111,7 @@ __all__ = [
     'MissingNameError',
     'MissingPackageError',
     'ModelError',
+    'MonarchAttention',
     'MultiHeadExternalAttention',
     'NoMatchError',
     'OptionError',

@@ -65,7 +65,7 @@ class MissingNameError(SemTimmError, AttributeError):
 
 
 class SwapWarning(UserWarning):
-    """A model got another attention and gives other outputs than before: it needs training."""
+    """A model got another attention and gives other outputs than before; the message says whether it needs training."""
 
 
 class BaseWeightsWarning(UserWarning):

@@ -23,6 +23,7 @@ from sem_timm.layers.external import ExternalAttention
 from sem_timm.layers.external2d import ExternalAttention2d
 from sem_timm.layers.gate import GATE_INITS, ChannelGate
 from sem_timm.layers.halo import HaloAttention
+from sem_timm.layers.monarch import MonarchAttention
 from sem_timm.layers.multi_head_external import MultiHeadExternalAttention
 from sem_timm.layers.operators import excitation_names, register_excitation
 from sem_timm.layers.sem import SEM, Excitation
@@ -49,6 +50,7 @@ __all__ = [
     'InstanceEnhancement',
     'LinearAttention',
     'LinearContextTransform',
+    'MonarchAttention',
     'MultiHeadExternalAttention',
     'SqueezeExcitation',
     'ZeroableExcitation',

@@ -41,8 +41,8 @@ def key_padding(attn_mask: Tensor, scores_shape: Sequence[int], dtype: torch.dty
     mask = torch.atleast_2d(attn_mask)
     if mask.shape[-2] != 1:
         raise OptionError(
-            f'{name} got an attention mask of shape {tuple(attn_mask.shape)}: it is linear in tokens and never forms '
-            'the pairs of queries and keys that such a mask would switch off.\n'
+            f'{name} got an attention mask of shape {tuple(attn_mask.shape)}: it never forms the pairs of queries and '
+            'keys that such a mask would switch off.\n'
             '  Pass a key-padding mask, the same for every query, of shape (B, 1, 1, N).'
         )
     mask = mask[(None,) * (len(scores_shape) - mask.dim())]
@@ -71,8 +71,8 @@ class AttentionCore(nn.Module):
     """Base of what stands between the query, key and value projections of an attention module and its output.
 
     ``forward(q, k, v, attn_mask=None)`` takes the place of ``scaled_dot_product_attention``; where ``reads_keys`` is
-    False it is ``forward(q, attn_mask=None)``. Masks follow that function's convention. A core that is linear in
-    tokens (``takes_pairwise_mask`` is False) honours only masks that are the same for every query, such as
+    False it is ``forward(q, attn_mask=None)``. Masks follow that function's convention. A core that never forms all
+    pairs of tokens (``takes_pairwise_mask`` is False) honours only masks that are the same for every query, such as
     (B, 1, 1, N), and refuses others.
 
     Args:
@@ -95,6 +95,8 @@ class AttentionCore(nn.Module):
 
     reads_keys: ClassVar[bool] = True
     takes_pairwise_mask: ClassVar[bool] = False
+    # What a trained model kept of its skill without training, in a sentence; empty for a core that needs training.
+    fidelity: ClassVar[str] = ''
     __prepare_scriptable__ = refuse_script
 
     def __init__(

@@ -9,12 +9,14 @@ from sem_timm.layers.cross_sample import CrossSampleAttention
 from sem_timm.layers.efficient import EfficientAttention, LinearAttention
 from sem_timm.layers.external import ExternalAttention
 from sem_timm.layers.halo import HaloAttention
+from sem_timm.layers.monarch import MonarchAttention
 
 _CORES: dict[str, type[AttentionCore]] = {
     'external': ExternalAttention,
     'efficient': EfficientAttention,
     'linear': LinearAttention,
     'halo': HaloAttention,
+    'monarch': MonarchAttention,
     'catt': CrossSampleAttention,
     'caam': CaaMAttention,
 }

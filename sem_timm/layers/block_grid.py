@@ -1,14 +1,44 @@
-"""A grid of tokens cut into square blocks, and the larger windows around them."""
+"""Grids of tokens behind prefix tokens, and the blocks and windows that they are cut into."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sem_timm.errors import OptionError
 from sem_timm.layers.attention_core import with_axis_moved
+from sem_timm.layers.excitation import check_at_least_one
+
+
+def check_token_grid(grid_size: Sequence[int] | None, num_prefix_tokens: int) -> tuple[int, int] | None:
+    """The options that tell a core how its tokens lie, checked; returns ``grid_size`` as a tuple.
+
+    Raises:
+        OptionError: If one is out of range.
+    """
+    if isinstance(num_prefix_tokens, bool) or not isinstance(num_prefix_tokens, int) or num_prefix_tokens < 0:
+        raise OptionError(f'num_prefix_tokens={num_prefix_tokens!r}: num_prefix_tokens is a whole number, 0 or more.')
+    if grid_size is None:
+        return None
+    if not isinstance(grid_size, Sequence) or len(grid_size) != 2:
+        raise OptionError(f'grid_size={grid_size!r}: write height and width, such as grid_size=(14, 14).')
+    for side in grid_size:
+        check_at_least_one('grid_size', side)
+    return grid_size[0], grid_size[1]
+
+
+def grid_of(num_tokens: int, grid_size: tuple[int, int] | None, num_prefix_tokens: int) -> tuple[int, int] | None:
+    """Height and width of the grid that so many tokens form, prefix tokens included: the given one, or a square."""
+    area = num_tokens - num_prefix_tokens
+    if grid_size is not None and area == grid_size[0] * grid_size[1]:
+        return grid_size
+    side = math.isqrt(max(area, 0))
+    return (side, side) if area > 0 and side * side == area else None
 
 
 @dataclass(frozen=True)
@@ -67,3 +97,60 @@ class BlockGrid:
     def _counts(self) -> tuple[int, int]:
         """How many blocks there are from top to bottom and from left to right."""
         return -(-self.height // self.block_size), -(-self.width // self.block_size)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How tokens of a grid are laid out in tiles; a grid that is no multiple of them is filled up.
+
+    Args:
+        height: Height of the grid in tokens.
+        width: Width of the grid in tokens.
+        tile_height: Height of a tile.
+        tile_width: Width of a tile.
+    """
+
+    height: int
+    width: int
+    tile_height: int
+    tile_width: int
+
+    @property
+    def area(self) -> int:
+        """Number of tokens in a tile."""
+        return self.tile_height * self.tile_width
+
+    @property
+    def fill_grid(self) -> bool:
+        """Whether the grid is a multiple of the tiles."""
+        return self.height % self.tile_height == 0 and self.width % self.tile_width == 0
+
+    def cut(self, *tokens: Tensor, fill: float = 0.0) -> Tensor:
+        """Tokens (..., h w, d) as tiles (M, R, area, d), R the product of the leading axes; several side by side."""
+        parts = [self._in_order(each, fill) for each in tokens]
+        tiles = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0].contiguous()
+        rows, columns = self._counts
+        leading = math.prod(tiles.shape[2:-3])
+        return tiles.view(rows * columns, leading, self.area, tiles.shape[-1])
+
+    def join(self, places: Tensor, leading: Sequence[int]) -> Tensor:
+        """Tokens (..., h w, d) with leading axes from what each place in a tile has of all tiles, (R area, M, d)."""
+        rows, columns = self._counts
+        x = places.view(math.prod(leading), self.tile_height, self.tile_width, rows, columns, places.shape[-1])
+        x = x.permute(0, 3, 1, 4, 2, 5).flatten(3, 4).flatten(1, 2)
+        return x[:, : self.height, : self.width].reshape(*leading, self.height * self.width, places.shape[-1])
+
+    def _in_order(self, tokens: Tensor, fill: float) -> Tensor:
+        """Tokens (..., h w, d) as (rows, columns, ..., tile_height, tile_width, d)."""
+        rows, columns = self._counts
+        x = tokens.view(*tokens.shape[:-2], self.height, self.width, tokens.shape[-1])
+        if not self.fill_grid:
+            bottom, right = rows * self.tile_height - self.height, columns * self.tile_width - self.width
+            x = F.pad(x, (0, 0, 0, right, 0, bottom), value=fill)
+        x = x.view(*x.shape[:-3], rows, self.tile_height, columns, self.tile_width, x.shape[-1])
+        return with_axis_moved(with_axis_moved(x, -5, 0), -3, 1)
+
+    @property
+    def _counts(self) -> tuple[int, int]:
+        """How many tiles there are from top to bottom and from left to right."""
+        return -(-self.height // self.tile_height), -(-self.width // self.tile_width)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +10,7 @@ from torch.nn import functional as F
 
 from sem_timm.errors import OptionError
 from sem_timm.layers.attention_core import LOWEST, AttentionCore, statistics_dtype
-from sem_timm.layers.block_grid import BlockGrid
+from sem_timm.layers.block_grid import BlockGrid, check_token_grid, grid_of
 from sem_timm.layers.excitation import check_at_least_one
 from sem_timm.layers.recording import traced_as_leaf
 
@@ -72,16 +71,11 @@ class HaloAttention(AttentionCore):
     ) -> None:
         super().__init__(head_dim, value_dim, num_heads, head_axis)
         check_at_least_one('block_size', block_size)
-        for name, value in (('halo_size', halo_size), ('num_prefix_tokens', num_prefix_tokens)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise OptionError(f'{name}={value!r}: {name} is a whole number, 0 or more.')
-        if grid_size is not None and (not isinstance(grid_size, Sequence) or len(grid_size) != 2):
-            raise OptionError(f'grid_size={grid_size!r}: write height and width, such as grid_size=(14, 14).')
-        for side in grid_size or ():
-            check_at_least_one('grid_size', side)
+        if isinstance(halo_size, bool) or not isinstance(halo_size, int) or halo_size < 0:
+            raise OptionError(f'halo_size={halo_size!r}: halo_size is a whole number, 0 or more.')
         self.block_size = block_size
         self.halo_size = halo_size
-        self.grid_size = None if grid_size is None else (grid_size[0], grid_size[1])
+        self.grid_size = check_token_grid(grid_size, num_prefix_tokens)
         self.num_prefix_tokens = num_prefix_tokens
         shape = self.parameter_shape(2 * (block_size + halo_size) - 1, head_dim)
         self.relative_height = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -99,17 +93,14 @@ class HaloAttention(AttentionCore):
         Raises:
             OptionError: If they form none.
         """
-        area = num_tokens - self.num_prefix_tokens
-        if self.grid_size is not None and area == self.grid_size[0] * self.grid_size[1]:
-            return self.grid_size
-        side = math.isqrt(max(area, 0))
-        if area < 1 or side * side != area:
+        grid = grid_of(num_tokens, self.grid_size, self.num_prefix_tokens)
+        if grid is None:
             raise OptionError(
                 f'HaloAttention got {num_tokens} tokens; without {self.num_prefix_tokens} prefix tokens that is '
                 f'no square grid and not grid_size={self.grid_size}.\n'
                 '  Say what they are: grid_size=(height, width), num_prefix_tokens=1 for a class token.'
             )
-        return side, side
+        return grid
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Map queries (..., N, d) to outputs (..., N, value_dim)."""

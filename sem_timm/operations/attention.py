@@ -33,6 +33,7 @@ _DROPOUT = ('attn_drop', 'proj_drop')
 class AttentionConfig:
     """Puts another attention in place of self-attention; not an identity, so the model needs training afterwards.
 
+    But for 'monarch', which is close to softmax attention as it is.
     A core of one's own is built as ``attention(head_dim, **options)`` with ``value_dim``, ``num_heads``, ``head_axis``,
     ``device`` and ``dtype`` by keyword, and also with ``grid_size`` and ``num_prefix_tokens`` if its constructor names
     ``grid_size``. Those two and ``num_heads`` may be options too, which win over what the model says.
@@ -109,6 +110,11 @@ class AttentionConfig:
     def takes_pairwise_mask(self) -> bool:
         """Whether it honours a mask for pairs of tokens."""
         return not self.replaces_module and bool(self._class().takes_pairwise_mask)
+
+    @property
+    def fidelity(self) -> str:
+        """What a trained model was measured to keep of its skill without training; empty where it needs training."""
+        return '' if self.replaces_module else str(self._class().fidelity)
 
     @property
     def replaces_module(self) -> bool:

@@ -105,8 +105,8 @@ def plan_model(
         model: Any model with blocks or self-attention; timm's know their input size.
         operation: What is inserted into blocks: 'sem', an excitation operator by itself such as 'se', 'external2d', an
             attention of timm's such as 'timm_cbam', or a module class ``(channels) -> nn.Module``. Or what takes the
-            place of self-attention: 'external', 'eamlp', 'efficient', 'linear', 'halo', 'catt', 'caam', or a subclass
-            of ``AttentionCore``. Or a configuration of either.
+            place of self-attention: 'external', 'eamlp', 'efficient', 'linear', 'halo', 'monarch', 'catt', 'caam',
+            or a subclass of ``AttentionCore``. Or a configuration of either.
         target: Which blocks or attention modules: a regular expression that matches whole names, a list of names or
             dotted suffixes, a module class, or a callable ``(name, module) -> bool``. By default all.
         exclude: Which not, by the same rules.
@@ -150,7 +150,8 @@ def patch_model(
         and initial values from torch's random generator.
 
     Warns:
-        SwapWarning: If self-attention was replaced: the outputs are others than before.
+        SwapWarning: If self-attention was replaced: the outputs are others than before. It says whether the model
+            needs training.
 
     Raises:
         SemTimmError: As `plan_model`, and PlanError if a plan does not fit the model. The model is then unchanged.

@@ -1,8 +1,9 @@
 """timm variants: every architecture of timm also as ``{arch}_sem``, and with another attention where it has one.
 
 They are registered through timm's public `register_model`. A variant is its base, built by the base's own entry point
-with weights and all, and then patched. timm's scripts and listings see it as any other model; its options have the
-prefix ``sem_``, ``ea_``, ``eamlp_``, ``timm_cbam_`` and so on.
+with weights and all, and then patched. Those that give the outputs of their base, or nearly, claim its weights. timm's
+scripts and listings see it as any other model; its options have the prefix ``sem_``, ``ea_``, ``eamlp_``,
+``timm_cbam_`` and so on.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ __all__ = ['base_architecture', 'register_variants']
 
 default_cfgs: dict[str, DefaultCfg] = {}  # where register_model looks for the pretrained cfgs of an entry point
 
-_DEFAULT_OPERATIONS = ('sem', 'external', 'eamlp')
+_DEFAULT_OPERATIONS = ('sem', 'external', 'eamlp', 'monarch')
 
 # Layers that look at their inputs before they go on, which feature_cls='fx' cannot follow; with their subclasses.
 _LEAVES = (SEM, AttentionCore, ChannelsFirst, ExternalAttention2d, MultiHeadExternalAttention)
@@ -45,12 +46,13 @@ def register_variants(*operations: str) -> None:
 
     ``{arch}_sem`` and those of timm's own attentions, such as ``{arch}_timm_cbam``, are there for every architecture;
     ``{arch}_ea`` and the other attentions, such as ``{arch}_efficient``, for those with self-attention that can be
-    replaced. For an architecture newer than the table of those, whether it can shows when a model is created.
+    replaced; ``{arch}_monarch`` for those whose attention it is close to, and with the pretrained weights of the base.
+    For an architecture newer than the table of those, whether it can shows when a model is created.
 
     Args:
         *operations: 'sem', 'external' (``{arch}_ea``), another attention that replaces self-attention, such as
             'efficient', or one of timm's that is inserted, such as 'timm_cbam'. By default those that importing the
-            package registers: 'sem', 'external' and 'eamlp'.
+            package registers: 'sem', 'external', 'eamlp' and 'monarch'.
 
     Raises:
         OptionError: If no variants can be made with an operation.
@@ -63,7 +65,8 @@ def register_variants(*operations: str) -> None:
     for architecture in timm.list_models():
         if model_entrypoint(architecture).__module__ != __name__:
             __all__.clear()  # register_model looks through all of it for every name that it adds
-            _register(architecture, [each for each in made_with if _serves(each, architecture, table)])
+            known = architecture in table.sites
+            _register(architecture, [each for each in made_with if _serves(each, architecture, table)], known)
             names += __all__
     __all__[:] = names
 
@@ -82,13 +85,15 @@ def _serves(operation: VariantOperation, architecture: str, table: AttentionTabl
     )
 
 
-def _register(architecture: str, operations: list[VariantOperation]) -> None:
+def _register(architecture: str, operations: list[VariantOperation], known: bool) -> None:
     cfgs = _pretrained_cfgs(architecture) if operations else {}
-    weightless = {tag: _without_weights(cfg) for tag, cfg in cfgs.items() if any(o.changes_outputs for o in operations)}
+    # Of an architecture that the table does not know, nobody looked whether another attention is close to its own.
+    claiming = {o for o in operations if not o.changes_outputs or (o.keeps_skill and known)}
+    weightless = {tag: _without_weights(cfg) for tag, cfg in cfgs.items() if len(claiming) < len(operations)}
     for operation in operations:
         name = architecture + operation.suffix
         if cfgs:
-            default_cfgs[name] = _default_cfg(weightless if operation.changes_outputs else cfgs)
+            default_cfgs[name] = _default_cfg(cfgs if operation in claiming else weightless)
         globals()[name] = register_model(_entrypoint(architecture, operation, name))
 
 

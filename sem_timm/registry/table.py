@@ -10,8 +10,9 @@ from sem_timm.registry.variant_operation import VariantOperation
 
 _FILE = Path(__file__).with_name('attention_sites.json')
 
-# The operations that were planned: cores of all names go to the places of the first, whole modules to the second.
-COLUMNS = ('external', 'eamlp')
+# The operations that were planned. Cores of all names go to the places of the first, whole modules to the second. The
+# third counts only where the plan needs no training: with position biases or masks of windows there is no variant.
+COLUMNS = ('external', 'eamlp', 'monarch')
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class AttentionTable:
     def count(self, architecture: str, operation: VariantOperation) -> int | None:
         """The number of sites of an architecture, or None if the table does not know it."""
         counts = self.sites.get(architecture)
-        return None if counts is None else counts[operation.name == 'eamlp']
+        return None if counts is None else counts[COLUMNS.index(operation.name) if operation.name in COLUMNS else 0]
 
 
 def read_table(file: Path = _FILE) -> AttentionTable:

@@ -18,7 +18,7 @@ from torch import nn
 
 from sem_timm.errors import SwapWarning
 from sem_timm.layers import ChannelGate
-from sem_timm.operations import patch_model
+from sem_timm.operations import patch_model, plan_model
 from sem_timm.registry.features import build_features
 from sem_timm.registry.options import Options, has_tensors, pop_options
 from sem_timm.registry.variant_operation import VariantOperation
@@ -62,8 +62,10 @@ def create_variant(
     elif pretrained and operation.changes_outputs and isinstance(pretrained_cfg, (dict, PretrainedCfg)):
         overlay.update(_sources(architecture, cfg))
 
+    changes: list[str] = []
+
     def patch(model: nn.Module) -> nn.Module:
-        _patch(model, operation, {**_image_shape(kwargs), **options})
+        changes.append(_patch(model, operation, {**_image_shape(kwargs), **options}))
         if expects_base:
             for gate in (module for module in model.modules() if isinstance(module, ChannelGate)):
                 gate.expect_base()
@@ -80,7 +82,7 @@ def create_variant(
     of_operation = {operation.prefix + key: value for key, value in options.items()}
     model._model_args = {**getattr(model, '_model_args', {}), **of_operation}
     if operation.changes_outputs and pretrained and untrained:
-        _warn(f'{name} has the weights of {architecture} but for its new attention ({operation.name})')
+        _warn(f'{name} has the weights of {architecture} but for its new attention ({operation.name}), {changes[0]}')
     return model
 
 
@@ -99,16 +101,20 @@ def _sources(architecture: str, cfg: PretrainedCfg) -> dict[str, Any]:
     return {source: getattr(of_base, source) for source in _SOURCES}
 
 
-def _patch(model: nn.Module, operation: VariantOperation, options: Options) -> None:
-    if not operation.replaces_attention:
-        patch_model(model, operation.name, **options)
-        return
+def _patch(model: nn.Module, operation: VariantOperation, options: Options) -> str:
+    """Patches a base; returns what that means for pretrained weights, in words."""
+    plan = plan_model(model, operation.name, **options)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', SwapWarning)  # said once the model is there, if it has weights to lose
-        patch_model(model, operation.name, **options)
+        patch_model(model, plan)
+    needs = 'so it gives other outputs and needs training'
+    if not operation.replaces_attention:
+        return needs
     for part in patched_modules(model):
         # These modules look at their arguments before they go on, which feature_cls='fx' cannot follow.
         register_notrace_module(type(model.get_submodule(part.name)))
+    config: Any = plan.operation
+    return needs if plan.needs_training else f'which is close to its own, without training. {config.fidelity}'
 
 
 def _warn(what: str) -> None:
@@ -116,5 +122,4 @@ def _warn(what: str) -> None:
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get('__name__', '').partition('.')[0] in ('timm', 'sem_timm'):
         level, frame = level + 1, frame.f_back
-    message = f'{what}, so it gives other outputs and needs training; unpatch_model(model) gives the base back.'
-    warnings.warn(message, SwapWarning, stacklevel=level)
+    warnings.warn(f'{what}; unpatch_model(model) gives the base back.', SwapWarning, stacklevel=level)

@@ -49,6 +49,11 @@ class VariantOperation:
         return self.name != _SEM
 
     @property
+    def keeps_skill(self) -> bool:
+        """Whether a variant gives the outputs of its base, or nearly, so that the base's weights are its own."""
+        return self.name in (_SEM, 'monarch')
+
+    @property
     def replaces_attention(self) -> bool:
         """Whether a variant has another attention in place of its base's, so that not every base has one."""
         return self.name in attention_names()

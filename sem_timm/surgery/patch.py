@@ -91,7 +91,7 @@ def apply_plan(model: nn.Module, plan: Plan, prepare: Callable[[list[Built]], No
             if prepare is not None:
                 prepare(built)
             if plan.swaps_attention:  # here, where a warning that is made an error changes nothing
-                warnings.warn(_needs_training(plan), SwapWarning, stacklevel=3)
+                warnings.warn(_what_changes(plan), SwapWarning, stacklevel=3)
             for part in built:
                 part.module.add_module(part.site.attribute, part.new)
             number = 1 + max((earlier.number for earlier in patched_modules(model)), default=-1)
@@ -108,10 +108,18 @@ def apply_plan(model: nn.Module, plan: Plan, prepare: Callable[[list[Built]], No
     return model
 
 
-def _needs_training(plan: Plan) -> str:
+def _what_changes(plan: Plan) -> str:
+    took_place = f'{plan.model_name}: {plan.operation} took the place of self-attention, which'
+    back = 'unpatch_model(model) gives the old one back.'
+    operation: Any = plan.operation
+    if not operation.fidelity:
+        return f'{took_place} is not an identity. The model gives other outputs than before and needs training; {back}'
+    if not plan.needs_training:
+        return f'{took_place} it is close to, without training. {operation.fidelity} Measure your model; {back}'
     return (
-        f'{plan.model_name}: {plan.operation} took the place of self-attention, which is not an identity. The model '
-        'gives other outputs than before and needs training; unpatch_model(model) gives the old one back.'
+        f'{took_place} it is close to, but for the position biases or masks of windows that went with the old one, at '
+        f'{len(plan.losing_terms)} of {len(plan)} sites. The model gives other outputs than before and needs training; '
+        f'{back}'
     )
 
 

@@ -73,8 +73,23 @@ class Plan:
 
     @property
     def swaps_attention(self) -> bool:
-        """Whether the plan puts another attention in place of the old, so that the model needs training."""
+        """Whether the plan puts another attention in place of the old."""
         return isinstance(self.sites[0], AttentionSite)
+
+    @property
+    def needs_training(self) -> bool:
+        """Whether the plan swaps attention for one that is not close to the old, or not without what is lost of it."""
+        return self.swaps_attention and not (self._is_close and not self.losing_terms)
+
+    @property
+    def _is_close(self) -> bool:
+        operation: Any = self.operation
+        return self.swaps_attention and bool(operation.fidelity)
+
+    @property
+    def losing_terms(self) -> tuple[str, ...]:
+        """Names of the sites where position biases, or masks of windows, go with the old core."""
+        return tuple(site.name for site in self.sites if isinstance(site, AttentionSite) and site.loses_terms)
 
     def code(self, name: str) -> str:
         """Source of the forward that the block ``name`` will have.
@@ -110,12 +125,15 @@ class Plan:
         kept = 'the outputs stay bit for bit the same' if self.operation.is_identity else 'the outputs change'
         if self.swaps_attention:
             kept = 'the outputs change, and the model needs training'
+            kept = kept if self.needs_training else 'the outputs stay close to the original, without training'
         size = ' x '.join(map(str, self.input_size))
         lines.append(f'{self.operation} on {self.model_name} at {size}: {len(self)} {noun}, ')
         lines[-1] += f'{self.num_parameters:,} new parameters; {kept}.'
         windowed = tuple(site.name for site in self.sites if isinstance(site, Site) and site.num_windows > 1)
         if windowed:
             lines.append(f'Pooled window by window, since the batch holds windows and not images: {_few(windowed)}.')
+        if self._is_close and self.losing_terms:
+            lines.append(f'Position biases, or masks of windows, go with the old attention: {_few(self.losing_terms)}.')
         if self.unread:
             lines.append(f'No longer read: {len(self.unread)} parameters, which stop requiring gradients.')
         if self.computed:

@@ -59,6 +59,10 @@ class Swap(Operation, Protocol):
         """Whether it honours a mask for pairs of tokens, beside one of tokens to leave out."""
 
     @property
+    def fidelity(self) -> str:
+        """What a trained model was measured to keep of its skill without training; empty where it needs training."""
+
+    @property
     def replaces_module(self) -> bool:
         """Whether it takes the place of all that the attention module computes, not of its core alone."""
 
@@ -132,6 +136,7 @@ class AttentionSite:
         num_prefix_tokens: Leading tokens that are not image.
         grid_size: Height and width of the image tokens, where known.
         masked: Whether the core is handed the module's mask.
+        loses_terms: Whether position biases, or masks of windows, go with the old core.
         num_parameters: Parameters of the new child.
     """
 
@@ -147,6 +152,7 @@ class AttentionSite:
     num_prefix_tokens: int = 0
     grid_size: tuple[int, int] | None = None
     masked: bool = False
+    loses_terms: bool = False
     num_parameters: int = 0
 
     columns: ClassVar[tuple[str, ...]] = ('site', 'class', 'queries', 'heads', 'tokens', 'new parameters')

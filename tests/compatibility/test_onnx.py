@@ -153,14 +153,15 @@ def test_the_newer_exporter_with_windows_of_as_many_heads(name: str, batch: int,
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    ('name', 'dynamo'), [*((name, False) for name in attention_names()), ('external', True), ('halo', True)]
+    ('name', 'dynamo'),
+    [*((name, False) for name in attention_names()), ('external', True), ('halo', True), ('monarch', True)],
 )
 def test_exporters_without_their_optimisation(name: str, dynamo: bool, tmp_path: Path) -> None:
     check(patched(name, 'vit'), [MODELS['vit'].images(3)], tmp_path / 'model.onnx', dynamo, optimize=False)
 
 
-# Which tokens are neighbours is told by their number; so an export of halo attention is for images of one size.
-ANY_SIZE = [name for name in attention_core_names() if name != 'halo']
+# Which tokens are neighbours is told by their number; so an export with a grid is for images of one size.
+ANY_SIZE = [name for name in attention_core_names() if name not in ('halo', 'monarch')]
 
 
 @pytest.mark.parametrize('name', ANY_SIZE)

@@ -18,6 +18,7 @@ NAMES = attention_core_names()
 OPTIONS: dict[str, dict[str, Any]] = {
     'external': dict(memory=7),
     'halo': dict(block_size=3, halo_size=1, grid_size=(5, 4), num_prefix_tokens=1),
+    'monarch': dict(passes=2, grid_size=(5, 4), num_prefix_tokens=1),
     'catt': dict(dictionary=9),
 }
 # PyTorch scripts the decompositions of its forward mode when that is first used, and warns of scripting.

@@ -14,7 +14,7 @@ from sem_timm.errors import OptionError
 from sem_timm.layers.attention_cores import attention_core_class
 from tests.layers.attention_inputs import NAMES, TOKENS, both_modes, build, close, inputs
 
-LINEAR = ('external', 'efficient', 'linear', 'halo')
+LINEAR = ('external', 'efficient', 'linear', 'halo', 'monarch')
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -111,7 +111,7 @@ def test_pairwise_masks_are_honoured_or_refused(name: str) -> None:
             x[..., -1, :] += 3
         close(core(*arguments, attn_mask=causal)[..., :-1, :], core(*changed, attn_mask=causal)[..., :-1, :])
         return
-    with pytest.raises(OptionError, match=r'(?s)linear in tokens.*\(B, 1, 1, N\)'):
+    with pytest.raises(OptionError, match=r'(?s)never forms the pairs.*\(B, 1, 1, N\)'):
         core(*arguments, attn_mask=causal)
 
 
@@ -232,9 +232,9 @@ def test_keys_without_an_axis_of_tokens_are_refused(name: str) -> None:
 
 
 def test_unknown_names_are_refused_with_the_closest() -> None:
-    assert NAMES == ('external', 'efficient', 'linear', 'halo', 'catt', 'caam')
+    assert NAMES == ('external', 'efficient', 'linear', 'halo', 'monarch', 'catt', 'caam')
     with pytest.raises(OptionError, match=r"'externl' is unknown\. Close: external"):
         attention_core_class('externl')
-    with pytest.raises(OptionError, match=r'There are: external, efficient, linear, halo, catt, caam\.'):
+    with pytest.raises(OptionError, match=r'There are: external, efficient, linear, halo, monarch, catt, caam\.'):
         attention_core_class('zzz')
     assert [name for name in NAMES if not attention_core_class(name).reads_keys] == ['external']

@@ -100,7 +100,7 @@ def test_exports_with_a_free_batch(name: str, grad: bool) -> None:
             close(program(*(x[:size] for x in arguments)), core(*(x[:size] for x in arguments)))
 
 
-@pytest.mark.parametrize('name', first_of_each(name for name in NAMES if name != 'halo'))
+@pytest.mark.parametrize('name', first_of_each(name for name in NAMES if name not in ('halo', 'monarch')))
 @pytest.mark.parametrize('grad', [False, True])
 def test_exports_with_a_free_number_of_tokens(name: str, grad: bool) -> None:
     core = build(name, num_heads=3)

@@ -255,7 +255,7 @@ def test_masks_it_cannot_apply_are_refused() -> None:
     x = torch.randn(2, 5, 12)
     with pytest.raises(OptionError, match='is_causal=False'):
         layer(x, is_causal=True)
-    with pytest.raises(OptionError, match=r'linear in tokens'):
+    with pytest.raises(OptionError, match=r'never forms the pairs'):
         layer(x, attn_mask=torch.ones(5, 5, dtype=torch.bool))
     with pytest.raises(OptionError, match='does not broadcast'):
         layer(x, attn_mask=torch.ones(2, 3, 1, 5, dtype=torch.bool))

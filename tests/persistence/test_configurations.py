@@ -60,6 +60,7 @@ CONFIGS = st.one_of(
         AttentionConfig, st.just('eamlp'), attn_drop=st.floats(0, 1), qkv_bias=st.booleans(), norm_layer=st.none()
     ),
     st.builds(AttentionConfig, st.just('halo'), block_size=numbers, halo_size=numbers),
+    st.builds(AttentionConfig, st.just('monarch'), block_size=numbers, passes=numbers),
     st.builds(AttentionConfig, st.just('catt'), dictionary=numbers),
 )
 

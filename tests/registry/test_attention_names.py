@@ -44,8 +44,8 @@ def named(suffix: str) -> set[str]:
 @since_timm('1.0.31', 'architecture that the table does not know')
 def test_architectures_with_sites_have_variants_and_others_have_not() -> None:
     sites = {name: counts for name, counts in read_table().sites.items() if name in BASES}
-    assert named('_ea') == {name for name, (external, _) in sites.items() if external}
-    assert named('_eamlp') == {name for name, (_, eamlp) in sites.items() if eamlp}
+    for place, suffix in enumerate(('_ea', '_eamlp', '_monarch')):
+        assert named(suffix) == {name for name, counts in sites.items() if counts[place]}
     assert {'vit_small_patch16_224', 'swin_tiny_patch4_window7_224'} <= named('_ea') & named('_eamlp')
     assert len(named('_ea')) >= 618 and len(named('_eamlp')) >= 481
 
@@ -81,7 +81,7 @@ def test_newer_architectures_have_variants_if_a_plan_finds_attention(newer_archi
     sem_timm.register_variants()
     for base in newer_architectures:
         assert is_model(f'{base}_sem') and is_model(f'{base}_ea') and is_model(f'{base}_eamlp')
-    for suffix in ('ea', 'eamlp'):
+    for suffix in ('ea', 'eamlp', 'monarch'):
         assert sem_timm.patched_modules(weightless(f'newer_vit_{suffix}'))
         with pytest.raises(RefusedError, match='nothing in ResNet can take'):
             weightless(f'newer_resnet_{suffix}')

@@ -49,6 +49,7 @@ OTHERS: list[tuple[Any, dict[str, Any]]] = [
     ('linear', {}),
     ('eamlp', {'memory': 4}),
     ('halo', {'block_size': 2, 'halo_size': 1}),
+    ('monarch', {'passes': 2}),
 ]
 ERRORS: list[tuple[Any, dict[str, Any]]] = [
     ('nonsense', {}),

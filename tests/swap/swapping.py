@@ -18,8 +18,8 @@ _SWAPPED: dict[str, Any] = {}
 
 
 def swap(model: nn.Module, operation: Any = 'external', **options: Any) -> Any:
-    """The model with its attention swapped, which warns that it needs training."""
-    with pytest.warns(sem_timm.SwapWarning, match='needs training'):
+    """The model with its attention swapped, which warns of what that means."""
+    with pytest.warns(sem_timm.SwapWarning, match='needs training|without training'):
         return sem_timm.patch_model(model, operation, **options)
 
 

@@ -21,7 +21,7 @@ from tests.swap.swapping import backward, outputs, shapes, swap, swapped, withou
 from tests.thorough import first_of_each
 from tests.twins import assert_equal, inserted
 
-CORES = ('efficient', 'linear', 'halo', 'catt', 'caam')
+CORES = ('efficient', 'linear', 'halo', 'monarch', 'catt', 'caam')
 
 MODELS = {form: CLASSES[name] for form, name in FORMS.items()}
 
@@ -40,11 +40,13 @@ PAIRS = [
 ]
 PAIRS += [
     ('rotary', 'halo'),
+    ('rotary', 'monarch'),
     ('channels first', 'efficient'),
     ('transposed', 'linear'),
     ('folded heads', 'catt'),
     ('windows behind heads', 'caam'),
     ('several cores', 'halo'),
+    ('windows behind heads', 'monarch'),
 ]
 
 

@@ -56,7 +56,7 @@ FORMS = ('call', 'call_additive', 'filled', 'filled_where_zero', 'where', 'subtr
 @pytest.mark.parametrize('form', FORMS)
 def test_fixed_masks_are_handed_on_or_refused(form: str) -> None:
     model, images = Model(Fixed(form)).eval(), torch.randn(2, *SIZE)
-    for operation in ('external', 'halo', 'efficient'):
+    for operation in ('external', 'halo', 'monarch', 'efficient'):
         with refused(
             model, RefusedError, f'a fixed mask (16, 16) for pairs of tokens, which {operation} cannot honour'
         ):

@@ -89,7 +89,7 @@ def test_where_queries_are_changed_they_are_handed_over() -> None:
     assert 'self.core(' in sem_timm.plan_model(swin, 'external').code('layers.0.blocks.0.attn')
 
 
-@pytest.mark.parametrize('operation', ['efficient', 'linear', 'halo'])
+@pytest.mark.parametrize('operation', ['efficient', 'linear', 'halo', 'monarch'])
 def test_cores_that_read_keys_get_queries(operation: str) -> None:
     plan = sem_timm.plan_model(VIT.create(), operation, input_size=VIT.input_size)
     assert 'attend_projected' not in plan.code('blocks.0.attn')

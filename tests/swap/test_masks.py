@@ -16,7 +16,7 @@ from tests.swap.swapping import swap, swapped
 
 VIT = CLASSES['layers.attention.Attention']
 LINEAR = ('external', 'eamlp', 'efficient', 'linear')
-ALL = (*LINEAR, 'halo', 'catt', 'caam')
+ALL = (*LINEAR, 'halo', 'monarch', 'catt', 'caam')
 
 
 def attention(operation: str) -> Any:
@@ -64,7 +64,7 @@ def test_a_mask_of_ones_changes_nothing(operation: str) -> None:
     torch.testing.assert_close(run(module, tokens, attn_mask=mask), run(module, tokens), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('operation', [*LINEAR, 'halo'])
+@pytest.mark.parametrize('operation', [*LINEAR, 'halo', 'monarch'])
 @pytest.mark.parametrize('shape', [(17, 17), (2, 1, 17, 17), (1, 2, 17, 17)])
 def test_a_mask_for_pairs_of_tokens_raises(operation: str, shape: tuple[int, ...]) -> None:
     module, tokens = attention(operation)

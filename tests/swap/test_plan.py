@@ -94,6 +94,18 @@ def test_a_plan_prints_a_line_for_each_site() -> None:
     assert 'No longer read: 4 parameters' in unread and 'stop requiring gradients' in unread
 
 
+def test_a_plan_says_whether_the_outputs_stay_close() -> None:
+    plan = sem_timm.plan_model(VIT.create(), 'monarch')
+    assert str(plan).endswith('0 new parameters; the outputs stay close to the original, without training.')
+    assert not plan.needs_training and plan.losing_terms == ()
+    plan = sem_timm.plan_model(SWIN.create(), 'monarch', input_size=SWIN.input_size)
+    assert plan.needs_training and plan.losing_terms == tuple(site.name for site in plan)
+    assert 'the outputs change, and the model needs training' in str(plan)
+    assert 'Position biases, or masks of windows, go with the old attention: layers.0.blocks.0.attn, ' in str(plan)
+    assert sem_timm.plan_model(VIT.create(), 'external').needs_training
+    assert not sem_timm.plan_model(VIT.create(), 'sem').needs_training
+
+
 def test_a_plan_counts_what_patching_adds() -> None:
     for name in ('models.swin_transformer.WindowAttention', 'models.efficientvit_msra.CascadedGroupAttention'):
         family = CLASSES[name]
@@ -181,6 +193,16 @@ def test_the_warning_says_what_to_do_and_points_at_the_caller() -> None:
     with pytest.warns(SwapWarning) as caught:
         sem_timm.patch_model(VIT.create(), sem_timm.plan_model(VIT.create(), 'external').operation)
     assert caught[0].filename == __file__
+
+
+def test_the_warning_of_an_attention_that_is_close_says_what_was_measured() -> None:
+    with pytest.warns(
+        SwapWarning, match=r'VisionTransformer: monarch .* close to, without training\. .*\d %'
+    ) as caught:
+        sem_timm.patch_model(VIT.create(), 'monarch')
+    assert 'needs training' not in str(caught[0].message) and 'unpatch_model(model)' in str(caught[0].message)
+    with pytest.warns(SwapWarning, match=r'but for the position biases .* at 4 of 4 sites\. .* needs training'):
+        sem_timm.patch_model(SWIN.create(), 'monarch', input_size=SWIN.input_size)
 
 
 def test_planning_and_undoing_do_not_warn() -> None:

@@ -128,7 +128,7 @@ def test_a_model_of_which_nothing_can_be_swapped(name: str) -> None:
         sem_timm.patch_model(model, 'external', input_size=family.input_size)
 
 
-@pytest.mark.parametrize('operation', ['efficient', 'linear', 'catt', 'caam', 'halo'])
+@pytest.mark.parametrize('operation', ['efficient', 'linear', 'catt', 'caam', 'halo', 'monarch'])
 @pytest.mark.parametrize(
     'name', first_of_each(['xcit.XCA', 'cait.ClassAttn', 'convit.GPSA', 'csatv2.SpatialTransformerBlock'])
 )

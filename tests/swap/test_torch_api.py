@@ -68,7 +68,7 @@ def test_compile_without_graph_breaks(name: str) -> None:
     assert_compiles(*block_of(name))
 
 
-@pytest.mark.parametrize('operation', ['eamlp', 'efficient', 'linear', 'halo', 'catt', 'caam'])
+@pytest.mark.parametrize('operation', ['eamlp', 'efficient', 'linear', 'halo', 'monarch', 'catt', 'caam'])
 def test_compile_other_attentions(operation: str) -> None:
     assert_compiles(*block_of('layers.attention.Attention', operation))
 

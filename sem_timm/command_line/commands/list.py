@@ -15,6 +15,8 @@ from sem_timm.operations import operation_names
 from sem_timm.registry.table import read_table
 from sem_timm.registry.variant_operation import VariantOperation
 
+_SUFFIXES = ('_sem', '_ea', '_eamlp', '_monarch')  # of the variants that importing the package registers
+
 
 def command(
     pattern: Annotated[str, typer.Argument(metavar='[FILTER]', help='A part of a name, or a pattern with *.')] = '',
@@ -48,7 +50,7 @@ def command(
 
 def _rows(pattern: str, pretrained: bool) -> list[dict[str, Any]]:
     table, external = read_table(), VariantOperation('external')
-    bases = [name for name in timm.list_models() if not name.endswith(('_sem', '_ea', '_eamlp'))]
+    bases = [name for name in timm.list_models() if not name.endswith(_SUFFIXES)]
     wanted = pattern if '*' in pattern or '?' in pattern else f'*{pattern}*'
     everything = set(timm.list_models())
     found = {*timm.list_models(wanted)} & {*bases}
@@ -63,7 +65,7 @@ def _rows(pattern: str, pretrained: bool) -> list[dict[str, Any]]:
         {
             'model': name,
             'pretrained': tags.get(name, []),
-            'variants': [name + end for end in ('_sem', '_ea', '_eamlp') if name + end in everything],
+            'variants': [name + end for end in _SUFFIXES if name + end in everything],
             'attention_sites': table.count(name, external) or 0,
         }
         for name in names

@@ -41,7 +41,7 @@ from sem_timm.surgery.swap.queries import check_sources, heads_of
 from sem_timm.surgery.swap.rehearsal import rehearse_swap
 from sem_timm.surgery.swap.rows import Rows
 from sem_timm.surgery.swap.scale import check_scale
-from sem_timm.surgery.swap.terms import mask_of
+from sem_timm.surgery.swap.terms import loses_terms, mask_of
 from sem_timm.surgery.swap.whole import check_order, check_stored, check_terms, place_whole
 from sem_timm.surgery.trial import try_swap
 
@@ -232,6 +232,7 @@ class Swapper:
             num_prefix_tokens=prefix,
             grid_size=self._grids.find(name, reading.trace.values, query.shape[-2] - prefix),
             masked=mask is not None,
+            loses_terms=loses_terms(core, values, mask),
         )
         given_mask = None if mask is None else values[mask.node]
         return replace(site, num_parameters=try_swap(self.operation, site, given_mask))

@@ -65,6 +65,21 @@ def mask_of(core: Core, module: nn.Module, values: Values, operation: Swap) -> E
     return masks[0] if masks else None
 
 
+def loses_terms(core: Core, values: Values, mask: Extra | None) -> bool:
+    """Whether a softmax would see a difference without the terms of a core that are not handed on as its mask."""
+    return any(
+        isinstance(values[extra.node], Tensor) and _is_seen(extra, values[extra.node])
+        for extra in core.extras
+        if extra is not mask
+    )
+
+
+def _is_seen(extra: Extra, value: Tensor) -> bool:
+    # What is the same for all keys a softmax does not see.
+    same_for_all = value.shape[-1] == 1 if value.ndim else True
+    return value.numel() > 1 and not (extra.how in ('added', 'subtracted') and same_for_all)
+
+
 class _Terms:
     """Tells what the terms of the logits of one core are made of."""
 
@@ -81,8 +96,8 @@ class _Terms:
             return True
         if extra.how == 'within':
             return not self.data_behind(extra.node, self.queries)
-        if extra.how in ('added', 'subtracted') and value.shape[-1] == 1:
-            return True  # what is the same for all keys a softmax does not see
+        if not _is_seen(extra, value):
+            return True
         if self._numbers_behind(extra.node, self.queries) != read_by([extra.node], self.queries):
             return False  # something is written into it
         return all(self._is_position(part) or self._is_window_mask(part, value) for part in self._summands(extra.node))
