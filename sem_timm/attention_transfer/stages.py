@@ -11,16 +11,18 @@ from torch import Tensor, nn
 from sem_timm.attention_transfer.batches import first_batches
 from sem_timm.attention_transfer.distillation import distill
 from sem_timm.attention_transfer.evaluation import Evaluation
-from sem_timm.attention_transfer.matching import Progress, match
+from sem_timm.attention_transfer.features import check_features, match_features
+from sem_timm.attention_transfer.matching import Progress, match, narrow
 from sem_timm.attention_transfer.measure import error_of, spreads
 from sem_timm.attention_transfer.memories import check_memories, initialize
 from sem_timm.attention_transfer.options import TransferOptions
 from sem_timm.attention_transfer.pair import Pair, make_pair, swaps_of
 from sem_timm.attention_transfer.result import Stage, TransferResult
 from sem_timm.attention_transfer.undisturbed import undisturbed
+from sem_timm.attention_transfer.value_maps import fit_values
 from sem_timm.batches import Loader
 from sem_timm.compat import logit_distillation_task
-from sem_timm.errors import OptionError, RefusedError, closest
+from sem_timm.errors import ModelError, OptionError, RefusedError, closest
 
 
 def transfer(
@@ -35,8 +37,9 @@ def transfer(
     """Gives a model whose attention was swapped the skill of its original back, as far as that goes.
 
     The old weights are still in a swapped model, so that it is its own teacher: 'initialize' fills the memories of
-    external attention from the original's keys and outputs, 'match' trains each new layer to give its original's
-    outputs on the original's inputs, and 'distill' trains end to end on the original's logits. Dropout is off and
+    external attention, and the maps of values of what was swapped with ``own=True`` or ``local=True``, in closed form;
+    'match' trains each new layer to give its original's outputs on the original's inputs; 'features' trains the whole
+    chain to give the original's final features; and 'distill' trains on the original's logits. Dropout is off and
     running statistics stand still. With the default ``train='new'`` the base's weights stay as they are, so that
     `unpatch_model` gives exactly the original; other choices train some of them too.
 
@@ -55,7 +58,8 @@ def transfer(
 
     Raises:
         SemTimmError: ModelError if nothing is swapped or the old weights are gone, RefusedError for a stage that this
-            attention cannot take, OptionError for options and loaders. The model is then unchanged.
+            attention cannot take, OptionError for options and loaders. The model is then unchanged. ModelError if a
+            training becomes infinite or not a number; the model then has what the stages before that one gave.
     """
     options = _options(options, fields)
     swaps_of(model)  # its errors come before those of the loader
@@ -63,9 +67,15 @@ def transfer(
         calibration = _images(first_batches(loader, options.calibration_batches, model))
         pair = make_pair(model, calibration[0], _trained(options).values())
         run = _Run(pair, options, calibration, evaluation)
+        learned: dict[str, Tensor] = {}
         for stage in run.stages:
-            run.do(stage, loader, progress)
-        pair.write_back()
+            try:
+                run.do(stage, loader, progress)
+                learned = pair.learned(stage)
+            except ModelError:
+                pair.write(learned)
+                raise
+        pair.write(learned)
     return run.result()
 
 
@@ -130,6 +140,7 @@ def _options(options: TransferOptions | None, given: dict[str, Any]) -> Transfer
 def _trained(options: TransferOptions) -> dict[str, str]:
     """What each stage changes, in words of `TRAINED`."""
     each = {'initialize': 'new', 'match': options.train, 'distill': options.distill_train or options.train}
+    each['features'] = 'module' if options.features_alone == 1 else 'all'
     return {stage: each[stage] for stage in options.stages or ('initialize', 'match')}
 
 
@@ -147,6 +158,8 @@ class _Run:
         self.stages = options.stages or _possible(pair)
         if 'initialize' in self.stages:
             check_memories(pair)
+        if 'features' in self.stages:
+            check_features(pair.model)
         if 'distill' in self.stages:
             logit_distillation_task()
         for stage, which in _trained(options).items():
@@ -166,9 +179,12 @@ class _Run:
         sharpness: dict[str, list[float]] = {}
         if name == 'initialize':
             sharpness = initialize(self.pair, self.calibration, self.options)
+            fit_values(self.pair, self.calibration, self.options)
             seen = sum(map(len, self.calibration))
         elif name == 'match':
             losses, seen = match(self.pair, loader, self.options, self.variances, progress)
+        elif name == 'features':
+            losses, seen = match_features(self.pair, loader, self.options, progress)
         else:
             losses, seen = distill(self.pair, loader, self.options, progress)
         seconds = time.perf_counter() - start
@@ -183,13 +199,17 @@ class _Run:
         return TransferResult(type(model).__name__, operation, options, tuple(self.done), count)
 
     def _measure(self, stage: Stage) -> None:
-        found = spreads(self.pair, self.measured)
+        with narrow(self.options, self.measured[0]):
+            found = spreads(self.pair, self.measured)
         self.variances = {name: [kind.variance for kind in kinds] for name, kinds in found.items()}
         errors = {name: error_of(kinds) for name, kinds in found.items()}
         self.done.append(replace(stage, errors=errors, accuracy=self._accuracy(self.pair.student)))
 
     def _accuracy(self, model: nn.Module) -> float | None:
-        return None if self.evaluation is None else self.evaluation.accuracy(model)
+        if self.evaluation is None:
+            return None
+        with narrow(self.options, self.measured[0]):
+            return self.evaluation.accuracy(model)
 
 
 def _possible(pair: Pair) -> tuple[str, ...]:

@@ -1,0 +1,140 @@
+"""The maps of a swapped core and its values, in closed form: layer after layer, on what the swapped model really sees.
+
+A ridge regression per head, from the terms of `WithValues` to the original's output; one for image tokens, one for
+prefix tokens. How strong the ridge is, is chosen for each by one half of the images for the other.
+
+A layer is fitted when those before it are: what it is given in the swapped model is no longer what the original is
+given there, and the maps that are best on the original's inputs are not best on these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sem_timm.attention_transfer.least_squares import LeastSquares
+from sem_timm.attention_transfer.options import TransferOptions
+from sem_timm.attention_transfer.pair import Pair, SwappedLayer
+from sem_timm.layers import WithValues
+from sem_timm.meta import Call
+from sem_timm.surgery import bound_arguments
+
+# Strengths of the ridge that are tried, as parts of the mean of the diagonal.
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+# What a layer is fitted on: its inputs in the swapped model, or those of the original.
+INPUTS = ('swapped', 'original')
+
+
+class _Reached(Exception):
+    """The layer that was run for has been computed."""
+
+
+@torch.no_grad()
+def fit_values(pair: Pair, batches: list[Tensor], options: TransferOptions) -> None:
+    """Fits the maps of all swapped cores that have them, in the order in which the model computes them."""
+    layers = {layer.name: layer for layer in pair.layers if layer.with_values}
+    if not layers:
+        return
+    for name in _order(pair, list(layers), batches[0]):
+        layer = layers[name]
+        sums = {child: _Sums(core) for child, core in layer.with_values.items()}
+        for images in batches:
+            wanted = _outputs(pair, layer, images)
+            given = _inputs(pair, layer, images) if options.inputs == 'swapped' else None
+            for child, core in layer.with_values.items():
+                old = wanted[child]
+                q, k, v, *mask = given[child] if given else (old.query, old.key, old.value, old.extra)
+                sums[child].add(core.inputs_of_maps(q, k, v, mask[0] if mask else None), core, old.output)
+        for child, core in layer.with_values.items():
+            sums[child].solve(core)
+
+
+class _Sums:
+    """Sums for one core: for each kind of tokens, over the first and the second half of the images."""
+
+    def __init__(self, core: WithValues) -> None:
+        self.kinds = [[LeastSquares(), LeastSquares()] for _ in range(core.mix.shape[0])]
+
+    def add(self, terms: dict[str, Tensor], core: WithValues, output: Tensor) -> None:
+        outputs = core.heads_first(output)
+        shape = outputs.shape[:3]
+        one = outputs.new_ones(*shape, 1)
+        rows = torch.cat([*(term.expand(*shape, -1) for term in terms.values()), one], -1)
+        prefix = core.num_prefix_tokens
+        for kind, tokens in enumerate((slice(prefix, None), slice(0, prefix))[: len(self.kinds)]):
+            for half, some in enumerate((slice(0, None, 2), slice(1, None, 2))):
+                given, wanted = (x[:, some, tokens].flatten(1, 2) for x in (rows, outputs))
+                self.kinds[kind][half].add(given, wanted, given.new_ones(given.shape[1]))
+
+    def solve(self, core: WithValues) -> None:
+        """Writes what was found into the core."""
+        for kind, (one, other) in enumerate(self.kinds):
+            missed = torch.stack(
+                [other.missed(one.solution(ridge)) + one.missed(other.solution(ridge)) for ridge in RIDGES]
+            )
+            best = missed.argmin(0)
+            total = one + other
+            solutions = torch.stack([total.solution(ridge) for ridge in RIDGES])
+            found = solutions[best, torch.arange(len(best))]  # (heads, terms * width + 1, width)
+            width = core.value_dim
+            maps = found[:, :-1].unflatten(1, (len(core.terms), width)).transpose(0, 1)
+            core.mix[kind].copy_(maps)
+            core.bias[kind].copy_(found[:, -1])
+
+
+def _order(pair: Pair, names: list[str], images: Tensor) -> list[str]:
+    """Names of layers in the order in which the original computes them."""
+    seen: list[str] = []
+    handles = []
+    for layer in pair.layers:
+        handles.append(layer.teacher.register_forward_pre_hook(lambda *_, name=layer.name: seen.append(name)))
+    try:
+        pair.teacher(images[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for name in dict.fromkeys(seen) if name in names]
+
+
+def _outputs(pair: Pair, layer: SwappedLayer, images: Tensor) -> dict[str, Any]:
+    """What went into the old cores of a layer and came out of them."""
+
+    def look(_: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+        arguments = bound_arguments(layer.teacher, Call(args, kwargs, None))
+        return layer.original.compute(layer.teacher, arguments, with_extra=layer.masked)
+
+    return _up_to({layer.name: layer.teacher}, pair.teacher, images, look)[layer.name]
+
+
+def _inputs(pair: Pair, layer: SwappedLayer, images: Tensor) -> dict[str, tuple[Any, ...]]:
+    """What the new cores of a layer are given in the student."""
+    cores: dict[str, nn.Module] = dict(layer.with_values)
+    return _up_to(cores, pair.student, images, lambda _, args, kwargs: (*args, *kwargs.values()))
+
+
+def _up_to(
+    modules: dict[str, nn.Module], model: nn.Module, images: Tensor, look: Callable[[nn.Module, Any, Any], Any]
+) -> dict[str, Any]:
+    """Runs a model until some modules have been called, and gives what a function makes of their arguments."""
+    found: dict[str, Any] = {}
+    handles = []
+    for name, module in modules.items():
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+            found[name] = look(module, args, kwargs)
+            if len(found) == len(modules):
+                raise _Reached
+
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        model(images)
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
