@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sem_timm.attention_transfer.batches import first_batches
+from sem_timm.attention_transfer.checkpoint import Checkpoint
 from sem_timm.attention_transfer.distillation import distill
 from sem_timm.attention_transfer.evaluation import Evaluation
 from sem_timm.attention_transfer.features import check_features, match_features
@@ -32,6 +35,7 @@ def transfer(
     *,
     evaluation: Loader | None = None,
     progress: Progress | None = None,
+    checkpoint: str | Path | None = None,
     **fields: Any,
 ) -> TransferResult:
     """Gives a model whose attention was swapped the skill of its original back, as far as that goes.
@@ -51,6 +55,8 @@ def transfer(
         evaluation: Images with labels, whole numbers (B,), to measure accuracy on, and errors on the first of them;
             passed over again for each stage. Without labels, errors alone are measured.
         progress: Called after each step with the stage, the step, the number of steps and the loss.
+        checkpoint: A file that is written after each stage. Where it is there already, the transfer goes on behind the
+            stages that it has, on the same swapped model and with the same options.
         **fields: Fields of `TransferOptions`, in place of ``options``.
 
     Returns:
@@ -67,11 +73,17 @@ def transfer(
         calibration = _images(first_batches(loader, options.calibration_batches, model))
         pair = make_pair(model, calibration[0], _trained(options).values())
         run = _Run(pair, options, calibration, evaluation)
-        learned: dict[str, Tensor] = {}
+        file = None if checkpoint is None else Checkpoint(Path(checkpoint), pair, options)
+        learned = run.begin(file)
         for stage in run.stages:
+            if stage in (done.name for done in run.done):
+                continue
             try:
+                torch.manual_seed(options.seed)  # so that one that goes on draws what it would have drawn
                 run.do(stage, loader, progress)
                 learned = pair.learned(stage)
+                if file is not None:
+                    file.save(run.done, learned)
             except ModelError:
                 pair.write(learned)
                 raise
@@ -169,8 +181,17 @@ class _Run:
         if evaluation is not None:
             first = first_batches(evaluation, options.calibration_batches, pair.model)
             self.measured, self.evaluation = _images(first), Evaluation(evaluation, first)
-        self.done = [Stage('original', accuracy=self._accuracy(pair.teacher))]
-        self._measure(Stage('swap'))
+        self.done: list[Stage] = []
+
+    def begin(self, file: Checkpoint | None) -> dict[str, Tensor]:
+        """Measures the model as it is, or goes on from a file; returns what is learned so far."""
+        stages, learned = file.restore() if file is not None else ([], {})
+        if stages:
+            self.done, self.variances = stages, self._spreads()[1]
+        else:
+            self.done = [Stage('original', accuracy=self._accuracy(self.pair.teacher))]
+            self._measure(Stage('swap'))
+        return learned
 
     def do(self, name: str, loader: Loader, progress: Progress | None) -> None:
         """Runs one stage, and measures what came of it."""
@@ -199,11 +220,15 @@ class _Run:
         return TransferResult(type(model).__name__, operation, options, tuple(self.done), count)
 
     def _measure(self, stage: Stage) -> None:
+        errors, self.variances = self._spreads()
+        self.done.append(replace(stage, errors=errors, accuracy=self._accuracy(self.pair.student)))
+
+    def _spreads(self) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """The error of each layer, and the variances of its original's outputs by kinds of tokens."""
         with narrow(self.options, self.measured[0]):
             found = spreads(self.pair, self.measured)
-        self.variances = {name: [kind.variance for kind in kinds] for name, kinds in found.items()}
-        errors = {name: error_of(kinds) for name, kinds in found.items()}
-        self.done.append(replace(stage, errors=errors, accuracy=self._accuracy(self.pair.student)))
+        variances = {name: [kind.variance for kind in kinds] for name, kinds in found.items()}
+        return {name: error_of(kinds) for name, kinds in found.items()}, variances
 
     def _accuracy(self, model: nn.Module) -> float | None:
         if self.evaluation is None:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from sem_timm.attention_transfer.least_squares import LeastSquares
+from sem_timm.attention_transfer.matching import narrow
 from sem_timm.attention_transfer.options import TransferOptions
 from sem_timm.attention_transfer.pair import Pair, SwappedLayer
+from sem_timm.errors import OptionError
 from sem_timm.layers import WithValues
 from sem_timm.meta import Call
 from sem_timm.surgery import bound_arguments
@@ -39,18 +41,30 @@ def fit_values(pair: Pair, batches: list[Tensor], options: TransferOptions) -> N
     layers = {layer.name: layer for layer in pair.layers if layer.with_values}
     if not layers:
         return
+    if sum(map(len, batches)) < 2:
+        raise OptionError(
+            'calibration shows 1 image, and the maps of values are fitted on one half of the images for the other; '
+            'give more: a hundred are enough.'
+        )
     for name in _order(pair, list(layers), batches[0]):
         layer = layers[name]
         sums = {child: _Sums(core) for child, core in layer.with_values.items()}
         for images in batches:
-            wanted = _outputs(pair, layer, images)
-            given = _inputs(pair, layer, images) if options.inputs == 'swapped' else None
+            with narrow(options, images):
+                wanted = _outputs(pair, layer, images)
+                given = _inputs(pair, layer, images) if options.inputs == 'swapped' else None
             for child, core in layer.with_values.items():
                 old = wanted[child]
-                q, k, v, *mask = given[child] if given else (old.query, old.key, old.value, old.extra)
-                sums[child].add(core.inputs_of_maps(q, k, v, mask[0] if mask else None), core, old.output)
+                inputs = given[child] if given else (old.query, old.key, old.value, old.extra)
+                q, k, v, *mask = [_precise(tensor, core) for tensor in inputs]
+                sums[child].add(core.inputs_of_maps(q, k, v, *mask), core, old.output)
         for child, core in layer.with_values.items():
             sums[child].solve(core)
+
+
+def _precise(tensor: Tensor | None, core: WithValues) -> Any:
+    """A tensor in the type of a core's parameters, which autocast may have narrowed; masks of yes and no stay."""
+    return tensor.to(core.mix.dtype) if tensor is not None and tensor.is_floating_point() else tensor
 
 
 class _Sums:
@@ -58,17 +72,21 @@ class _Sums:
 
     def __init__(self, core: WithValues) -> None:
         self.kinds = [[LeastSquares(), LeastSquares()] for _ in range(core.mix.shape[0])]
+        self.count = 0
 
     def add(self, terms: dict[str, Tensor], core: WithValues, output: Tensor) -> None:
-        outputs = core.heads_first(output)
+        outputs = core.heads_first(output).float()
+        terms = {name: term.float() for name, term in terms.items()}
         shape = outputs.shape[:3]
         one = outputs.new_ones(*shape, 1)
         rows = torch.cat([*(term.expand(*shape, -1) for term in terms.values()), one], -1)
         prefix = core.num_prefix_tokens
         for kind, tokens in enumerate((slice(prefix, None), slice(0, prefix))[: len(self.kinds)]):
-            for half, some in enumerate((slice(0, None, 2), slice(1, None, 2))):
+            for half in (0, 1):
+                some = slice((self.count + half) % 2, None, 2)
                 given, wanted = (x[:, some, tokens].flatten(1, 2) for x in (rows, outputs))
                 self.kinds[kind][half].add(given, wanted, given.new_ones(given.shape[1]))
+        self.count += shape[1]
 
     def solve(self, core: WithValues) -> None:
         """Writes what was found into the core."""

@@ -182,6 +182,12 @@ def test_fewer_tokens_than_slots() -> None:
         sem_timm.transfer(model, batches(1, size=2), keys='keys')
 
 
+def test_maps_of_values_need_two_images() -> None:
+    model = swapped('linear', own=True)
+    with refused(model, OptionError, 'shows 1 image', 'a hundred'):
+        sem_timm.transfer(model, [batches(1)[0][:1]], stages=('initialize',))
+
+
 def test_a_stream_needs_a_number_of_steps_and_a_generator_runs_dry() -> None:
     class Stream:
         def __iter__(self) -> Iterator[Tensor]:
