@@ -87,8 +87,11 @@ CHAINS = {
     ],
     'fit': [chain(name, 'initialize') for name in ('external', *FITTED)],
     'rates': [
-        chain('external', 'initialize', ('match', {'train': 'module', 'base_learning_rate': rate}))
-        for rate in (2e-3, 1e-4)
+        chain('external', 'initialize', ('match', options))
+        for options in (
+            *({'train': 'module', 'base_learning_rate': rate} for rate in (2e-3, 4e-4, 1e-4)),
+            {'train': 'new'},
+        )
     ],
     'inputs': [chain(name, ('initialize', {'inputs': 'original'})) for name in FITTED],
     'swaps': [chain(name) for name in SWAPS if name not in FITTED],  # whose maps are zero at first
@@ -110,6 +113,8 @@ def swapped(base: nn.Module, name: str, seed: int) -> nn.Module:
 @torch.no_grad()
 def measured(model: nn.Module, data: Any, amp: bool) -> dict[str, float]:
     """Accuracy in percent."""
+    if not len(data):
+        return {}
     right = 0
     with torch.autocast('cpu', torch.bfloat16, enabled=amp):
         for images, labels in loader(data, 50):
@@ -124,17 +129,15 @@ def run(base: nn.Module, steps: Chain, seed: int, given: argparse.Namespace, log
     known = read_log(log)
     if all(is_logged(known, {**common, 'stages': name}) for name in names):
         return
-    model = swapped(base, steps.swap, seed)
     evaluation = split(given.data, given.split, given.test_images)
     training = loader(split(given.data, 'transfer', given.images), given.batch_size, shuffle=True, seed=seed)
     shared = {'seed': seed, 'amp_dtype': 'bfloat16' if given.amp else None, 'calibration_batches': 4}
     seen = 0
+    model = swapped(base, steps.swap, seed)
     if not steps.stages:
         record(log, {**common, 'stages': '', 'images_seen': 0, **measured(model, evaluation, given.amp)}, given)
     for name, (stage, options) in zip(names, steps.stages):
-        start = time.process_time()
-        result = sem_timm.transfer(model, training, stages=(stage,), **shared, **dict(options))
-        seconds = time.process_time() - start
+        result, model, seconds = after(model, stage, training, {**shared, **dict(options)}, repr((common, name)))
         seen += result[stage].images_seen
         row = {
             **common,
@@ -148,12 +151,32 @@ def run(base: nn.Module, steps: Chain, seed: int, given: argparse.Namespace, log
             record(log, {**row, **measured(model, evaluation, given.amp)}, given)
 
 
+# What 'initialize' gave, for the chains that begin with it.
+_begun: dict[str, tuple[Any, nn.Module, float]] = {}
+
+
+def after(
+    model: nn.Module, stage: str, training: Any, options: dict[str, Any], key: str
+) -> tuple[Any, nn.Module, float]:
+    """Result, model and seconds of a processor after a stage."""
+    if key not in _begun:
+        start = time.process_time()
+        result = sem_timm.transfer(model, training, stages=(stage,), **options)
+        found = result, model, time.process_time() - start
+        if stage != 'initialize':
+            return found
+        _begun[key] = found
+    result, model, seconds = _begun[key]
+    return result, copy.deepcopy(model), seconds
+
+
 def record(log: Path, row: dict[str, Any], given: argparse.Namespace) -> None:
     """Logs a row, with what it was measured on."""
     versions = {'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__}
     context = {'test_images': given.test_images, 'amp': given.amp, 'date': str(datetime.date.today()), **versions}
     append_record(log, {**row, **context, 'machine': machine('cpu')})
-    print(f'{row["swap"]}, {row["stages"]}, seed {row["seed"]}: {row["accuracy"]:.1f} %', flush=True)
+    accuracy = f'{row["accuracy"]:.1f} %' if 'accuracy' in row else ''
+    print(f'{row["swap"]}, {row["stages"]}, seed {row["seed"]}: {accuracy}', flush=True)
 
 
 def arguments() -> argparse.Namespace:
@@ -166,7 +189,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument('--images', type=int, default=6000, help='images that a transfer may see')
     parser.add_argument('--batch-size', type=int, default=50)
     parser.add_argument('--split', default='reporting', choices=('choosing', 'reporting'))
-    parser.add_argument('--test-images', type=int, default=1000, help='of the split, that accuracy is measured on')
+    parser.add_argument(
+        '--test-images', type=int, default=1000, help='of the split, that accuracy is measured on; 0 for no accuracy'
+    )
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--only', nargs='+', choices=tuple(CHAINS), default=tuple(CHAINS), help='groups of rows')
     parser.add_argument('--amp', action='store_true', help='compute in bfloat16 where that is precise enough')

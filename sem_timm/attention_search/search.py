@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from sem_timm.attention_search.plan import FrontPoint, SearchedPlan
 from sem_timm.attention_transfer.batches import first_batches
+from sem_timm.attention_transfer.matching import narrow
 from sem_timm.attention_transfer.memories import check_memories, initialize
 from sem_timm.attention_transfer.options import TransferOptions
 from sem_timm.attention_transfer.pair import Pair, make_pair
@@ -46,6 +47,7 @@ def search(
     target: Target | None = None,
     exclude: Target | None = None,
     input_size: tuple[int, ...] | None = None,
+    amp_dtype: str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     **options: Any,
@@ -68,6 +70,7 @@ def search(
         target: Which attention modules may be swapped, as for `plan_model`.
         exclude: Which not.
         input_size: Shape (C, H, W) of one image; by default that of the first.
+        amp_dtype: Narrow type to compute in where that is precise enough, 'bfloat16' or 'float16', by autocast.
         seed: Of what is drawn.
         progress: Called after each block that was tried.
         **options: Options of the operation.
@@ -81,6 +84,7 @@ def search(
             no single block keeps the agreement asked for; ModelError if outputs are no numbers.
     """
     _check_options(tolerance, initialize)
+    how = TransferOptions(inputs='original', amp_dtype=amp_dtype, seed=seed)
     check_model(model)
     with undisturbed(seed):
         batches = [batch for batch, _ in first_batches(images, max_batches, model)]
@@ -89,7 +93,7 @@ def search(
         config = plan.operation
         if not isinstance(config, AttentionConfig):
             raise OptionError(f"{config} is no attention; search is for those, such as 'external'.")
-        trial = _Trial(model, plan, config, batches, initialize)
+        trial = _Trial(model, plan, config, batches, how, initialize)
         front = trial.front(tolerance, progress)
     chosen = plan_model(model, config, target=list(front[-1].swapped), input_size=size)
     found = {field.name: getattr(chosen, field.name) for field in fields(Plan)}
@@ -107,9 +111,15 @@ class _Trial:
     """The original, in which each attention module can be exchanged for its new one."""
 
     def __init__(
-        self, model: nn.Module, plan: Plan, config: AttentionConfig, batches: list[Tensor], fill: bool
+        self,
+        model: nn.Module,
+        plan: Plan,
+        config: AttentionConfig,
+        batches: list[Tensor],
+        how: TransferOptions,
+        fill: bool,
     ) -> None:
-        self.batches = batches
+        self.batches, self.how = batches, how
         self.names = list(dict.fromkeys(site.name for site in plan))
         swapped = shadow(model)
         swapped.requires_grad_(True)
@@ -118,7 +128,6 @@ class _Trial:
             patch_model(swapped, config, target=self.names, input_size=plan.input_size)
         self.pair = make_pair(swapped, batches[0], ('new',) if fill and plan.num_parameters else ())
         if fill and _can_be_filled(self.pair):
-            how = TransferOptions(inputs='original')
             initialize(self.pair, batches, how)
             fit_values(self.pair, batches, how)
         self.model = self.pair.teacher
@@ -172,7 +181,8 @@ class _Trial:
 
     @torch.no_grad()
     def _outputs(self) -> Tensor:
-        outputs = torch.cat([tensors_in(self.model(images))[0].flatten(1).float() for images in self.batches])
+        with narrow(self.how, self.batches[0]):
+            outputs = torch.cat([tensors_in(self.model(images))[0].flatten(1).float() for images in self.batches])
         if not outputs.isfinite().all():
             raise ModelError(
                 f'{type(self.model).__name__} returns numbers that are infinite or none at all, of which nothing can '

@@ -22,7 +22,7 @@ from sem_timm.attention_transfer.pair import Pair, SwappedLayer
 from sem_timm.errors import OptionError
 from sem_timm.layers import WithValues
 from sem_timm.meta import Call
-from sem_timm.surgery import bound_arguments
+from sem_timm.surgery import Computed, bound_arguments
 
 # Strengths of the ridge that are tried, as parts of the mean of the diagonal.
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -46,20 +46,32 @@ def fit_values(pair: Pair, batches: list[Tensor], options: TransferOptions) -> N
             'calibration shows 1 image, and the maps of values are fitted on one half of the images for the other; '
             'give more: a hundred are enough.'
         )
-    for name in _order(pair, list(layers), batches[0]):
-        layer = layers[name]
-        sums = {child: _Sums(core) for child, core in layer.with_values.items()}
+    sums = {name: {c: _Sums(core) for c, core in layer.with_values.items()} for name, layer in layers.items()}
+    if options.inputs == 'original':
         for images in batches:
             with narrow(options, images):
-                wanted = _outputs(pair, layer, images)
-                given = _inputs(pair, layer, images) if options.inputs == 'swapped' else None
-            for child, core in layer.with_values.items():
-                old = wanted[child]
-                inputs = given[child] if given else (old.query, old.key, old.value, old.extra)
-                q, k, v, *mask = [_precise(tensor, core) for tensor in inputs]
-                sums[child].add(core.inputs_of_maps(q, k, v, *mask), core, old.output)
-        for child, core in layer.with_values.items():
-            sums[child].solve(core)
+                found = _outputs(pair, layers, images)
+            for name, layer in layers.items():
+                for child, old in found[name].items():
+                    sums[name][child].add((old.query, old.key, old.value, old.extra), layer.with_values[child], old)
+            del found
+        for name, layer in layers.items():
+            _solve(sums[name], layer)
+        return
+    for name in _order(pair, list(layers), batches[0]):
+        layer = layers[name]
+        for images in batches:
+            with narrow(options, images):
+                found = _outputs(pair, {name: layer}, images)
+                given = _inputs(pair, layer, images)
+            for child, old in found[name].items():
+                sums[name][child].add(given[child], layer.with_values[child], old)
+        _solve(sums[name], layer)
+
+
+def _solve(sums: dict[str, _Sums], layer: SwappedLayer) -> None:
+    for child, core in layer.with_values.items():
+        sums[child].solve(core)
 
 
 def _precise(tensor: Tensor | None, core: WithValues) -> Any:
@@ -74,9 +86,11 @@ class _Sums:
         self.kinds = [[LeastSquares(), LeastSquares()] for _ in range(core.mix.shape[0])]
         self.count = 0
 
-    def add(self, terms: dict[str, Tensor], core: WithValues, output: Tensor) -> None:
-        outputs = core.heads_first(output).float()
-        terms = {name: term.float() for name, term in terms.items()}
+    def add(self, given: tuple[Any, ...], core: WithValues, old: Computed) -> None:
+        """Takes in what the new core is given, and what the old one gave."""
+        q, k, v, *mask = [_precise(tensor, core) for tensor in given]
+        terms = {name: term.float() for name, term in core.inputs_of_maps(q, k, v, *mask).items()}
+        outputs = core.heads_first(old.output).float()
         shape = outputs.shape[:3]
         one = outputs.new_ones(*shape, 1)
         rows = torch.cat([*(term.expand(*shape, -1) for term in terms.values()), one], -1)
@@ -84,8 +98,8 @@ class _Sums:
         for kind, tokens in enumerate((slice(prefix, None), slice(0, prefix))[: len(self.kinds)]):
             for half in (0, 1):
                 some = slice((self.count + half) % 2, None, 2)
-                given, wanted = (x[:, some, tokens].flatten(1, 2) for x in (rows, outputs))
-                self.kinds[kind][half].add(given, wanted, given.new_ones(given.shape[1]))
+                inputs, wanted = (x[:, some, tokens].flatten(1, 2) for x in (rows, outputs))
+                self.kinds[kind][half].add(inputs, wanted, inputs.new_ones(inputs.shape[1]))
         self.count += shape[1]
 
     def solve(self, core: WithValues) -> None:
@@ -118,14 +132,17 @@ def _order(pair: Pair, names: list[str], images: Tensor) -> list[str]:
     return [name for name in dict.fromkeys(seen) if name in names]
 
 
-def _outputs(pair: Pair, layer: SwappedLayer, images: Tensor) -> dict[str, Any]:
-    """What went into the old cores of a layer and came out of them."""
+def _outputs(pair: Pair, layers: dict[str, SwappedLayer], images: Tensor) -> dict[str, dict[str, Computed]]:
+    """What went into the old cores of some layers that have maps and came out of them, by layer and child."""
+    by_module = {id(layer.teacher): layer for layer in layers.values()}
 
-    def look(_: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+    def look(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Computed]:
+        layer = by_module[id(module)]
         arguments = bound_arguments(layer.teacher, Call(args, kwargs, None))
-        return layer.original.compute(layer.teacher, arguments, with_extra=layer.masked)
+        found = layer.original.compute(layer.teacher, arguments, with_extra=layer.masked)
+        return {child: found[child] for child in layer.with_values}
 
-    return _up_to({layer.name: layer.teacher}, pair.teacher, images, look)[layer.name]
+    return _up_to({name: layer.teacher for name, layer in layers.items()}, pair.teacher, images, look)
 
 
 def _inputs(pair: Pair, layer: SwappedLayer, images: Tensor) -> dict[str, tuple[Any, ...]]:
