@@ -85,7 +85,7 @@ CHAINS = {
         chain(name, 'initialize', 'features')
         for name in ('external, own, local', 'mean of v, own, local', 'linear, own, local', 'external')
     ],
-    'fit': [chain(name, 'initialize') for name in ('external', *FITTED)],
+    'fit': [chain(name, 'initialize') for name in (*FITTED, 'external')],
     'rates': [
         chain('external', 'initialize', ('match', options))
         for options in (
@@ -93,6 +93,7 @@ CHAINS = {
             {'train': 'new'},
         )
     ],
+    'images': [chain(name, ('initialize', {'calibration_batches': 12})) for name in reversed(FITTED[:3])],
     'inputs': [chain(name, ('initialize', {'inputs': 'original'})) for name in FITTED],
     'swaps': [chain(name) for name in SWAPS if name not in FITTED],  # whose maps are zero at first
     'match': [chain(name, 'initialize', MATCH, 'features') for name in ('external', 'external, own, local')],

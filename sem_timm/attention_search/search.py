@@ -213,5 +213,10 @@ def _costs(model: nn.Module, swapped: nn.Module, plan: Plan) -> tuple[dict[str, 
     def part_of(module: str) -> str:
         return next((name for name in names if module == name or module.startswith(f'{name}.')), '')
 
-    before, after = (measured(weightless(one), plan.input_size, part_of) for one in (model, swapped))
-    return {'': Cost(), **before}, {'': Cost(), **after}
+    def costs(one: nn.Module) -> dict[str, Cost]:
+        twin = weightless(one)
+        for copy, parameter in zip(twin.parameters(), one.parameters()):
+            copy.requires_grad_(parameter.requires_grad)
+        return {'': Cost(), **measured(twin, plan.input_size, part_of)}
+
+    return costs(model), costs(swapped)
