@@ -1,10 +1,11 @@
-"""Attention transfer on Fashion-MNIST: what a small vision transformer loses by a swap of its attention and wins back.
+"""Attention transfer on a trained ViT-S: what a swap of all its attention loses, and what each stage wins back.
 
-    python benchmarks/transfer.py --data FOLDER --weights vit.pt
+    pip install 'sem_timm[transformer]'
+    python benchmarks/transfer.py --log docs/transfer.jsonl
+    python benchmarks/transfer.py --log docs/transfer.jsonl --page docs/transfer.md
 
-Trains the original once, or reads it from the file of weights, swaps its attention for External Attention, and compares
-ways to initialise the memories and to train them on a tenth of the training images. Writes docs/transfer.json,
-which docs/transfer.md explains. With a GPU: ``--device cuda --depth 12 --dim 192``.
+One row of JSON per swap, seed and stage; a run that was stopped goes on where it was. Model, images and splits are
+those of transfer_vit.py. The page is made of the rows, without running anything.
 """
 
 from __future__ import annotations
@@ -12,125 +13,207 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
-import json
-import sys
+import platform
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-from fashion_data import FOLDER, fashion_mnist
-from fashion_vit import Recipe, original
+from fashion_data import FOLDER
 from measuring import machine
-from torch import nn
-from torch.utils.data import DataLoader, Subset
+from run_log import append_record, is_logged, read_log
+from torch import Tensor, nn
+from transfer_page import page
+from transfer_vit import loader, original, split
 
 import sem_timm
+from sem_timm import AttentionCore
+from sem_timm.layers.recording import traced_as_leaf
 
-DOCS = Path(__file__).parents[1] / 'docs'
 
-# Ways to initialise, as fields of TransferOptions.
-STARTS: dict[str, dict[str, Any]] = {
-    'k-means of keys, mean values': {'keys': 'keys', 'values': 'means', 'sharpness': (1.0,)},
-    'k-means of keys, mean values, sharpness chosen': {'keys': 'keys', 'values': 'means'},
-    'k-means of queries, least squares, sharpness chosen': {'keys': 'queries'},
-    'k-means of keys, least squares': {'keys': 'keys', 'sharpness': (1.0,)},
-    'k-means of keys, least squares, sharpness chosen': {'keys': 'keys'},
-    'keys as swapped, least squares': {'sharpness': (1.0,)},
-    'keys as swapped, least squares, sharpness chosen': {},
+class MeanOfValues(AttentionCore):
+    """No attention: each token gets the mean of the values. What does no better is not worth its name."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        if (node := traced_as_leaf(self, q, k, v, attn_mask)) is not None:
+            return node
+        return v.mean(-2, keepdim=True).expand_as(v)
+
+
+# The swaps, by what the page calls them: the attention and its options.
+BOTH = {'own': True, 'local': True}
+SWAPS: dict[str, tuple[Any, dict[str, Any]]] = {
+    'mean of v': (MeanOfValues, {}),
+    'external': ('external', {}),
+    'linear': ('linear', {}),
+    'efficient': ('efficient', {}),
+    'mean of v, own, local': (MeanOfValues, BOTH),
+    'external, own, local': ('external', BOTH),
+    'linear, own, local': ('linear', BOTH),
+    'efficient, own, local': ('efficient', BOTH),
 }
 
 
-def trainings(passes: int) -> dict[str, dict[str, Any]]:
-    """Ways to train after the last of the starts, as fields of TransferOptions."""
-    stages = ('initialize', 'match', 'distill')
-    longest = {'train': 'module', 'stages': stages, 'epochs': passes, 'learning_rate': 4e-3}
-    gently = {'distill_epochs': 2, 'distill_learning_rate': 3e-4}  # the memories are sensitive after a fit
-    return {
-        'new parameters, 1 pass': {},
-        'with the output projection, 1 pass': {'train': 'projection'},
-        'all of the swapped modules, 1 pass': {'train': 'module'},
-        'the same, from k-means of keys, 1 pass': {'train': 'module', 'keys': 'keys'},
-        f'with the output projection, {passes} passes': {**longest, 'train': 'projection', 'stages': stages[:2]},
-        f'all of the swapped modules, {passes} passes': {**longest, **gently},
-    }
+@dataclass(frozen=True)
+class Chain:
+    """Stages that follow each other, from a swap on, with the options of each."""
+
+    swap: str
+    stages: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
+
+    def names(self) -> list[str]:
+        """What the model has behind it after each stage."""
+        told = []
+        for stage, options in self.stages:
+            told.append(' '.join((stage, *(f'{name}={value}' for name, value in options))))
+        return [' + '.join(told[: number + 1]) for number in range(len(told))]
 
 
-def measured(base: nn.Module, loader: Any, evaluation: Any, memory: int, **options: Any) -> Any:
-    """The result of one transfer on a copy of the original."""
+def chain(swap: str, *stages: str | tuple[str, dict[str, Any]]) -> Chain:
+    """A chain of stages, as names or with options."""
+    pairs = [(stage, {}) if isinstance(stage, str) else stage for stage in stages]
+    return Chain(swap, tuple((stage, tuple(sorted(options.items()))) for stage, options in pairs))
+
+
+FITTED = [name for name in SWAPS if name.endswith('local')]
+MATCH = ('match', {'train': 'module'})
+CHAINS = {
+    'features': [
+        chain(name, 'initialize', 'features')
+        for name in ('external, own, local', 'mean of v, own, local', 'linear, own, local', 'external')
+    ],
+    'fit': [chain(name, 'initialize') for name in (*FITTED, 'external')],
+    'rates': [
+        chain('external', 'initialize', ('match', options))
+        for options in (
+            *({'train': 'module', 'base_learning_rate': rate} for rate in (2e-3, 4e-4, 1e-4)),
+            {'train': 'new'},
+        )
+    ],
+    'images': [chain(name, ('initialize', {'calibration_batches': 12})) for name in reversed(FITTED[:3])],
+    'inputs': [chain(name, ('initialize', {'inputs': 'original'})) for name in FITTED],
+    'swaps': [chain(name) for name in SWAPS if name not in FITTED],  # whose maps are zero at first
+    'match': [chain(name, 'initialize', MATCH, 'features') for name in ('external', 'external, own, local')],
+    'alone': [chain('external', stage) for stage in (MATCH, 'features')],
+}
+
+
+def swapped(base: nn.Module, name: str, seed: int) -> nn.Module:
+    """The original with another attention in all blocks."""
+    attention, options = SWAPS[name]
     model = copy.deepcopy(base)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', sem_timm.SwapWarning)
-        sem_timm.patch_model(model, 'external', memory=memory)
-    return sem_timm.transfer(model, loader, evaluation=evaluation, **options)
+        return sem_timm.patch_model(model, attention, **options)
+
+
+@torch.no_grad()
+def measured(model: nn.Module, data: Any, amp: bool) -> dict[str, float]:
+    """Accuracy in percent."""
+    if not len(data):
+        return {}
+    right = 0
+    with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+        for images, labels in loader(data, 50):
+            right += int((model(images).argmax(1) == labels).sum())
+    return {'accuracy': 100 * right / len(data)}
+
+
+def run(base: nn.Module, steps: Chain, seed: int, given: argparse.Namespace, log: Path) -> None:
+    """Runs what of a chain is not logged, and logs each stage."""
+    common = {'swap': steps.swap, 'seed': seed, 'images': given.images, 'split': given.split}
+    names = steps.names() or ['']
+    known = read_log(log)
+    if all(is_logged(known, {**common, 'stages': name}) for name in names):
+        return
+    evaluation = split(given.data, given.split, given.test_images)
+    training = loader(split(given.data, 'transfer', given.images), given.batch_size, shuffle=True, seed=seed)
+    shared = {'seed': seed, 'amp_dtype': 'bfloat16' if given.amp else None, 'calibration_batches': 4}
+    seen = 0
+    model = swapped(base, steps.swap, seed)
+    if not steps.stages:
+        record(log, {**common, 'stages': '', 'images_seen': 0, **measured(model, evaluation, given.amp)}, given)
+    for name, (stage, options) in zip(names, steps.stages):
+        result, model, seconds = after(model, stage, training, {**shared, **dict(options)}, repr((common, name)))
+        seen += result[stage].images_seen
+        row = {
+            **common,
+            'stages': name,
+            'images_seen': seen,
+            'cpu_seconds': round(seconds, 1),
+            'mean_error': result[stage].mean_error,
+            'losses': [round(loss, 4) for loss in result[stage].losses],
+        }
+        if not is_logged(known, {**common, 'stages': name}):
+            record(log, {**row, **measured(model, evaluation, given.amp)}, given)
+
+
+# What 'initialize' gave, for the chains that begin with it.
+_begun: dict[str, tuple[Any, nn.Module, float]] = {}
+
+
+def after(
+    model: nn.Module, stage: str, training: Any, options: dict[str, Any], key: str
+) -> tuple[Any, nn.Module, float]:
+    """Result, model and seconds of a processor after a stage."""
+    if key not in _begun:
+        start = time.process_time()
+        result = sem_timm.transfer(model, training, stages=(stage,), **options)
+        found = result, model, time.process_time() - start
+        if stage != 'initialize':
+            return found
+        _begun[key] = found
+    result, model, seconds = _begun[key]
+    return result, copy.deepcopy(model), seconds
+
+
+def record(log: Path, row: dict[str, Any], given: argparse.Namespace) -> None:
+    """Logs a row, with what it was measured on."""
+    versions = {'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__}
+    context = {'test_images': given.test_images, 'amp': given.amp, 'date': str(datetime.date.today()), **versions}
+    append_record(log, {**row, **context, 'machine': machine('cpu')})
+    accuracy = f'{row["accuracy"]:.1f} %' if 'accuracy' in row else ''
+    print(f'{row["swap"]}, {row["stages"]}, seed {row["seed"]}: {accuracy}', flush=True)
 
 
 def arguments() -> argparse.Namespace:
     """What was typed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', type=Path, default=FOLDER, help='folder of the idx files')
-    parser.add_argument('--weights', type=Path, help='file that keeps the trained original')
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument('--depth', type=int, default=Recipe.depth)
-    parser.add_argument('--dim', type=int, default=Recipe.dim)
-    parser.add_argument('--memory', type=int, default=64, help='slots')
-    parser.add_argument('--images', type=int, default=6000, help='training images that the transfer may see')
-    parser.add_argument('--batch-size', type=int, default=64)
-    parser.add_argument('--passes', type=int, default=14, help='passes over them in the longest training')
-    parser.add_argument('--test-images', type=int, default=5000, help='test images that accuracy is measured on')
-    parser.add_argument('--only', default='', help='run the ways whose name has this text, and keep other figures')
+    parser.add_argument('--head', type=Path, default=Path('build/transfer_head.pt'), help='file that keeps the head')
+    parser.add_argument('--log', type=Path, required=True, help='file of rows')
+    parser.add_argument('--page', type=Path, help='write this page from the rows, and run nothing')
+    parser.add_argument('--images', type=int, default=6000, help='images that a transfer may see')
+    parser.add_argument('--batch-size', type=int, default=50)
+    parser.add_argument('--split', default='reporting', choices=('choosing', 'reporting'))
+    parser.add_argument(
+        '--test-images', type=int, default=1000, help='of the split, that accuracy is measured on; 0 for no accuracy'
+    )
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--only', nargs='+', choices=tuple(CHAINS), default=tuple(CHAINS), help='groups of rows')
+    parser.add_argument('--amp', action='store_true', help='compute in bfloat16 where that is precise enough')
     return parser.parse_args()
 
 
 def main() -> None:
     given = arguments()
-    if given.device == 'cpu':
-        torch.set_num_threads(1)
-    train, test = fashion_mnist(given.data, 'train'), fashion_mnist(given.data, 't10k')
-    recipe = Recipe(depth=given.depth, dim=given.dim)
-    base, seconds = original(train, recipe, given.device, given.weights)
-    loader = DataLoader(Subset(train, range(given.images)), given.batch_size, shuffle=True)
-    evaluation = DataLoader(Subset(test, range(given.test_images)), 500)
-    start = time.perf_counter()
-    kept = json.loads((DOCS / 'transfer.json').read_text()) if given.only else {}
-    figures: dict[str, Any] = {part: kept.get(part, {}) for part in ('starts', 'trainings')}
-    plans = {'starts': {name: {**how, 'stages': ('initialize',)} for name, how in STARTS.items()}}
-    plans['trainings'] = trainings(given.passes)
-    for part, ways in plans.items():
-        for name, how in [(name, how) for name, how in ways.items() if given.only in name]:
-            result = measured(base, loader, evaluation, given.memory, **how)
-            print(f'{name}\n{result}\n', flush=True)
-            figures[part][name] = result.to_dict()
-    figures = {
-        'date': datetime.date.today().isoformat(),
-        'command': ' '.join(['python benchmarks/transfer.py', *(f'--{k} {v}' for k, v in shown(given).items())]),
-        'machine': machine(given.device),
-        'sem_timm': sem_timm.__version__,
-        'python': sys.version.split()[0],
-        'original': {**asdict(recipe), 'training_seconds': round(seconds, 1), 'training_images': len(train)},
-        'seconds': round(kept.get('seconds', 0) + time.perf_counter() - start, 1),
-        **figures,
-    }
-    (DOCS / 'transfer.json').write_text(json.dumps(rounded(figures)) + '\n')
-
-
-def rounded(figures: Any) -> Any:
-    """Figures with five decimals."""
-    if isinstance(figures, dict):
-        return {name: rounded(entry) for name, entry in figures.items()}
-    if isinstance(figures, (list, tuple)):
-        return [rounded(entry) for entry in figures]
-    return round(figures, 5) if isinstance(figures, float) else figures
-
-
-def shown(given: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that figures depend on; where files lie is not one of them."""
-    return {
-        name.replace('_', '-'): value for name, value in vars(given).items() if name not in ('data', 'weights', 'only')
-    }
+    if given.page:
+        given.page.write_text(page(read_log(given.log)))
+        return
+    torch.set_num_threads(1)
+    base = original(given.data, given.head, given.amp)
+    key = {'swap': 'original', 'stages': '', 'seed': 0, 'images': given.images, 'split': given.split}
+    if not is_logged(read_log(given.log), key):
+        evaluation = split(given.data, given.split, given.test_images)
+        record(given.log, {**key, 'images_seen': 0, **measured(base, evaluation, given.amp)}, given)
+    for group in given.only:
+        for seed in given.seeds:
+            for steps in CHAINS[group]:
+                run(base, steps, seed, given, given.log)
 
 
 if __name__ == '__main__':

@@ -45,6 +45,7 @@ from sem_timm.layers import (
 from sem_timm.registry import register_variants
 
 if TYPE_CHECKING:
+    from sem_timm.attention_search import SearchedPlan, search
     from sem_timm.attention_transfer import TransferOptions, TransferResult, transfer
     from sem_timm.comparison import CompareOptions, ComparisonResult, compare
     from sem_timm.finetuning import FinetuneOptions, FinetuneResult, finetune, open_run
@@ -122,6 +123,7 @@ __all__ = [
     'Refusal',
     'RefusedError',
     'SEMConfig',
+    'SearchedPlan',
     'SemTimmError',
     'Site',
     'Summary',
@@ -149,6 +151,7 @@ __all__ = [
     'register_excitation',
     'register_variants',
     'save_patch',
+    'search',
     'summary',
     'trainable_parameters',
     'transfer',
@@ -157,6 +160,7 @@ __all__ = [
 
 # Loaded when first asked for: importing the package stays cheap, and some of it needs the extra 'tools'.
 _LAZY = {
+    'sem_timm.attention_search': ('SearchedPlan', 'search'),
     'sem_timm.attention_transfer': (
         'TransferOptions',
         'TransferResult',

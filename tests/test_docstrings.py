@@ -29,6 +29,7 @@ def test_every_argument_is_described(name: str) -> None:
         assert public.__doc__
         return
     known = {f.name for f in fields(public)} if is_dataclass(public) else set(inspect.signature(public).parameters)
+    known -= {f.name for base in getattr(public, '__mro__', ())[1:] if is_dataclass(base) for f in fields(base)}
     assert known <= described(public, 'Args', 'Attributes')
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sem_timm.attention_transfer.batches import drawn, number_of_steps
-from sem_timm.attention_transfer.matching import Progress, training_parts
+from sem_timm.attention_transfer.matching import Progress, check_losses, narrow, training_parts
 from sem_timm.attention_transfer.options import TransferOptions
 from sem_timm.attention_transfer.pair import Pair
 from sem_timm.batches import Loader
@@ -30,16 +30,19 @@ def distill(
         ModelError: If the model is no classifier of timm.
     """
     steps = number_of_steps(loader, options.distill_epochs, options.distill_steps)
-    parameters = pair.parameters(options.distill_train or options.train)
-    optimizer, scheduler = training_parts(parameters, options, options.distill_learning_rate, steps)
+    rates = options.distill_learning_rate, options.base_learning_rate
+    groups = pair.groups(options.distill_train or options.train, *rates)
+    optimizer, scheduler = training_parts(groups, options, steps)
     task = _task(pair, options.temperature)
     losses: list[float] = []
     images_seen = 0
     for step, (images, _) in enumerate(drawn(loader, steps, pair.model)):
         no_labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
         with torch.enable_grad():
-            loss = task(images, no_labels)['loss']
+            with narrow(options, images):
+                loss = task(images, no_labels)['loss']
             loss.backward()
+        check_losses([] if loss.isfinite() else ['the logits'], step, 'distill')
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step(step + 1)

@@ -1,4 +1,4 @@
-"""Memories of values in closed form: what gives the original's outputs best, given the attention to the slots."""
+"""Values in closed form: what gives the original's outputs best, given the attention to slots, or terms to map."""
 
 from __future__ import annotations
 
@@ -30,12 +30,22 @@ class LeastSquares:
         else:
             self.gram, self.moment, self.energy = self.gram + gram, self.moment + moment, self.energy + energy
 
-    def solution(self) -> Tensor:
-        """The memories of values (heads, S, value_dim) with the smallest squared error."""
+    def __add__(self, other: LeastSquares) -> LeastSquares:
+        """The sums over what both have seen."""
+        total = LeastSquares()
+        total.gram, total.moment, total.energy = (one + two for one, two in zip(self._sums(), other._sums()))
+        return total
+
+    def solution(self, ridge: float = RIDGE) -> Tensor:
+        """The values (heads, S, value_dim) with the smallest squared error, and what they weigh themselves.
+
+        Args:
+            ridge: What is added to the diagonal, as a part of its mean.
+        """
         gram, moment, _ = self._sums()
         diagonal = gram.diagonal(dim1=-2, dim2=-1)
-        ridge = torch.diag_embed((RIDGE * diagonal.mean(-1, keepdim=True) + 1e-30).expand_as(diagonal))
-        return torch.linalg.solve(gram + ridge, moment)
+        added = torch.diag_embed((ridge * diagonal.mean(-1, keepdim=True) + 1e-30).expand_as(diagonal))
+        return torch.linalg.solve(gram + added, moment)
 
     def missed(self, values: Tensor) -> Tensor:
         """The squared error of memories of values, per head."""

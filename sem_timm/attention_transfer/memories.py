@@ -58,10 +58,11 @@ def check_memories(pair: Pair) -> None:
                 'its own, so that no core tells what its memories should hold. '
                 "stages=('match',) trains it to give the same outputs."
             )
-        if len(layer.cores) < len(layer.edit.inserted):
+        if len({*layer.cores, *layer.with_values}) < len(layer.edit.inserted):
             raise RefusedError(
                 f"{layer.name}: {layer.edit.operation} has no memories of keys and values; 'initialize' is for "
-                "'external'. stages=('match',) trains what it has."
+                "'external', and for attentions swapped with own=True or local=True. stages=('match',) trains what "
+                'it has.'
             )
 
 
@@ -73,6 +74,8 @@ def initialize(pair: Pair, batches: list[Tensor], options: TransferOptions) -> d
         The sharpness that was chosen for each head, by the name of the core.
     """
     check_memories(pair)
+    if not _cores(pair):
+        return {}
     centers = _clusters(pair, batches, options)
     sums: dict[str, list[LeastSquares]] = {name: [LeastSquares() for _ in options.sharpness] for name in centers}
     bases = {name: _basis(core) for name, core in _cores(pair).items()}

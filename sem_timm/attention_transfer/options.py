@@ -7,10 +7,14 @@ from typing import Any
 
 from sem_timm.errors import OptionError, closest
 
-STAGES = ('initialize', 'match', 'distill')
+STAGES = ('initialize', 'match', 'features', 'distill')
 KEYS = ('swap', 'keys', 'queries')
 VALUES = ('least-squares', 'means')
+INPUTS = ('swapped', 'original')
+AMP_DTYPES = ('bfloat16', 'float16')
 TRAINED = ('new', 'projection', 'module', 'all')
+
+_PREFIXES = ('', 'features_', 'distill_')  # of options that each training has
 
 
 @dataclass(frozen=True)
@@ -18,8 +22,8 @@ class TransferOptions:
     """How a swapped model gets the skill of its original back.
 
     Attributes:
-        stages: Which of 'initialize', 'match' and 'distill', in this order; by default the first two, or 'match' alone
-            where the new attention has no memories to initialise.
+        stages: Which of 'initialize', 'match', 'features' and 'distill', in this order; by default the first two, or
+            'match' alone where the new attention has nothing to initialise.
         calibration_batches: Batches that memories are initialised from, and that errors of layers are measured on.
         keys: What the memories of keys start from: 'swap' for what they are already, which measured best with
             values by least squares, 'keys' for centres of the original's keys, 'queries' for centres of its queries.
@@ -27,21 +31,32 @@ class TransferOptions:
             'means' for the means of the clusters.
         sharpness: Factors on the memories of keys that are tried; the best is kept for each head.
         iterations: Of k-means.
+        inputs: What the maps of values, with ``own=True`` or ``local=True``, are fitted on, layer after layer: the
+            inputs that a layer has in the 'swapped' model, or those of the 'original'.
         train: What the layers are matched with: the 'new' parameters, or these and the output 'projection' of each
             swapped module, or all that the 'module' still reads.
         epochs: Passes over the loader when layers are matched.
         steps: Batches drawn then, instead of passes; needed where the loader has no length.
         optimizer: Name of timm's optimizer.
-        learning_rate: Its peak.
+        learning_rate: Its peak for new parameters.
+        base_learning_rate: Its peak for weights of the base that are trained beside them: they have been trained, and
+            the rate that suits new ones destroys them in a few steps.
         weight_decay: Its weight decay.
         scheduler: Name of timm's schedule, such as 'cosine', or 'constant' for no decay. 'step' divides the rate by 10
             after each third of the steps, 'multistep' after the half and after three quarters.
         warmup: The part of the steps with a rising learning rate.
+        features_epochs: As ``epochs``, when final features are matched.
+        features_steps: As ``steps``, then.
+        features_learning_rate: Peak of the learning rate then, for all parameters; it ends at a fifth.
+        features_alone: The first part of the steps, in which the swapped modules alone are trained, before all of the
+            model is; 1 leaves the rest of the model as it is.
         distill_train: As ``train``, for the distillation; also 'all' for the whole model. By default as ``train``.
         distill_epochs: As ``epochs``, for the distillation.
         distill_steps: As ``steps``, for the distillation.
         distill_learning_rate: Peak of its learning rate.
         temperature: Of the softmax over classes in the distillation.
+        amp_dtype: Narrow type that trainings compute in where that is precise enough, 'bfloat16' or 'float16', by
+            autocast; faster where the processor has products of that type.
         seed: Of the order of images and the choice of first centres.
 
     Raises:
@@ -54,19 +69,26 @@ class TransferOptions:
     values: str = 'least-squares'
     sharpness: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     iterations: int = 10
+    inputs: str = 'swapped'
     train: str = 'new'
     epochs: int = 1
     steps: int | None = None
     optimizer: str = 'adamw'
     learning_rate: float = 2e-3
+    base_learning_rate: float = 1e-4
     weight_decay: float = 0.0
     scheduler: str = 'cosine'
     warmup: float = 0.05
+    features_epochs: int = 1
+    features_steps: int | None = None
+    features_learning_rate: float = 1e-4
+    features_alone: float = 0.25
     distill_train: str | None = None
     distill_epochs: int = 1
     distill_steps: int | None = None
     distill_learning_rate: float = 1e-3
     temperature: float = 2.0
+    amp_dtype: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,17 +97,19 @@ class TransferOptions:
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
         self._check_stages()
-        for name, choices in (('keys', KEYS), ('values', VALUES), ('train', TRAINED[:-1]), ('distill_train', TRAINED)):
+        choices = {'keys': KEYS, 'values': VALUES, 'inputs': INPUTS, 'train': TRAINED[:-1], 'distill_train': TRAINED}
+        for name, known in {**choices, 'amp_dtype': AMP_DTYPES}.items():
             value = getattr(self, name)
-            if value not in choices and not (name == 'distill_train' and value is None):
-                raise OptionError(f'{name}={value!r} is unknown. {closest(str(value), choices)}')
+            if value not in known and not (name in ('distill_train', 'amp_dtype') and value is None):
+                raise OptionError(f'{name}={value!r} is unknown. {closest(str(value), known)}')
         if (self.keys, self.values) == ('swap', 'means'):
             raise OptionError("values='means' needs clusters: keys='keys' or keys='queries'.")
-        for name in ('calibration_batches', 'iterations', 'epochs', 'distill_epochs', 'steps', 'distill_steps'):
+        for name in ('calibration_batches', 'iterations', *(f'{s}{n}' for s in _PREFIXES for n in ('epochs', 'steps'))):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
                 raise OptionError(f'{name}={value!r}: give a whole number of at least 1.')
-        for name in ('learning_rate', 'distill_learning_rate', 'temperature'):
+        rates = (f'{prefix}learning_rate' for prefix in (*_PREFIXES, 'base_'))
+        for name in (*rates, 'temperature'):
             if not _is_positive(getattr(self, name)):
                 raise OptionError(f'{name}={getattr(self, name)!r}: give a number above 0.')
         if not _is_zero_or_more(self.weight_decay):
@@ -94,6 +118,8 @@ class TransferOptions:
             raise OptionError(f'sharpness={self.sharpness!r}: give numbers above 0, such as (1.0, 2.0).')
         if not isinstance(self.warmup, (int, float)) or not 0 <= self.warmup < 1:
             raise OptionError(f'warmup={self.warmup!r}: give a part of the steps, from 0 to below 1.')
+        if not _is_zero_or_more(self.features_alone) or self.features_alone > 1:
+            raise OptionError(f'features_alone={self.features_alone!r}: give a part of the steps, from 0 to 1.')
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not -(2**63) <= self.seed < 2**64:
             raise OptionError(f'seed={self.seed!r}: give a whole number that torch.manual_seed takes, such as 0.')
 

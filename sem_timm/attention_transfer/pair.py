@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sem_timm.errors import ModelError, OptionError, RefusedError
-from sem_timm.layers import ExternalAttention
+from sem_timm.layers import ExternalAttention, WithValues
 from sem_timm.meta import shadow, weightless
 from sem_timm.surgery import (
     Edit,
@@ -63,8 +63,18 @@ class SwappedLayer:
         """The new cores that have memories, by their names in the module; none where a whole module was replaced."""
         if self.original.graph is None:
             return {}
-        found = {name: getattr(self.student, name) for name in self.edit.inserted}
-        return {name: core for name, core in found.items() if isinstance(core, ExternalAttention)}
+        inner = {name: core.core if isinstance(core, WithValues) else core for name, core in self.inserted.items()}
+        return {name: core for name, core in inner.items() if isinstance(core, ExternalAttention)}
+
+    @property
+    def with_values(self) -> dict[str, WithValues]:
+        """The new cores that have maps of the values, by their names in the module."""
+        return {name: core for name, core in self.inserted.items() if isinstance(core, WithValues)}
+
+    @property
+    def inserted(self) -> dict[str, nn.Module]:
+        """The new children of the student by their names in the module."""
+        return {name: getattr(self.student, name) for name in self.edit.inserted}
 
     def projections(self) -> set[str]:
         """Names, in the module, of the old children that the output of a core goes through."""
@@ -117,16 +127,34 @@ class Pair:
             parameter.requires_grad_(name in names)
         return [self.student.get_parameter(name) for name in names_in_order(self.student, names)]
 
+    def groups(
+        self, which: str, learning_rate: float, base_learning_rate: float
+    ) -> list[tuple[list[nn.Parameter], float]]:
+        """What the student trains, as `parameters` gives it: new ones at one rate, those of the base at another."""
+        trained = self.parameters(which)
+        new = {id(self.student.get_parameter(name)) for name in names_to_train(self.model, self.layers, 'new')}
+        own, base = ([p for p in trained if (id(p) in new) == is_new] for is_new in (True, False))
+        return [(own, learning_rate), (base, base_learning_rate)]
+
     @torch.no_grad()
-    def write_back(self) -> None:
-        """Gives the model what the student has learned."""
-        learned = {name: self.student.get_parameter(name) for name in self.trained}
-        for name, parameter in learned.items():
+    def learned(self, stage: str) -> dict[str, Tensor]:
+        """A copy of what the student has learned up to the end of a stage, by names of parameters.
+
+        Raises:
+            ModelError: If something of it is infinite or not a number.
+        """
+        found = {name: self.student.get_parameter(name).detach().clone() for name in self.trained}
+        for name, parameter in found.items():
             if not parameter.isfinite().all():
                 raise ModelError(
-                    f'{name} became infinite or not a number in training; the model was left as it was. '
-                    'Use a smaller learning_rate.'
+                    f'in stage {stage!r} {name} became infinite or not a number; the model is as it was before this '
+                    'stage. Use a smaller learning_rate, and look at the images.'
                 )
+        return found
+
+    @torch.no_grad()
+    def write(self, learned: dict[str, Tensor]) -> None:
+        """Gives the model what the student had learned."""
         for name, parameter in learned.items():
             self.model.get_parameter(name).copy_(parameter)
 

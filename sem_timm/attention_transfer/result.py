@@ -14,7 +14,7 @@ class Stage:
     """The model after one stage.
 
     Attributes:
-        name: 'original', 'swap', 'initialize', 'match' or 'distill'.
+        name: 'original', 'swap', 'initialize', 'match', 'features' or 'distill'.
         errors: For each swapped layer, on the original's inputs: the root mean square of the difference to the
             original's output, as a part of the standard deviation of that; 1 is what the best constant would give.
         accuracy: In percent; None without labels.

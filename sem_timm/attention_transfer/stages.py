@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import time
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sem_timm.attention_transfer.batches import first_batches
+from sem_timm.attention_transfer.checkpoint import Checkpoint
 from sem_timm.attention_transfer.distillation import distill
 from sem_timm.attention_transfer.evaluation import Evaluation
-from sem_timm.attention_transfer.matching import Progress, match
+from sem_timm.attention_transfer.features import check_features, match_features
+from sem_timm.attention_transfer.matching import Progress, match, narrow
 from sem_timm.attention_transfer.measure import error_of, spreads
 from sem_timm.attention_transfer.memories import check_memories, initialize
 from sem_timm.attention_transfer.options import TransferOptions
 from sem_timm.attention_transfer.pair import Pair, make_pair, swaps_of
 from sem_timm.attention_transfer.result import Stage, TransferResult
 from sem_timm.attention_transfer.undisturbed import undisturbed
+from sem_timm.attention_transfer.value_maps import fit_values
 from sem_timm.batches import Loader
 from sem_timm.compat import logit_distillation_task
-from sem_timm.errors import OptionError, RefusedError, closest
+from sem_timm.errors import ModelError, OptionError, RefusedError, closest
 
 
 def transfer(
@@ -30,13 +35,15 @@ def transfer(
     *,
     evaluation: Loader | None = None,
     progress: Progress | None = None,
+    checkpoint: str | Path | None = None,
     **fields: Any,
 ) -> TransferResult:
     """Gives a model whose attention was swapped the skill of its original back, as far as that goes.
 
     The old weights are still in a swapped model, so that it is its own teacher: 'initialize' fills the memories of
-    external attention from the original's keys and outputs, 'match' trains each new layer to give its original's
-    outputs on the original's inputs, and 'distill' trains end to end on the original's logits. Dropout is off and
+    external attention, and the maps of values of what was swapped with ``own=True`` or ``local=True``, in closed form;
+    'match' trains each new layer to give its original's outputs on the original's inputs; 'features' trains the whole
+    chain to give the original's final features; and 'distill' trains on the original's logits. Dropout is off and
     running statistics stand still. With the default ``train='new'`` the base's weights stay as they are, so that
     `unpatch_model` gives exactly the original; other choices train some of them too.
 
@@ -48,6 +55,8 @@ def transfer(
         evaluation: Images with labels, whole numbers (B,), to measure accuracy on, and errors on the first of them;
             passed over again for each stage. Without labels, errors alone are measured.
         progress: Called after each step with the stage, the step, the number of steps and the loss.
+        checkpoint: A file that is written after each stage. Where it is there already, the transfer goes on behind the
+            stages that it has, on the same swapped model and with the same options.
         **fields: Fields of `TransferOptions`, in place of ``options``.
 
     Returns:
@@ -55,7 +64,8 @@ def transfer(
 
     Raises:
         SemTimmError: ModelError if nothing is swapped or the old weights are gone, RefusedError for a stage that this
-            attention cannot take, OptionError for options and loaders. The model is then unchanged.
+            attention cannot take, OptionError for options and loaders. The model is then unchanged. ModelError if a
+            training becomes infinite or not a number; the model then has what the stages before that one gave.
     """
     options = _options(options, fields)
     swaps_of(model)  # its errors come before those of the loader
@@ -63,9 +73,21 @@ def transfer(
         calibration = _images(first_batches(loader, options.calibration_batches, model))
         pair = make_pair(model, calibration[0], _trained(options).values())
         run = _Run(pair, options, calibration, evaluation)
+        file = None if checkpoint is None else Checkpoint(Path(checkpoint), pair, options)
+        learned = run.begin(file)
         for stage in run.stages:
-            run.do(stage, loader, progress)
-        pair.write_back()
+            if stage in (done.name for done in run.done):
+                continue
+            try:
+                torch.manual_seed(options.seed)  # so that one that goes on draws what it would have drawn
+                run.do(stage, loader, progress)
+                learned = pair.learned(stage)
+                if file is not None:
+                    file.save(run.done, learned)
+            except ModelError:
+                pair.write(learned)
+                raise
+        pair.write(learned)
     return run.result()
 
 
@@ -130,6 +152,7 @@ def _options(options: TransferOptions | None, given: dict[str, Any]) -> Transfer
 def _trained(options: TransferOptions) -> dict[str, str]:
     """What each stage changes, in words of `TRAINED`."""
     each = {'initialize': 'new', 'match': options.train, 'distill': options.distill_train or options.train}
+    each['features'] = 'module' if options.features_alone == 1 else 'all'
     return {stage: each[stage] for stage in options.stages or ('initialize', 'match')}
 
 
@@ -147,6 +170,8 @@ class _Run:
         self.stages = options.stages or _possible(pair)
         if 'initialize' in self.stages:
             check_memories(pair)
+        if 'features' in self.stages:
+            check_features(pair.model)
         if 'distill' in self.stages:
             logit_distillation_task()
         for stage, which in _trained(options).items():
@@ -156,8 +181,17 @@ class _Run:
         if evaluation is not None:
             first = first_batches(evaluation, options.calibration_batches, pair.model)
             self.measured, self.evaluation = _images(first), Evaluation(evaluation, first)
-        self.done = [Stage('original', accuracy=self._accuracy(pair.teacher))]
-        self._measure(Stage('swap'))
+        self.done: list[Stage] = []
+
+    def begin(self, file: Checkpoint | None) -> dict[str, Tensor]:
+        """Measures the model as it is, or goes on from a file; returns what is learned so far."""
+        stages, learned = file.restore() if file is not None else ([], {})
+        if stages:
+            self.done, self.variances = stages, self._spreads()[1]
+        else:
+            self.done = [Stage('original', accuracy=self._accuracy(self.pair.teacher))]
+            self._measure(Stage('swap'))
+        return learned
 
     def do(self, name: str, loader: Loader, progress: Progress | None) -> None:
         """Runs one stage, and measures what came of it."""
@@ -166,9 +200,12 @@ class _Run:
         sharpness: dict[str, list[float]] = {}
         if name == 'initialize':
             sharpness = initialize(self.pair, self.calibration, self.options)
+            fit_values(self.pair, self.calibration, self.options)
             seen = sum(map(len, self.calibration))
         elif name == 'match':
             losses, seen = match(self.pair, loader, self.options, self.variances, progress)
+        elif name == 'features':
+            losses, seen = match_features(self.pair, loader, self.options, progress)
         else:
             losses, seen = distill(self.pair, loader, self.options, progress)
         seconds = time.perf_counter() - start
@@ -183,13 +220,21 @@ class _Run:
         return TransferResult(type(model).__name__, operation, options, tuple(self.done), count)
 
     def _measure(self, stage: Stage) -> None:
-        found = spreads(self.pair, self.measured)
-        self.variances = {name: [kind.variance for kind in kinds] for name, kinds in found.items()}
-        errors = {name: error_of(kinds) for name, kinds in found.items()}
+        errors, self.variances = self._spreads()
         self.done.append(replace(stage, errors=errors, accuracy=self._accuracy(self.pair.student)))
 
+    def _spreads(self) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """The error of each layer, and the variances of its original's outputs by kinds of tokens."""
+        with narrow(self.options, self.measured[0]):
+            found = spreads(self.pair, self.measured)
+        variances = {name: [kind.variance for kind in kinds] for name, kinds in found.items()}
+        return {name: error_of(kinds) for name, kinds in found.items()}, variances
+
     def _accuracy(self, model: nn.Module) -> float | None:
-        return None if self.evaluation is None else self.evaluation.accuracy(model)
+        if self.evaluation is None:
+            return None
+        with narrow(self.options, self.measured[0]):
+            return self.evaluation.accuracy(model)
 
 
 def _possible(pair: Pair) -> tuple[str, ...]:

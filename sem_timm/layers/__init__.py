@@ -28,11 +28,13 @@ from sem_timm.layers.multi_head_external import MultiHeadExternalAttention
 from sem_timm.layers.operators import excitation_names, register_excitation
 from sem_timm.layers.sem import SEM, Excitation
 from sem_timm.layers.timm_attention import TIMM_PREFIX, ChannelsFirst, timm_attention, timm_attention_names
+from sem_timm.layers.with_values import VALUE_OPTIONS, WithValues, check_switches
 
 __all__ = [
     'GATE_INITS',
     'SEM',
     'TIMM_PREFIX',
+    'VALUE_OPTIONS',
     'WHOLE_ATTENTION',
     'AttentionCore',
     'CaaMAttention',
@@ -53,10 +55,12 @@ __all__ = [
     'MonarchAttention',
     'MultiHeadExternalAttention',
     'SqueezeExcitation',
+    'WithValues',
     'ZeroableExcitation',
     'attention_core_class',
     'attention_core_names',
     'attention_names',
+    'check_switches',
     'excitation_names',
     'invariance_penalty',
     'register_excitation',

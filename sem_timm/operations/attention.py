@@ -11,12 +11,15 @@ from torch import nn
 
 from sem_timm.errors import OptionError, closest
 from sem_timm.layers import (
+    VALUE_OPTIONS,
     WHOLE_ATTENTION,
     AttentionCore,
     MultiHeadExternalAttention,
+    WithValues,
     attention_core_class,
     attention_core_names,
     attention_names,
+    check_switches,
 )
 from sem_timm.operations.configs import plain
 from sem_timm.surgery import AttentionSite, WholeSite
@@ -42,7 +45,8 @@ class AttentionConfig:
         attention: One of `attention_names`, or an own subclass of ``AttentionCore``. 'eamlp' replaces whole attention
             modules, the others their cores, and keep the projections around them.
         options: The options of the attention, such as ``memory``, as pairs. 'eamlp' takes the rates of dropout from the
-            module it replaces unless they are given.
+            module it replaces unless they are given. Every other takes ``own=True`` and ``local=True`` beside its own,
+            for maps of the values that are added to what the core returns; see ``WithValues``. They start at zero.
 
     Raises:
         OptionError: If the attention or an option is unknown, or an option is out of range.
@@ -53,12 +57,20 @@ class AttentionConfig:
 
     def __init__(self, attention: str | type[AttentionCore] = 'external', **options: Any) -> None:
         object.__setattr__(self, 'attention', attention)
-        object.__setattr__(self, 'options', tuple(sorted(options.items())))
+        values = {name: options.pop(name) for name in VALUE_OPTIONS if name in options}
+        check_switches(**{name: values.get(name, False) for name in VALUE_OPTIONS})
+        chosen = {name: True for name, value in values.items() if value}
+        object.__setattr__(self, 'options', tuple(sorted({**options, **chosen}.items())))
         cls = self._class()
+        if chosen and self.replaces_module:
+            raise OptionError(f'{next(iter(chosen))}=True is for cores; {str(self)!r} replaces the whole module.')
         known = [name for name in _parameters(cls) if name not in _FROM_SITE]
+        if chosen:
+            known += ['grid_size', 'num_prefix_tokens']
         for name in options:
             if name not in known:
-                raise OptionError(f'option {name!r} of attention {str(self)!r} is unknown. {closest(name, known)}')
+                names = [*known, *(() if self.replaces_module else VALUE_OPTIONS)]
+                raise OptionError(f'option {name!r} of attention {str(self)!r} is unknown. {closest(name, names)}')
         try:
             self._example()  # its own checks speak before a model is looked at
         except OptionError:
@@ -68,10 +80,10 @@ class AttentionConfig:
 
     def _example(self) -> nn.Module:
         """What it builds, of some width and without memory."""
-        options: dict[str, Any] = {'num_heads': 1, 'device': torch.device('meta'), **dict(self.options)}
+        options: dict[str, Any] = {'num_heads': 1, 'device': torch.device('meta'), **self._core_options()}
         heads = options['num_heads']
         module: nn.Module = self._class()(32 * heads if isinstance(heads, int) and heads > 0 else 32, **options)
-        return module
+        return self._with_values(module, {'device': torch.device('meta')}) if self.reads_values else module
 
     def _class(self) -> Any:
         if isinstance(self.attention, type) and issubclass(self.attention, AttentionCore):
@@ -83,6 +95,20 @@ class AttentionConfig:
         if self.attention not in attention_core_names():
             raise OptionError(f'attention {self.attention!r} is unknown. {closest(self.attention, attention_names())}')
         return attention_core_class(self.attention)
+
+    @property
+    def reads_values(self) -> bool:
+        """Whether the new core adds parts of the values to what it returns."""
+        return any(name in VALUE_OPTIONS for name, _ in self.options)
+
+    def _core_options(self) -> dict[str, Any]:
+        """The options that the core itself takes."""
+        own = _parameters(self._class())
+        return {n: v for n, v in self.options if n in own or not self.reads_values}
+
+    def _with_values(self, core: Any, grid: dict[str, Any]) -> WithValues:
+        given = dict(self.options)
+        return WithValues(core, 'own' in given, 'local' in given, **grid)
 
     def with_defaults(self) -> AttentionConfig:
         """An equal configuration that names all options, but for those that a site decides where they are not given."""
@@ -99,17 +125,18 @@ class AttentionConfig:
     @property
     def reads_keys(self) -> bool:
         """Whether the new core takes ``(q, k, v)``; otherwise ``(q)``."""
-        return not self.replaces_module and bool(self._class().reads_keys)
+        return not self.replaces_module and (self.reads_values or bool(self._class().reads_keys))
 
     @property
     def folds_projection(self) -> bool:
         """Whether it may take the projection of its queries together with a weight of its own."""
-        return not self.replaces_module and hasattr(self._class(), 'attend_folded')
+        return not self.replaces_module and not self.reads_values and hasattr(self._class(), 'attend_folded')
 
     @property
     def takes_pairwise_mask(self) -> bool:
         """Whether it honours a mask for pairs of tokens."""
-        return not self.replaces_module and bool(self._class().takes_pairwise_mask)
+        takes = not self.replaces_module and not self.reads_values
+        return takes and bool(self._class().takes_pairwise_mask)
 
     @property
     def fidelity(self) -> str:
@@ -133,7 +160,7 @@ class AttentionConfig:
 
     def build(self, site: AttentionSite, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """Builds the core, or module, for a site."""
-        options: dict[str, Any] = dict(self.options)
+        options = self._core_options()
         cls = self._class()
         options.setdefault('num_heads', site.num_heads)
         if self.replaces_module:
@@ -146,7 +173,18 @@ class AttentionConfig:
         core: nn.Module = cls(
             site.shape[-1], value_dim=value_dim, head_axis=axis, device=device, dtype=dtype, **options
         )
-        return core
+        if not self.reads_values:
+            return core
+        if site.shape[-2] != site.value_shape[-2]:
+            raise OptionError(
+                f'there are {site.shape[-2]} queries and {site.value_shape[-2]} values; own=True and local=True need a '
+                f'value for each query. Leave them out: {self}.'
+            )
+        grid = self._grid(site) if 'local' in dict(self.options) else self._prefix(site)
+        return self._with_values(core, {**grid, 'device': device, 'dtype': dtype})
+
+    def _prefix(self, site: AttentionSite) -> dict[str, Any]:
+        return {'num_prefix_tokens': dict(self.options).get('num_prefix_tokens', site.num_prefix_tokens)}
 
     def _grid(self, site: AttentionSite) -> dict[str, Any]:
         """The grid of a site's tokens: the options, where they are given, else what the model says."""
@@ -167,7 +205,7 @@ class AttentionConfig:
 
     def scale_output(self, new: nn.Module, factor: float) -> None:
         """Multiplies all outputs of a new child by a number, for good."""
-        scaled: Any = new
+        scaled: Any = new.core if isinstance(new, WithValues) else new
         scaled.scale_output(factor)
 
     def to_dict(self) -> dict[str, Any]:

@@ -141,3 +141,17 @@ def _figure(width: float, height: float) -> Any:
     except ImportError as error:
         raise MissingPackageError("pictures are drawn with matplotlib: pip install 'sem_timm[tools]'") from error
     return Figure(figsize=(width, height), dpi=150, layout='constrained')
+
+
+def draw_front(path: Path, points: Sequence[tuple[float, float, int]], labels: tuple[str, str], title: str) -> None:
+    """Draws a line through points (x, y, number to be written beside it)."""
+    figure = _figure(6.4, 4.0)
+    axes = figure.subplots()
+    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], marker='o', color='#1f5f8b')
+    for x, y, number in points:
+        axes.annotate(str(number), (x, y), (4, 5), textcoords='offset points', fontsize=8, color=_GREY)
+    axes.set_xlabel(labels[0], fontsize=9.5)
+    axes.set_ylabel(labels[1], fontsize=9.5)
+    axes.spines[['top', 'right']].set_visible(False)
+    figure.suptitle(title, x=0.01, ha='left', fontsize=10.5, fontweight='bold')
+    figure.savefig(path)

@@ -15,6 +15,7 @@ from sem_timm import MissingPackageError, ModelError, OptionError, RefusedError
 from sem_timm.attention_transfer import initialize_memories
 from tests.attention_transfer.small_transformer import batches, create, labelled, swapped
 from tests.refusals import refused
+from tests.swap.small_attention import Model, Plain
 
 
 def test_a_model_in_which_nothing_is_swapped() -> None:
@@ -181,6 +182,12 @@ def test_fewer_tokens_than_slots() -> None:
         sem_timm.transfer(model, batches(1, size=2), keys='keys')
 
 
+def test_maps_of_values_need_two_images() -> None:
+    model = swapped('linear', own=True)
+    with refused(model, OptionError, 'shows 1 image', 'a hundred'):
+        sem_timm.transfer(model, [batches(1)[0][:1]], stages=('initialize',))
+
+
 def test_a_stream_needs_a_number_of_steps_and_a_generator_runs_dry() -> None:
     class Stream:
         def __iter__(self) -> Iterator[Tensor]:
@@ -212,8 +219,32 @@ def test_a_loader_that_fails_half_way() -> None:
 
 def test_a_learning_rate_at_which_training_diverges() -> None:
     model = swapped()
-    with refused(model, ModelError, 'core', 'learning_rate'):
-        sem_timm.transfer(model, batches(), optimizer='sgd', learning_rate=1e30, epochs=4)
+    with refused(model, ModelError, "'match'", 'blocks.0.attn', 'learning_rate'):
+        sem_timm.transfer(model, batches(), optimizer='sgd', learning_rate=1e30, epochs=4, stages=('match',))
+
+
+@pytest.mark.parametrize('stage', ['match', 'features', 'distill'])
+def test_what_was_reached_before_a_training_diverges_is_kept(stage: str) -> None:
+    model, reached = swapped(), swapped()
+    sem_timm.transfer(reached, batches(), stages=('initialize',))
+    rates = {f'{prefix}learning_rate': 1e30 for prefix in ('', 'base_', 'features_', 'distill_')}
+    with pytest.raises(ModelError, match=rf"'{stage}'.*as it was before this stage"):
+        sem_timm.transfer(model, batches(), optimizer='sgd', stages=('initialize', stage), warmup=0, **rates)
+    for one, other in zip(model.state_dict().values(), reached.state_dict().values()):
+        assert torch.equal(one, other)
+
+
+def test_images_that_are_no_numbers_name_the_stage_and_the_layer() -> None:
+    model = swapped()
+    with refused(model, ModelError, "'match'", 'blocks.0.attn', 'look at the images'):
+        sem_timm.transfer(model, [images * float('nan') for images in batches()], stages=('match',))
+
+
+def test_a_model_without_features_cannot_match_them() -> None:
+    model = swapped(model=Model(Plain()).eval(), input_size=(3, 32, 32))
+    images = [torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))]
+    with refused(model, ModelError, 'forward_features', "stages=('initialize', 'match')"):
+        sem_timm.transfer(model, images, stages=('initialize', 'features'))
 
 
 @pytest.mark.parametrize(

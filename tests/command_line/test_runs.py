@@ -168,3 +168,16 @@ def test_weights_that_do_not_fit_are_named(gated: Path, tmp_path: Path, capsys: 
         (tmp_path / name).write_bytes((gated / name).read_bytes()[: None if name == 'options.json' else 100])
     assert main(['decisions', str(tmp_path)]) == 2
     assert 'model.safetensors does not hold the weights' in capsys.readouterr().err
+
+
+def test_the_blocks_that_can_do_without_softmax_are_searched_for(
+    attending: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ['search', str(attending), '-o', 'linear', '--set', 'own=true', '--tolerance', '0.999']
+    plot = tmp_path / 'front.png'
+    assert main([*command, '--max-batches', '1', '--json', '--plot', str(plot)]) == 0
+    front = json.loads(capsys.readouterr().out)['front']
+    assert [len(point['swapped']) for point in front] == list(range(len(front))) and len(front) > 1
+    assert plot.stat().st_size > 1000
+    assert main(['search', str(attending), '-o', 'sem']) == 2
+    assert "operation 'sem' is no attention" in capsys.readouterr().err

@@ -21,6 +21,7 @@ from sem_timm.layers import (
     Excitation,
     ExternalAttention2d,
     MultiHeadExternalAttention,
+    WithValues,
     attention_core_class,
     attention_core_names,
     excitation_names,
@@ -57,6 +58,10 @@ def _core(name: str) -> Case:
     return Case(lambda: cls(8, num_heads=2), ((2, 16, 8),) * (3 if cls.reads_keys else 1))
 
 
+def _with_values(name: str) -> nn.Module:
+    return WithValues(attention_core_class(name)(8, num_heads=2), True, True)
+
+
 def _multi_head(**options: Any) -> Callable[[], nn.Module]:
     return lambda: MultiHeadExternalAttention(16, 2, memory=5, **options)
 
@@ -72,6 +77,8 @@ CASES: dict[str, Case] = {
     'sem_of_tokens': Case(lambda: SEM(16, channel_dim=-1, num_prefix_tokens=1), _TOKENS),
     **{name: Case(lambda n=name: Excitation(16, n), _MAPS) for name in excitation_names()},  # type: ignore[misc]
     **{name: _core(name) for name in attention_core_names()},
+    'external_with_values': Case(lambda: _with_values('external'), ((2, 16, 8),) * 3),
+    'linear_with_values': Case(lambda: _with_values('linear'), ((2, 16, 8),) * 3),
     'eamlp': Case(_multi_head(), _TOKENS),
     'eamlp_normed': Case(_multi_head(qk_norm=True, scale_norm=True, norm_layer=LayerNorm), _TOKENS),
     'external2d': Case(lambda: ExternalAttention2d(16, memory=5), _MAPS),

@@ -163,6 +163,52 @@ def test_halo_where_nothing_tells_the_grid() -> None:
         sem_timm.patch_model(model, 'halo', grid_size=(4, 8), input_size=(3, 16, 64))
 
 
+def test_values_around_a_token_need_a_grid_and_its_own_value_one_for_each_query() -> None:
+    model = Sequence()
+    with refused(model, RefusedError, 'height and width are not known', 'grid_size=(height, width)'):
+        sem_timm.patch_model(model, 'linear', local=True, input_size=(3, 16, 64))
+    core: Any = swap(Sequence(), AttentionConfig('linear', local=True, grid_size=(2, 8)), input_size=(3, 16, 64))
+    assert core.attention.core.grid_size == (2, 8)
+    fewer = MODELS['fewer keys']
+    plan = sem_timm.plan_model(fewer.create(), 'linear', own=True, input_size=fewer.input_size)
+    assert all(site.shape[-2] == site.key_shape[-2] for site in plan) and len(plan)
+    assert any('own=True' in found.reason and 'a value for each query' in found.reason for found in plan.refusals)
+
+
+# Each attention with maps of the values, in forms of attention that differ in where the heads are.
+MAPPED = [('class token', 'external'), ('windows', 'linear'), ('windows behind heads', 'efficient'), ('rotary', 'halo')]
+
+
+@pytest.mark.parametrize(('name', 'operation'), first_of_each(MAPPED, lambda name, operation: operation))
+def test_with_maps_of_values_it_starts_as_without_and_is_undone(name: str, operation: str) -> None:
+    family = MODELS[name]
+    local = name in ('class token', 'windows')
+    torch.manual_seed(0)
+    model = swap(family.create(), operation, input_size=family.input_size)
+    torch.manual_seed(0)
+    mapped = swap(family.create(), operation, own=True, local=local, input_size=family.input_size)
+    torch.testing.assert_close(outputs(mapped, family.images()), outputs(model, family.images()))
+    backward(mapped, family.images())
+    copied = pickle.loads(pickle.dumps(mapped))
+    assert_equal(outputs(copied, family.images()), outputs(mapped, family.images()))
+    sem_timm.unpatch_model(mapped)
+    assert_equal(outputs(mapped, family.images()), outputs(family.create(), family.images()))
+
+
+@pytest.mark.parametrize(
+    ('operation', 'options', 'message'),
+    [
+        ('linear', {'own': 1}, 'own=1: write own=True'),
+        ('eamlp', {'local': True}, 'local=True is for cores'),
+        ('linear', {'lokal': True}, "'lokal'.*local"),
+    ],
+)
+def test_options_for_maps_of_values_that_are_wrong(operation: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        AttentionConfig(operation, **options)
+    assert AttentionConfig('linear', own=False, local=False) == AttentionConfig('linear')
+
+
 def test_options_win_over_the_grid_of_the_model() -> None:
     model = MODELS['class token'].create()
     options = {'grid_size': (2, 8), 'num_prefix_tokens': 1}
