@@ -10,11 +10,12 @@ import typer
 
 from sem_timm.attention_search import search
 from sem_timm.command_line.arguments import OperationOptions, Targets
-from sem_timm.command_line.values import complete_operation, parse_pairs, parse_target
+from sem_timm.command_line.values import complete_operation, parse_target
 from sem_timm.errors import OptionError, closest
 from sem_timm.finetuning.runs import open_run
 from sem_timm.layers import attention_names
 from sem_timm.reports.pictures import check_path
+from sem_timm.typed_values import parse_pairs
 
 
 def command(
