@@ -75,7 +75,7 @@ def test_digits_are_split_without_overlap_and_normalised(quickstart: ModuleType,
     assert -1 <= images.min() < -0.9 and 0.9 < images.max() <= 1
 
 
-@pytest.mark.parametrize(('num_steps', 'test_images'), first_of_each([(8, 128), (16, None)]))
+@pytest.mark.parametrize(('num_steps', 'test_images'), first_of_each([(16, 128), (16, None)]))
 def test_whole_run_holds_each_statement(
     num_steps: int,
     test_images: int | None,
