@@ -47,7 +47,7 @@ PHOTOGRAPHS = ('chelsea', 'coffee', 'rocket', 'astronaut')
 class MeanOfValues(AttentionCore):
     """Every query gets the mean of the values: what is left when attention looks nowhere."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Map queries (..., N, d) to outputs (..., N, value_dim)."""
         return v.mean(-2, keepdim=True).expand(*q.shape[:-1], v.shape[-1])
 

@@ -64,7 +64,9 @@ class MonarchAttention(AttentionCore):
             there are more or fewer keys than queries, or a mask is not the same for every query.
     """
 
-    fidelity: ClassVar[str] = 'A trained ViT-S, all 12 blocks swapped, kept 97 % of its accuracy (78.4 of 80.8 %).'
+    fidelity: ClassVar[str] = (
+        'A trained ViT-S, all 12 blocks swapped, kept 97.6 % of its accuracy on Fashion-MNIST (78.4 of 80.3 %).'
+    )
 
     def __init__(
         self,

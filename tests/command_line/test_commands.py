@@ -85,7 +85,7 @@ def test_list_filters_and_prints_json(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(['list', 'vit_tiny_patch16_2*', '--json']) == 0
     row = json.loads(capsys.readouterr().out)[0]
     assert row['model'] == 'vit_tiny_patch16_224' and row['attention_sites'] == 12
-    assert row['variants'] == [f'vit_tiny_patch16_224_{kind}' for kind in ('sem', 'ea', 'eamlp')]
+    assert row['variants'] == [f'vit_tiny_patch16_224_{kind}' for kind in ('sem', 'ea', 'eamlp', 'monarch')]
     assert 'augreg_in21k' in row['pretrained']
     assert main(['list', 'resnet18']) == 0
     assert 'resnet18_sem' in capsys.readouterr().out
