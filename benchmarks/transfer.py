@@ -92,7 +92,8 @@ CHAINS = {
             {'train': 'new', 'warmup': 0.05},
         )
     ],
-    'images': [chain(name, ('initialize', {'calibration_batches': 12})) for name in reversed(FITTED[:3])],
+    'images': [chain(name, ('initialize', {'calibration_batches': 12})) for name in FITTED],
+    'more images': [chain('linear, own, local', ('initialize', {'calibration_batches': 30}))],
     'inputs': [chain(name, ('initialize', {'inputs': 'original'})) for name in FITTED],
     'swaps': [chain(name) for name in SWAPS if name not in FITTED],  # whose maps are zero at first
     'match': [chain(name, 'initialize', MATCH, 'features') for name in ('external', 'external, own, local')],
