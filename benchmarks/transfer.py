@@ -80,20 +80,20 @@ def chain(swap: str, *stages: str | tuple[str, dict[str, Any]]) -> Chain:
 
 FITTED = [name for name in SWAPS if name.endswith('local')]
 MATCH = ('match', {'train': 'module'})
+LITERATURE = {'features_learning_rate': 1e-4, 'features_alone': 0.25, 'warmup': 0.05}
 CHAINS = {
-    'features': [
-        chain(name, 'initialize', 'features')
-        for name in ('external, own, local', 'mean of v, own, local', 'linear, own, local', 'external')
-    ],
+    'literature': [chain('external, own, local', 'initialize', ('features', LITERATURE))],
+    'features': [chain(name, 'initialize', 'features') for name in (*FITTED, 'external')],
     'fit': [chain(name, 'initialize') for name in (*FITTED, 'external')],
     'rates': [
         chain('external', 'initialize', ('match', options))
         for options in (
-            *({'train': 'module', 'base_learning_rate': rate} for rate in (2e-3, 4e-4, 1e-4)),
-            {'train': 'new'},
+            *({'train': 'module', 'base_learning_rate': rate, 'warmup': 0.05} for rate in (2e-3, 4e-4, 1e-4)),
+            {'train': 'new', 'warmup': 0.05},
         )
     ],
-    'images': [chain(name, ('initialize', {'calibration_batches': 12})) for name in reversed(FITTED[:3])],
+    'images': [chain(name, ('initialize', {'calibration_batches': 12})) for name in FITTED],
+    'more images': [chain('linear, own, local', ('initialize', {'calibration_batches': 30}))],
     'inputs': [chain(name, ('initialize', {'inputs': 'original'})) for name in FITTED],
     'swaps': [chain(name) for name in SWAPS if name not in FITTED],  # whose maps are zero at first
     'match': [chain(name, 'initialize', MATCH, 'features') for name in ('external', 'external, own, local')],
@@ -152,6 +152,38 @@ def run(base: nn.Module, steps: Chain, seed: int, given: argparse.Namespace, log
             record(log, {**row, **measured(model, evaluation, given.amp)}, given)
 
 
+def search(base: nn.Module, swap: str, seed: int, given: argparse.Namespace) -> None:
+    """Which blocks keep softmax, by some images of the choosing split; the first six of them swapped, measured."""
+    key = {'swap': f'{swap}, in 6 blocks', 'stages': 'initialize', 'seed': seed, 'images': given.images}
+    if is_logged(read_log(given.log), {**key, 'split': given.split}):
+        return
+    attention, options = SWAPS[swap]
+    dtype = 'bfloat16' if given.amp else None
+    start = time.process_time()
+    shown = loader(split(given.data, 'choosing', given.search_images), 32)
+    plan = sem_timm.search(base, attention, shown, tolerance=0.5, amp_dtype=dtype, seed=seed, **options)
+    seconds = time.process_time() - start
+    blocks = list(plan.front[min(6, len(plan.front) - 1)].swapped)
+    model = copy.deepcopy(base)
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', sem_timm.SwapWarning)
+        sem_timm.patch_model(model, attention, target=blocks, **options)
+    training = loader(split(given.data, 'transfer', given.images), given.batch_size, shuffle=True, seed=seed)
+    result = sem_timm.transfer(model, training, stages=('initialize',), seed=seed, amp_dtype=dtype)
+    found = {
+        'split': given.split,
+        'blocks': blocks,
+        'front': plan.to_dict()['front'],
+        'search_images': given.search_images,
+        'images_seen': result['initialize'].images_seen,
+        'cpu_seconds': round(seconds, 1),
+        'mean_error': result['initialize'].mean_error,
+    }
+    evaluation = split(given.data, given.split, given.test_images)
+    record(given.log, {**key, **found, **measured(model, evaluation, given.amp)}, given)
+
+
 # What 'initialize' gave, for the chains that begin with it.
 _begun: dict[str, tuple[Any, nn.Module, float]] = {}
 
@@ -194,7 +226,9 @@ def arguments() -> argparse.Namespace:
         '--test-images', type=int, default=1000, help='of the split, that accuracy is measured on; 0 for no accuracy'
     )
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    parser.add_argument('--only', nargs='+', choices=tuple(CHAINS), default=tuple(CHAINS), help='groups of rows')
+    groups = (*CHAINS, 'search')
+    parser.add_argument('--only', nargs='+', choices=groups, default=groups, help='groups of rows')
+    parser.add_argument('--search-images', type=int, default=64, help='of the choosing split, that search looks at')
     parser.add_argument('--amp', action='store_true', help='compute in bfloat16 where that is precise enough')
     return parser.parse_args()
 
@@ -212,7 +246,9 @@ def main() -> None:
         record(given.log, {**key, 'images_seen': 0, **measured(base, evaluation, given.amp)}, given)
     for group in given.only:
         for seed in given.seeds:
-            for steps in CHAINS[group]:
+            for swap in ('external', 'external, own, local') if group == 'search' else ():
+                search(base, swap, seed, given)
+            for steps in CHAINS.get(group, ()):
                 run(base, steps, seed, given, given.log)
 
 

@@ -52,15 +52,17 @@ def match_features(
     prefix = getattr(pair.model, 'num_prefix_tokens', 0)
     steps = number_of_steps(loader, options.features_epochs, options.features_steps)
     alone = round(options.features_alone * steps)
-    names = ['module'] if alone == steps else ['module', 'all']
-    trained = {name: pair.parameters(name) for name in names}
-    group = [(trained[names[-1]], options.features_learning_rate)]
-    optimizer, scheduler = training_parts(group, options, steps, FINAL_RATE)
+    parts = (
+        {0: ('module', alone), alone: ('all', steps - alone)} if 0 < alone < steps else {0: (_which(options), steps)}
+    )
     losses: list[float] = []
     images_seen = 0
     for step, (images, _) in enumerate(drawn(loader, steps, pair.model)):
-        if step in (0, alone):
-            pair.parameters('module' if step < alone else 'all')
+        if step in parts:  # each begins with a warm-up, as weights that join have no history
+            which, count = parts[step]
+            begun = step
+            group = [(pair.parameters(which), options.features_learning_rate)]
+            optimizer, scheduler = training_parts(group, options, count, FINAL_RATE)
         with torch.no_grad(), narrow(options, images):
             wanted = teacher.forward_features(images)
         with torch.enable_grad():
@@ -71,12 +73,16 @@ def match_features(
         check_losses([] if loss.isfinite() else ['the features'], step, 'features')
         optimizer.step()
         optimizer.zero_grad()
-        scheduler.step(step + 1)
+        scheduler.step(step + 1 - begun)
         losses.append(float(loss.detach()))
         images_seen += len(images)
         if progress is not None:
             progress('features', step + 1, steps, losses[-1])
     return losses, images_seen
+
+
+def _which(options: TransferOptions) -> str:
+    return 'all' if options.features_alone == 0 else 'module'
 
 
 def _missed_part(given: Tensor, wanted: Tensor, prefix: int) -> Tensor:

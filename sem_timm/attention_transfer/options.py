@@ -44,12 +44,13 @@ class TransferOptions:
         weight_decay: Its weight decay.
         scheduler: Name of timm's schedule, such as 'cosine', or 'constant' for no decay. 'step' divides the rate by 10
             after each third of the steps, 'multistep' after the half and after three quarters.
-        warmup: The part of the steps with a rising learning rate.
+        warmup: The part of the steps with a rising learning rate. Fitted memories and trained weights are sensitive:
+            with a twentieth, the first steps of an adaptive optimizer undo more than the rest wins (docs/transfer.md).
         features_epochs: As ``epochs``, when final features are matched.
         features_steps: As ``steps``, then.
         features_learning_rate: Peak of the learning rate then, for all parameters; it ends at a fifth.
         features_alone: The first part of the steps, in which the swapped modules alone are trained, before all of the
-            model is; 1 leaves the rest of the model as it is.
+            model is; with 1, the default, the rest of the model stays as it is.
         distill_train: As ``train``, for the distillation; also 'all' for the whole model. By default as ``train``.
         distill_epochs: As ``epochs``, for the distillation.
         distill_steps: As ``steps``, for the distillation.
@@ -78,11 +79,11 @@ class TransferOptions:
     base_learning_rate: float = 1e-4
     weight_decay: float = 0.0
     scheduler: str = 'cosine'
-    warmup: float = 0.05
+    warmup: float = 0.3
     features_epochs: int = 1
     features_steps: int | None = None
-    features_learning_rate: float = 1e-4
-    features_alone: float = 0.25
+    features_learning_rate: float = 2e-5
+    features_alone: float = 1.0
     distill_train: str | None = None
     distill_epochs: int = 1
     distill_steps: int | None = None

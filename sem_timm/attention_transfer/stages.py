@@ -152,7 +152,7 @@ def _options(options: TransferOptions | None, given: dict[str, Any]) -> Transfer
 def _trained(options: TransferOptions) -> dict[str, str]:
     """What each stage changes, in words of `TRAINED`."""
     each = {'initialize': 'new', 'match': options.train, 'distill': options.distill_train or options.train}
-    each['features'] = 'module' if options.features_alone == 1 else 'all'
+    each['features'] = 'module' if options.features_alone == 1 else 'all'  # whatever part that is
     return {stage: each[stage] for stage in options.stages or ('initialize', 'match')}
 
 

@@ -184,7 +184,7 @@ def test_fewer_tokens_than_slots() -> None:
 
 def test_maps_of_values_need_two_images() -> None:
     model = swapped('linear', own=True)
-    with refused(model, OptionError, 'shows 1 image', 'a hundred'):
+    with refused(model, OptionError, 'shows 1 image', 'some hundreds'):
         sem_timm.transfer(model, [batches(1)[0][:1]], stages=('initialize',))
 
 

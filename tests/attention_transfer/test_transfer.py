@@ -245,3 +245,31 @@ def test_importing_the_package_does_not_import_the_room() -> None:
     code = 'import sys, sem_timm; print("sem_timm.attention_transfer" in sys.modules, "transfer" in dir(sem_timm))'
     printed = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120, check=True)
     assert printed.stdout.split() == ['False', 'True']
+
+
+@pytest.mark.parametrize(
+    ('alone', 'expected'), [(1.0, {'blocks'}), (0.5, {'blocks', 'patch_embed', 'norm', 'cls_token'})]
+)
+def test_final_features_are_matched_by_the_swapped_modules_and_then_by_all(alone: float, expected: set[str]) -> None:
+    model = swapped()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    options = {'stages': ('initialize', 'features'), 'features_epochs': 20, 'features_learning_rate': 1e-3}
+    result = sem_timm.transfer(model, batches(), features_alone=alone, **options)
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert expected <= {name.partition('.')[0] for name in changed}
+    assert (alone == 1) == all('.attn.' in name for name in changed)
+    losses = result['features'].losses
+    assert len(losses) == 80 and sum(losses[-4:]) < 0.9 * sum(losses[:4])
+
+
+def test_maps_of_values_are_fitted_in_closed_form() -> None:
+    # In the original attention is the mean of the values where queries are zero: a map of the mean says all.
+    original = create()
+    with torch.no_grad():
+        for block in original.blocks:  # type: ignore[union-attr]
+            block.attn.qkv.weight[:32] = 0  # type: ignore[index]
+            block.attn.qkv.bias[:32] = 0  # type: ignore[index]
+    for inputs in ('swapped', 'original'):
+        model = swapped('external', model=copy.deepcopy(original), own=True)
+        result = sem_timm.transfer(model, batches(), stages=('initialize',), inputs=inputs)
+        assert result['initialize'].mean_error < 0.05 < result['swap'].mean_error  # type: ignore[operator]
