@@ -1,4 +1,4 @@
-"""What is compared without a word about model, data and recipe: real images, in three minutes on two cores."""
+"""What is compared without a word about model, data and recipe: real images, in about three minutes on two cores."""
 
 from __future__ import annotations
 
