@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -67,7 +68,8 @@ def run_comparison(given: dict[str, Any], command: str | None = None) -> Compari
             _prepare(setting, log, accelerator, display, command)
         record = _agreed(accelerator, log.read)
         display.begin(len(pending_runs(record, setting.search, setting.base.lr, setting.seeds)))
-        _do_runs(setting, log, accelerator, display)
+        with _stops_told(setting):
+            _do_runs(setting, log, accelerator, display)
     record = _agreed(accelerator, log.read)
     result = _result(setting, record)
     if accelerator.is_main_process:
@@ -157,10 +159,7 @@ def _do_runs(setting: Setting, log: Log, accelerator: Accelerator, display: Comp
             run = folder_of(setting.folder, key)
             base = replace(setting.base, progress=setting.options.progress)
             options = options_of_run(base, rows[key.row], key, setting.search, run)
-            try:
-                outcome = do_run(options, display.for_run(key))
-            except StoppedError as error:
-                raise _stopped(error, setting) from error
+            outcome = do_run(options, display.for_run(key))
             if accelerator.is_main_process:
                 log.append('run', row=key.row, seed=key.seed, lr=key.lr, is_try=key.is_try, **outcome)
                 if not setting.options.keep_runs:
@@ -169,9 +168,20 @@ def _do_runs(setting: Setting, log: Log, accelerator: Accelerator, display: Comp
             accelerator.wait_for_everyone()
 
 
-def _stopped(error: StoppedError, setting: Setting) -> StoppedError:
-    way = f'it goes on with: sem-timm compare --resume {setting.folder}'
-    return StoppedError(error.exit_code - 128, f'within a run; those before it are in the log, and {way}')
+@contextmanager
+def _stops_told(setting: Setting) -> Iterator[None]:
+    """Says how a comparison goes on that a signal stops, be it between two runs."""
+    way = f'finished runs are in the log, and it goes on with: sem-timm compare --resume {setting.folder}'
+    try:
+        yield
+    except StoppedError as error:
+        raise StoppedError(error.exit_code - 128, f'within a run; {way}') from error
+    except KeyboardInterrupt as error:
+        raise StoppedError(signal.SIGINT, f'between two runs; {way}') from error
+    except SystemExit as error:  # what the command makes of SIGTERM
+        if error.code != 128 + signal.SIGTERM:
+            raise
+        raise StoppedError(signal.SIGTERM, f'between two runs; {way}') from error
 
 
 @contextmanager
