@@ -20,6 +20,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 import sem_timm
+from sem_timm.reports.measuring import peak_mib as peak_mib
 
 # As many calls in a row as last this long: caches are then a call's own, and the clock is fine enough.
 SERIES_SECONDS = 0.05

@@ -128,7 +128,7 @@ def _going_on(options: CompareOptions, ours: dict[str, Any], given: dict[str, An
         base = _base({**told, **record.begun['machine'], **given})
         begun_seeds, baseline = tuple(record.begun['seeds']), str(record.begun['baseline'])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f'the first line of {Log(folder).file} is damaged: {error}.') from error
+        raise CheckpointError(f'the first line of {Log(folder).file} is damaged: {str(error).rstrip(".")}.') from error
     fixed = sorted({*ours} & {*_OF_SEARCH})
     if fixed:
         raise OptionError(f'the search is that of the comparison that goes on; leave out {", ".join(fixed)}.')
