@@ -67,7 +67,8 @@ def mask_of(core: Core, module: nn.Module, values: Values, operation: Swap) -> E
 
 def loses_terms(core: Core, values: Values, mask: Extra | None) -> bool:
     """Whether a softmax would see a difference without the terms of a core that are not handed on as its mask."""
-    return any(
+    # A child or function that adds to logits is not told apart further; what it adds is learned.
+    return any(kind_of(step.node) is None for step in core.steps) or any(
         isinstance(values[extra.node], Tensor) and _is_seen(extra, values[extra.node])
         for extra in core.extras
         if extra is not mask
