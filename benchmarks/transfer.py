@@ -44,6 +44,7 @@ class MeanOfValues(AttentionCore):
 
 
 # The swaps, by what the page calls them: the attention and its options.
+IN_SIX = ', in 6 blocks'
 BOTH = {'own': True, 'local': True}
 SWAPS: dict[str, tuple[Any, dict[str, Any]]] = {
     'mean of v': (MeanOfValues, {}),
@@ -101,14 +102,14 @@ CHAINS = {
 }
 
 
-def swapped(base: nn.Module, name: str, seed: int) -> nn.Module:
-    """The original with another attention in all blocks."""
+def swapped(base: nn.Module, name: str, seed: int, target: list[str] | None = None) -> nn.Module:
+    """The original with another attention in all blocks, or in some."""
     attention, options = SWAPS[name]
     model = copy.deepcopy(base)
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', sem_timm.SwapWarning)
-        return sem_timm.patch_model(model, attention, **options)
+        return sem_timm.patch_model(model, attention, target=target, **options)
 
 
 @torch.no_grad()
@@ -123,7 +124,9 @@ def measured(model: nn.Module, data: Any, amp: bool) -> dict[str, float]:
     return {'accuracy': 100 * right / len(data)}
 
 
-def run(base: nn.Module, steps: Chain, seed: int, given: argparse.Namespace, log: Path) -> None:
+def run(
+    base: nn.Module, steps: Chain, seed: int, given: argparse.Namespace, log: Path, target: list[str] | None = None
+) -> None:
     """Runs what of a chain is not logged, and logs each stage."""
     common = {'swap': steps.swap, 'seed': seed, 'images': given.images, 'split': given.split}
     names = steps.names() or ['']
@@ -134,7 +137,7 @@ def run(base: nn.Module, steps: Chain, seed: int, given: argparse.Namespace, log
     training = loader(split(given.data, 'transfer', given.images), given.batch_size, shuffle=True, seed=seed)
     shared = {'seed': seed, 'amp_dtype': 'bfloat16' if given.amp else None, 'calibration_batches': 4}
     seen = 0
-    model = swapped(base, steps.swap, seed)
+    model = swapped(base, steps.swap.removesuffix(IN_SIX), seed, target)
     if not steps.stages:
         record(log, {**common, 'stages': '', 'images_seen': 0, **measured(model, evaluation, given.amp)}, given)
     for name, (stage, options) in zip(names, steps.stages):
@@ -153,22 +156,20 @@ def run(base: nn.Module, steps: Chain, seed: int, given: argparse.Namespace, log
 
 
 def search(base: nn.Module, swap: str, seed: int, given: argparse.Namespace) -> None:
-    """Which blocks keep softmax, by some images of the choosing split; the first six of them swapped, measured."""
-    key = {'swap': f'{swap}, in 6 blocks', 'stages': 'initialize', 'seed': seed, 'images': given.images}
-    if is_logged(read_log(given.log), {**key, 'split': given.split}):
-        return
+    """Which blocks keep softmax, by images of the choosing split; six swapped, measured; once known, on more images."""
+    key = {'swap': f'{swap}{IN_SIX}', 'stages': 'initialize', 'seed': seed, 'images': given.images}
     attention, options = SWAPS[swap]
     dtype = 'bfloat16' if given.amp else None
+    if (known := next((row for row in read_log(given.log) if key.items() <= row.items()), None)) is not None:
+        again = chain(key['swap'], ('initialize', {'calibration_batches': 12}))
+        run(base, again, seed, given, given.log, target=known['blocks'])
+        return
     start = time.process_time()
     shown = loader(split(given.data, 'choosing', given.search_images), 32)
     plan = sem_timm.search(base, attention, shown, tolerance=0.5, amp_dtype=dtype, seed=seed, **options)
     seconds = time.process_time() - start
     blocks = list(plan.front[min(6, len(plan.front) - 1)].swapped)
-    model = copy.deepcopy(base)
-    torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', sem_timm.SwapWarning)
-        sem_timm.patch_model(model, attention, target=blocks, **options)
+    model = swapped(base, swap, seed, blocks)
     training = loader(split(given.data, 'transfer', given.images), given.batch_size, shuffle=True, seed=seed)
     result = sem_timm.transfer(model, training, stages=('initialize',), seed=seed, amp_dtype=dtype)
     found = {
@@ -246,7 +247,7 @@ def main() -> None:
         record(given.log, {**key, 'images_seen': 0, **measured(base, evaluation, given.amp)}, given)
     for group in given.only:
         for seed in given.seeds:
-            for swap in ('external', 'external, own, local') if group == 'search' else ():
+            for swap in ('external, own, local', 'external') if group == 'search' else ():
                 search(base, swap, seed, given)
             for steps in CHAINS.get(group, ()):
                 run(base, steps, seed, given, given.log)
