@@ -186,8 +186,8 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def buffers_take_proxies() -> AbstractContextManager[None]:
-    """A context in which a traced forward may set a buffer, which until torch 2.5 does not take what stands for it."""
-    if _TORCH >= (2, 6):
+    """A context in which a traced forward may set a buffer, for which torch takes no proxy, 2.6 for one."""
+    if _TORCH >= (2, 9):
         return nullcontext()
     original = nn.Module.__setattr__
 

@@ -14,6 +14,7 @@ from torch import nn
 import sem_timm
 from tests.thorough import first_of_each, thorough
 from tests.twins import SEVERAL, assert_equal, both, inserted, several, trained
+from tests.versions import free_batch
 
 
 @pytest.mark.parametrize('name', first_of_each([*SEVERAL, 'dla', 'vgg', 'coat']))
@@ -59,7 +60,7 @@ def test_export(name: str) -> None:
     model = trained(model).double()
     with torch.no_grad():
         exported = torch.export.export(
-            model, (family.images().double(),), dynamic_shapes=({0: torch.export.Dim('batch')},), strict=False
+            model, (family.images().double(),), dynamic_shapes=({0: free_batch()},), strict=False
         ).module()
         for batch_size in (2, 5):
             # Gates are exported in operations that all know, such as ECA as a convolution of sequences, which round

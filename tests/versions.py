@@ -88,6 +88,11 @@ tells_saved_tensors_hooks = pytest.mark.skipif(
 )
 
 
+def free_batch() -> Any:
+    """A batch of any size for `torch.export`; some torch before 2.9 takes none for what has no largest."""
+    return torch.export.Dim('batch', max=None if TORCH >= (2, 9) else 1024)
+
+
 def unless_timm_fails(plainly: Callable[[], Any]) -> None:
     """Ends a test that an older timm cannot pass: it fails with the plain model already, which this does."""
     try:

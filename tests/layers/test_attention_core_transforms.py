@@ -13,6 +13,7 @@ from torch.func import functional_call, jvp, vmap
 from sem_timm.layers.attention_cores import attention_core_class
 from tests.layers.attention_inputs import NAMES, OPTIONS, TOKENS, build, close, in_forward_mode, inputs
 from tests.thorough import first_of_each
+from tests.versions import free_batch
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -92,7 +93,7 @@ def test_compiles_whole(name: str, grad: bool) -> None:
 def test_exports_with_a_free_batch(name: str, grad: bool) -> None:
     core = build(name, num_heads=3)
     arguments = inputs(core, 3, 3, queries=TOKENS)
-    batch = torch.export.Dim('batch')
+    batch = free_batch()
     with torch.set_grad_enabled(grad):
         shapes = tuple({0: batch} for _ in arguments)
         program = torch.export.export(core, arguments, dynamic_shapes=shapes).module()
@@ -118,7 +119,7 @@ def test_exports_with_a_mask(name: str) -> None:
     core = build(name, num_heads=3)
     arguments = inputs(core, 3, 3, queries=TOKENS)
     mask = torch.arange(TOKENS).expand(3, 1, 1, -1) < TOKENS - 3
-    batch = torch.export.Dim('batch')
+    batch = free_batch()
     given = (*arguments, mask)
     program = torch.export.export(core, given, dynamic_shapes=tuple({0: batch} for _ in given)).module()
     for size in (3, 2):

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sem_timm.errors import OptionError
 from sem_timm.layers.external2d import ExternalAttention2d
 from tests.layers.attention_inputs import both_modes, close, in_forward_mode, trained
+from tests.versions import free_batch
 
 
 def published(block: ExternalAttention2d, x: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ def test_compiles_whole_exports_with_free_sizes_and_copies() -> None:
     x = torch.randn(3, 6, 5, 4, dtype=torch.float64)
     expected = block(x)
     close(torch.compile(block, fullgraph=True, backend='aot_eager')(x), expected)
-    sizes = {0: torch.export.Dim('batch'), 2: torch.export.Dim('height'), 3: torch.export.Dim('width')}
+    sizes = {0: free_batch(), 2: torch.export.Dim('height'), 3: torch.export.Dim('width')}
     program = torch.export.export(block, (x,), dynamic_shapes=(sizes,)).module()
     for other in (x, x[:2, :, :3], x[..., :2]):
         close(program(other), block(other))

@@ -15,7 +15,7 @@ from torch.func import functional_call, jvp, vmap
 from sem_timm.errors import OptionError
 from sem_timm.layers.multi_head_external import MultiHeadExternalAttention
 from tests.layers.attention_inputs import both_modes, close, in_forward_mode, trained
-from tests.versions import since_timm
+from tests.versions import free_batch, since_timm
 
 
 def published(layer: MultiHeadExternalAttention, x: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ def test_compiles_whole_exports_with_a_free_batch_and_copies(grad: bool) -> None
     with torch.set_grad_enabled(grad):
         expected = layer(x)
         close(torch.compile(layer, fullgraph=True, backend='aot_eager', dynamic=True)(x), expected)
-        program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim('batch')},)).module()
+        program = torch.export.export(layer, (x,), dynamic_shapes=({0: free_batch()},)).module()
         close(program(x), expected)
         close(program(x[:2]), layer(x[:2]))
         assert torch.equal(copy.deepcopy(layer)(x), expected)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sem_timm.layers import ChannelGate
 from tests.layers.every_layer import CASES
+from tests.versions import free_batch
 
 GATES = [name for name, case in CASES.items() if isinstance(case.build(), ChannelGate)]
 MAPS = [name for name in GATES if len(CASES[name].shapes[0]) == 3]
@@ -45,7 +46,7 @@ def test_traced_gates(name: str, mode: Any) -> None:
 @pytest.mark.parametrize('name', MAPS)
 def test_exported_gates(name: str) -> None:
     gate = CASES[name].layer().eval()
-    batch = torch.export.Dim('batch')
+    batch = free_batch()
     inputs = of_size(name, 2, 6)
     dynamic_shapes = {'x': {0: batch}} if len(inputs) == 1 else None
     # Not strict is the newer default; a strict export of older versions looks as torch.compile does.

@@ -16,7 +16,7 @@ from sem_timm.errors import OptionError
 from sem_timm.layers import SEM, ChannelGate, Excitation
 from tests.lively import lively
 from tests.thorough import thorough
-from tests.versions import compiles_once_more, without_compiled_files
+from tests.versions import compiles_once_more, free_batch, without_compiled_files
 
 Gate = TypeVar('Gate', bound=ChannelGate)
 
@@ -312,7 +312,7 @@ def test_compiles_whole_and_exports_with_a_free_batch() -> None:
     expected = sem(x, shortcut)
     compiled = torch.compile(sem, fullgraph=True, backend='aot_eager', dynamic=True)
     torch.testing.assert_close(compiled(x, shortcut), expected)
-    batch = torch.export.Dim('batch')
+    batch = free_batch()
     program = torch.export.export(sem, (x, shortcut), dynamic_shapes=({0: batch}, {0: batch})).module()
     torch.testing.assert_close(program(x, shortcut), expected)
     torch.testing.assert_close(program(x[:2], shortcut[:2]), sem(x[:2], shortcut[:2]))

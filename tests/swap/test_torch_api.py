@@ -15,6 +15,7 @@ from tests.swap.classes import CLASSES
 from tests.swap.swapping import backward, outputs, swap, swapped, tensors, without_gradient
 from tests.thorough import first_of_each
 from tests.twins import assert_equal, inserted
+from tests.versions import free_batch
 
 FIVE = (
     'layers.attention.Attention',
@@ -101,7 +102,7 @@ def test_export(name: str) -> None:
     model = swapped(family, create=SHORT.get(name))
     with torch.no_grad():
         exported = torch.export.export(
-            model, (family.images(),), dynamic_shapes=({0: torch.export.Dim('batch')},), strict=False
+            model, (family.images(),), dynamic_shapes=({0: free_batch()},), strict=False
         ).module()
         for batch_size in (2, 5):
             images = family.images(batch_size)
