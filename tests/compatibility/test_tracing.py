@@ -117,14 +117,20 @@ def test_what_tools_make_of_a_traced_model(operation: str) -> None:
             torch.testing.assert_close(made, model(images), rtol=1e-3, atol=1e-3)  # batch norms are folded
 
 
-@pytest.mark.filterwarnings('ignore::sem_timm.SwapWarning')
-@pytest.mark.parametrize('operation', attention_names())
-def test_attention_that_was_swapped(operation: str) -> None:
+def small_transformer(operation: str) -> Any:
+    """A transformer of two blocks whose attention was swapped, and does something."""
     torch.manual_seed(0)
     small = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
     model: Any = lively(timm.create_model('vit_tiny_patch16_224', **small))  # type: ignore[arg-type]
     sem_timm.patch_model(model, operation, input_size=(3, 32, 32))
     trained(model).eval()
+    return model
+
+
+@pytest.mark.filterwarnings('ignore::sem_timm.SwapWarning')
+@pytest.mark.parametrize('operation', attention_names())
+def test_attention_that_was_swapped(operation: str) -> None:
+    model = small_transformer(operation)
     traced = fx.symbolic_trace(model, concrete_args={'attn_mask': None, 'is_causal': False})
     for batch_size in (1, 3):
         images = torch.randn(batch_size, 3, 32, 32)
@@ -140,11 +146,7 @@ def test_attention_that_was_swapped(operation: str) -> None:
 @pytest.mark.parametrize('operation', attention_names())
 def test_a_trace_that_leaves_arguments_open_checks_them_when_it_runs(operation: str) -> None:
     """As torchvision traces, and timm with it: what may be given later stands for something, so the mask is there."""
-    torch.manual_seed(0)
-    small = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
-    model: Any = lively(timm.create_model('vit_tiny_patch16_224', **small))  # type: ignore[arg-type]
-    sem_timm.patch_model(model, operation, input_size=(3, 32, 32))
-    trained(model).eval()
+    model = small_transformer(operation)
     extractor: Any = create_feature_extractor(model, ['blocks.1'])
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
