@@ -133,8 +133,10 @@ class MonarchAttention(AttentionCore):
         elif not tiles.fill_grid:
             nothing = q.new_zeros(q.shape[-2] - first, 1, dtype=statistics_dtype(q.dtype))
             hidden = tiles.cut(nothing, fill=LOWEST).expand(-1, queries.shape[1], -1, -1)
-        prefix = self._at_every_place(torch.cat((k[..., :first, :], v[..., :first, :]), dim=-1), tiles)
-        of_prefix = None if mask is None else self._at_every_place(mask[..., :first, :], tiles)
+        prefix = of_prefix = None
+        if first:
+            prefix = self._at_every_place(torch.cat((k[..., :first, :], v[..., :first, :]), dim=-1), tiles)
+            of_prefix = None if mask is None else self._at_every_place(mask[..., :first, :], tiles)
         across = queries.flatten(1, 2).transpose(0, 1)  # (R B, M, d): the queries of one place in all blocks
         seen = None if hidden is None else hidden.exp() > 0
         asking = queries if seen is None else _with_means(queries, seen)
@@ -153,7 +155,12 @@ class MonarchAttention(AttentionCore):
         return prefix.expand(-1, -1, tiles.area, -1).flatten(1, 2)
 
     def _answers(
-        self, asking: Tensor, keys_values: Tensor, hidden: Tensor | None, prefix: Tensor, of_prefix: Tensor | None
+        self,
+        asking: Tensor,
+        keys_values: Tensor,
+        hidden: Tensor | None,
+        prefix: Tensor | None,
+        of_prefix: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """What blocks and prefix tokens answer to each place, and what is added to the logits of that.
 
@@ -161,7 +168,7 @@ class MonarchAttention(AttentionCore):
             asking: The query of each place that each block is asked by, (M, R, B, d).
             keys_values: Keys and values side by side, (M, R, B, d + value_dim).
             hidden: What is added to the logits of keys, (M, R, B, 1).
-            prefix: Keys and values of the prefix tokens, (P, R B, d + value_dim).
+            prefix: Keys and values of the prefix tokens, (P, R B, d + value_dim), where there are some.
             of_prefix: What is added to the logits of prefix tokens, (P, R B, 1).
 
         Returns:
@@ -182,9 +189,10 @@ class MonarchAttention(AttentionCore):
         # The logarithm of what a softmax is divided by, from its largest entry: no further pass over all exponentials.
         total = logits.amax(-1).to(dtype) - found.amax(-1).log()
         offsets = total - (queries * means[..., :width]).sum(-1, dtype=dtype) * self.scale
-        means = means.view(asking.shape[0], prefix.shape[1], tokens.shape[-1])
-        offsets = offsets.view(asking.shape[0], prefix.shape[1])
-        if not self.num_prefix_tokens:
+        places = asking.shape[1] * asking.shape[2]
+        means = means.view(asking.shape[0], places, tokens.shape[-1])
+        offsets = offsets.view(asking.shape[0], places)
+        if prefix is None:
             return means, offsets
         offset = offsets.new_zeros(prefix.shape[:2]) if of_prefix is None else of_prefix.squeeze(-1).to(dtype)
         return torch.cat((prefix.to(means.dtype), means)), torch.cat((offset, offsets))

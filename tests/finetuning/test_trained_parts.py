@@ -40,9 +40,8 @@ def test_parts_are_what_their_names_say(name: str) -> None:
     assert norms and norms <= vectors and not any('gamma' in n for n in norms)
     assert biases == {n for n in vectors if n.endswith('bias')}
     modules = {n.rpartition('.')[0] for n in norms}
-    assert modules == {n for n, m in model.named_modules() if hasattr(m, 'eps') and not n.startswith('head')} - {
-        n.rpartition('.')[0] for n in (new | only_head)
-    }
+    others = {n.rpartition('.')[0] for n in (new | only_head)}
+    assert modules == {n for n, m in model.named_modules() if hasattr(m, 'eps')} - others
     assert trained_names(name, 'new+norms')[1] == only_head | new | norms
     assert trained_names(name, 'norms+biases')[1] == only_head | norms | biases
     assert trained_names(name, 'all')[1] == {n for n, _ in model.named_parameters()}

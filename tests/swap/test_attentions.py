@@ -46,7 +46,7 @@ PAIRS += [
     ('folded heads', 'catt'),
     ('windows behind heads', 'caam'),
     ('several cores', 'halo'),
-    ('windows behind heads', 'monarch'),
+    ('transposed', 'monarch'),
 ]
 
 
