@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -32,10 +33,14 @@ def resume(run: Path, *given: str) -> list[str]:
 
 
 def start(command: list[str]) -> subprocess.Popen[str]:
-    """Starts a command in a process group of its own."""
-    return subprocess.Popen(
-        command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
+    """Starts a command in a process group of its own, which hears Ctrl-C: what runs in the background may be deaf."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def finish(command: list[str]) -> subprocess.CompletedProcess[str]:
