@@ -27,9 +27,6 @@ from sem_timm.surgery import Computed, bound_arguments
 # Strengths of the ridge that are tried, as parts of the mean of the diagonal.
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
-# What a layer is fitted on: its inputs in the swapped model, or those of the original.
-INPUTS = ('swapped', 'original')
-
 
 class _Reached(Exception):
     """The layer that was run for has been computed."""

@@ -41,6 +41,24 @@ def grid_of(num_tokens: int, grid_size: tuple[int, int] | None, num_prefix_token
     return (side, side) if area > 0 and side * side == area else None
 
 
+def required_grid(
+    num_tokens: int, grid_size: tuple[int, int] | None, num_prefix_tokens: int, asked_by: str
+) -> tuple[int, int]:
+    """As `grid_of`, where there has to be one.
+
+    Raises:
+        OptionError: If the tokens form none; ``asked_by`` says what needs it.
+    """
+    grid = grid_of(num_tokens, grid_size, num_prefix_tokens)
+    if grid is None:
+        raise OptionError(
+            f'{asked_by} got {num_tokens} tokens; without {num_prefix_tokens} prefix tokens that is no square grid and '
+            f'not grid_size={grid_size}.\n'
+            '  Say what they are: grid_size=(height, width), num_prefix_tokens=1 for a class token.'
+        )
+    return grid
+
+
 @dataclass(frozen=True)
 class BlockGrid:
     """How tokens of a grid are laid out in blocks; a grid that is no multiple of the block size is filled up.

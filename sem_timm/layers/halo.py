@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from sem_timm.errors import OptionError
 from sem_timm.layers.attention_core import LOWEST, AttentionCore, statistics_dtype
-from sem_timm.layers.block_grid import BlockGrid, check_token_grid, grid_of
+from sem_timm.layers.block_grid import BlockGrid, check_token_grid, required_grid
 from sem_timm.layers.excitation import check_at_least_one
 from sem_timm.layers.recording import traced_as_leaf
 
@@ -93,14 +93,7 @@ class HaloAttention(AttentionCore):
         Raises:
             OptionError: If they form none.
         """
-        grid = grid_of(num_tokens, self.grid_size, self.num_prefix_tokens)
-        if grid is None:
-            raise OptionError(
-                f'HaloAttention got {num_tokens} tokens; without {self.num_prefix_tokens} prefix tokens that is '
-                f'no square grid and not grid_size={self.grid_size}.\n'
-                '  Say what they are: grid_size=(height, width), num_prefix_tokens=1 for a class token.'
-            )
-        return grid
+        return required_grid(num_tokens, self.grid_size, self.num_prefix_tokens, 'HaloAttention')
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Map queries (..., N, d) to outputs (..., N, value_dim)."""

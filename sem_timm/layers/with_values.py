@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 
 from sem_timm.errors import OptionError
 from sem_timm.layers.attention_core import AttentionCore, statistics_dtype
+from sem_timm.layers.block_grid import check_token_grid, required_grid
 from sem_timm.layers.recording import traced_as_leaf
 
 # The options that ask for terms beside the output of a core.
@@ -74,7 +74,7 @@ class WithValues(AttentionCore):
         super().__init__(core.head_dim, core.value_dim, core.num_heads, core.head_axis)
         check_switches(own, local)
         self.core = core
-        self.grid_size = None if grid_size is None else (grid_size[0], grid_size[1])
+        self.grid_size = check_token_grid(grid_size, num_prefix_tokens)
         self.num_prefix_tokens = num_prefix_tokens
         own_terms = (OWN_TERMS if num_prefix_tokens else OWN_TERMS[:2]) if own else ()
         self.terms = ('core', *own_terms, *((LOCAL_TERM,) if local else ()))
@@ -100,17 +100,7 @@ class WithValues(AttentionCore):
         Raises:
             OptionError: If they form none.
         """
-        area = num_tokens - self.num_prefix_tokens
-        if self.grid_size is not None and area == self.grid_size[0] * self.grid_size[1]:
-            return self.grid_size
-        side = math.isqrt(max(area, 0))
-        if area < 1 or side * side != area:
-            raise OptionError(
-                f'local=True got {num_tokens} tokens; without {self.num_prefix_tokens} prefix tokens that is no square '
-                f'grid and not grid_size={self.grid_size}.\n'
-                '  Say what they are: grid_size=(height, width), num_prefix_tokens=1 for a class token.'
-            )
-        return side, side
+        return required_grid(num_tokens, self.grid_size, self.num_prefix_tokens, 'local=True')
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Map queries (..., N, d) to outputs (..., N, value_dim)."""
