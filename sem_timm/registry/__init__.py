@@ -35,7 +35,7 @@ __all__ = ['base_architecture', 'register_variants']
 
 default_cfgs: dict[str, DefaultCfg] = {}  # where register_model looks for the pretrained cfgs of an entry point
 
-_DEFAULT_OPERATIONS = ('sem', 'external', 'eamlp', 'monarch')
+DEFAULT_OPERATIONS = ('sem', 'external', 'eamlp', 'monarch')
 
 # Layers that look at their inputs before they go on, which feature_cls='fx' cannot follow; with their subclasses.
 _LEAVES = (SEM, AttentionCore, ChannelsFirst, ExternalAttention2d, MultiHeadExternalAttention)
@@ -57,7 +57,7 @@ def register_variants(*operations: str) -> None:
     Raises:
         OptionError: If no variants can be made with an operation.
     """
-    made_with = [VariantOperation(name) for name in operations or _DEFAULT_OPERATIONS]
+    made_with = [VariantOperation(name) for name in operations or DEFAULT_OPERATIONS]
     table = read_table()
     for layer in _LEAVES:
         register_notrace_module(layer)

@@ -12,10 +12,12 @@ from rich.table import Table
 
 from sem_timm.errors import NoMatchError, closest
 from sem_timm.operations import operation_names
+from sem_timm.registry import DEFAULT_OPERATIONS
 from sem_timm.registry.table import read_table
 from sem_timm.registry.variant_operation import VariantOperation
 
-_SUFFIXES = ('_sem', '_ea', '_eamlp', '_monarch')  # of the variants that importing the package registers
+# Of the variants that importing the package registers.
+_SUFFIXES = tuple(VariantOperation(name).suffix for name in DEFAULT_OPERATIONS)
 
 
 def command(

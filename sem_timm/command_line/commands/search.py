@@ -9,23 +9,16 @@ from typing import Annotated
 import typer
 
 from sem_timm.attention_search import search
-from sem_timm.command_line.arguments import OperationOptions, Targets
-from sem_timm.command_line.values import complete_operation, parse_target
-from sem_timm.errors import OptionError, closest
+from sem_timm.command_line.arguments import NewAttention, OperationOptions, Targets, check_attention
+from sem_timm.command_line.values import parse_target
 from sem_timm.finetuning.runs import open_run
-from sem_timm.layers import attention_names
 from sem_timm.reports.pictures import check_path
 from sem_timm.typed_values import parse_pairs
 
 
 def command(
     run: Annotated[Path, typer.Argument(help='Folder of a run of sem-timm finetune with self-attention.')],
-    operation: Annotated[
-        str,
-        typer.Option(
-            '--operation', '-o', help='The operation: which attention is new.', autocompletion=complete_operation
-        ),
-    ] = 'external',
+    operation: NewAttention = 'external',
     tolerance: Annotated[float, typer.Option(help='Part of the agreement with the original that may be lost.')] = 0.01,
     max_batches: Annotated[int, typer.Option(help='Look at so many batches of training images at most.', min=1)] = 4,
     target: Targets = None,
@@ -40,8 +33,7 @@ def command(
     Examples: `sem-timm finetune test_vit --operation none --output run`, then
     `sem-timm search run --set memory=32 --set own=true --tolerance 0.02 --plot front.png`.
     """
-    if operation not in attention_names():
-        raise OptionError(f'operation {operation!r} is no attention. {closest(operation, attention_names())}')
+    check_attention(operation)
     if plot is not None:
         check_path(plot)
     opened = open_run(run)

@@ -13,12 +13,11 @@ import typer
 from safetensors.torch import save_model
 
 from sem_timm.attention_transfer import TransferOptions, transfer
-from sem_timm.command_line.arguments import OperationOptions, Targets
-from sem_timm.command_line.values import complete_operation, parse_target
+from sem_timm.command_line.arguments import NewAttention, OperationOptions, Targets, check_attention
+from sem_timm.command_line.values import parse_target
 from sem_timm.errors import OptionError, SwapWarning, closest
 from sem_timm.finetuning.files import OPTIONS, PATCH, WEIGHTS, explained, write_text, write_whole
 from sem_timm.finetuning.runs import Run, open_run
-from sem_timm.layers import attention_names
 from sem_timm.operations import AttentionConfig, patch_model
 from sem_timm.persistence import save_patch
 from sem_timm.registry import base_architecture
@@ -28,12 +27,7 @@ from sem_timm.typed_values import parse_pairs
 
 def command(
     run: Annotated[Path, typer.Argument(help='Folder of a run of sem-timm finetune with self-attention.')],
-    operation: Annotated[
-        str,
-        typer.Option(
-            '--operation', '-o', help='The operation: which attention is new.', autocompletion=complete_operation
-        ),
-    ] = 'external',
+    operation: NewAttention = 'external',
     target: Targets = None,
     options: OperationOptions = None,
     transfer_options: Annotated[
@@ -52,8 +46,7 @@ def command(
     `sem-timm transfer run --set memory=32 --transfer epochs=5 --transfer train=module --output swapped`.
     """
     how = _transfer_options(transfer_options)
-    if operation not in attention_names():
-        raise OptionError(f'operation {operation!r} is no attention. {closest(operation, attention_names())}')
+    check_attention(operation)
     if output is not None and output.exists():
         raise OptionError(f'--output {output} exists; name a new folder.')
     opened = open_run(run)
