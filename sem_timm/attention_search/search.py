@@ -137,9 +137,7 @@ class _Trial:
 
     def front(self, tolerance: float, progress: Progress | None) -> tuple[FrontPoint, ...]:
         """The points from the original on, as far as the tolerance lets them."""
-        start = time.perf_counter()
-        self._outputs()
-        points = [self._point((), 1.0, 0.0, time.perf_counter() - start)]
+        points = [self._point((), 1.0, 0.0, self._timed_outputs()[1])]  # once more, now that all is warm
         left = list(self.names)
         while left:
             tried = {name: self._tried((*points[-1].swapped, name)) for name in left}
@@ -161,9 +159,7 @@ class _Trial:
 
     def _tried(self, names: tuple[str, ...]) -> FrontPoint:
         self._put(names)
-        start = time.perf_counter()
-        given = self._outputs()
-        seconds = time.perf_counter() - start
+        given, seconds = self._timed_outputs()
         self._put(())
         agreement, distance = _agreement(given, self.wanted)
         return self._point(names, agreement, distance, seconds)
@@ -178,6 +174,11 @@ class _Trial:
         for name, (old, new) in self.modules.items():
             parent, _, child = name.rpartition('.')
             self.model.get_submodule(parent)._modules[child] = new if name in names else old
+
+    def _timed_outputs(self) -> tuple[Tensor, float]:
+        """The outputs, and the seconds that they took."""
+        start = time.perf_counter()
+        return self._outputs(), time.perf_counter() - start
 
     @torch.no_grad()
     def _outputs(self) -> Tensor:

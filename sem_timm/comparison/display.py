@@ -2,59 +2,30 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TextColumn, TimeRemainingColumn
 
 from sem_timm.comparison.log import FINISHED, RunKey
-from sem_timm.finetuning.progress import ProgressDisplay
+from sem_timm.finetuning.progress import Bars, ProgressDisplay
 
 
-class ComparisonDisplay:
+class ComparisonDisplay(Bars):
     """A bar over all runs, with the time that is left, and one within the run; without a terminal a line for each run.
-
-    Writes to the standard error, so that results alone go to the standard output.
 
     Args:
         shown: Whether to show anything: not in other than the first process.
     """
 
     def __init__(self, shown: bool) -> None:
-        self.console = Console(file=sys.stderr, quiet=not shown)
-        columns = (
-            TextColumn('{task.description}'),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn('{task.fields[status]}'),
-            TimeElapsedColumn(),
-            TextColumn('left:'),
-            TimeRemainingColumn(),
-        )
         # Runs are few and long: the time that is left is told from all of them, not from the last half minute.
-        self._bar = Progress(
-            *columns, console=self.console, disable=not (shown and self.console.is_terminal), speed_estimate_period=1e9
-        )
+        super().__init__(shown, TextColumn('left:'), TimeRemainingColumn(), speed_estimate_period=1e9)
         self._runs = self._bar.add_task('runs', total=1, status='')
         self._done = 0
         self._total = 1
         self._began = time.monotonic()
-
-    def __enter__(self) -> ComparisonDisplay:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-    def say(self, text: str) -> None:
-        """Prints a line, above the bars where there are some."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def begin(self, total: int) -> None:
         """Tells how many runs there are to do by this process."""

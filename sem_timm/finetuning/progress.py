@@ -4,38 +4,38 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+Own = TypeVar('Own', bound='Bars')
 
 
-class ProgressDisplay:
-    """A bar with loss, throughput and the time that is left; where there is no terminal, one line each epoch.
-
-    Writes to the standard error, so that results alone go to the standard output.
+class Bars:
+    """Bars on the standard error, so that results alone go to the standard output; shown where there is a terminal.
 
     Args:
-        total: Updates of the run.
-        epochs: Epochs of the run.
         shown: Whether to show anything: not in other than the first process.
+        columns: What stands at the end of each, behind the time that has gone.
+        **options: Further options of `rich.progress.Progress`.
     """
 
-    def __init__(self, total: int, epochs: int, shown: bool) -> None:
+    def __init__(self, shown: bool, *columns: ProgressColumn, **options: Any) -> None:
         self.console = Console(file=sys.stderr, quiet=not shown)
-        columns = (
-            TextColumn('{task.description}'),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn('{task.fields[status]}'),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        self._epochs = epochs
-        self._bar = Progress(*columns, console=self.console, disable=not (shown and self.console.is_terminal))
-        self._task = self._bar.add_task('training', total=total, status='')
+        first = TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TextColumn('{task.fields[status]}')
+        is_silent = not (shown and self.console.is_terminal)
+        self._bar = Progress(*first, TimeElapsedColumn(), *columns, console=self.console, disable=is_silent, **options)
 
-    def __enter__(self) -> ProgressDisplay:
+    def __enter__(self: Own) -> Own:
         self._bar.start()
         return self
 
@@ -44,11 +44,26 @@ class ProgressDisplay:
     ) -> None:
         self._bar.stop()
 
+    def say(self, text: str) -> None:
+        """Prints a line, above the bars where there are some."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class ProgressDisplay(Bars):
+    """A bar with loss, throughput and the time that is left; where there is no terminal, one line each epoch.
+
+    Args:
+        total: Updates of the run.
+        epochs: Epochs of the run.
+        shown: Whether to show anything: not in other than the first process.
+    """
+
+    def __init__(self, total: int, epochs: int, shown: bool) -> None:
+        super().__init__(shown, TimeRemainingColumn())
+        self._epochs = epochs
+        self._task = self._bar.add_task('training', total=total, status='')
+
     def update(self, step: int, epoch: int, values: dict[str, Any]) -> None:
         """Shows where the run is."""
         status = f'loss {values["train/loss"]:.4f}  {values["train/images_per_second"]:,.0f} images/s'
         self._bar.update(self._task, completed=step, description=f'epoch {epoch + 1}/{self._epochs}', status=status)
-
-    def say(self, text: str) -> None:
-        """Prints a line, above the bar where there is one."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
