@@ -85,7 +85,7 @@ LITERATURE = {'features_learning_rate': 1e-4, 'features_alone': 0.25, 'warmup': 
 CHAINS = {
     'literature': [chain('external, own, local', 'initialize', ('features', LITERATURE))],
     'features': [chain(name, 'initialize', 'features') for name in (*FITTED, 'external')],
-    'fit': [chain(name, 'initialize') for name in (*FITTED, 'external')],
+    'fit': [chain('external', 'initialize')],
     'rates': [
         chain('external', 'initialize', ('match', options))
         for options in (
@@ -93,8 +93,8 @@ CHAINS = {
             {'train': 'new', 'warmup': 0.05},
         )
     ],
-    'images': [chain(name, ('initialize', {'calibration_batches': 12})) for name in FITTED],
-    'more images': [chain('linear, own, local', ('initialize', {'calibration_batches': 30}))],
+    'curve': [chain('linear, own, local', ('initialize', {'calibration_batches': n})) for n in (4, 12, 30, 120)],
+    'fitted': [chain(name, ('initialize', {'calibration_batches': 60})) for name in FITTED],
     'inputs': [chain(name, ('initialize', {'inputs': 'original'})) for name in FITTED],
     'swaps': [chain(name) for name in SWAPS if name not in FITTED],  # whose maps are zero at first
     'match': [chain(name, 'initialize', MATCH, 'features') for name in ('external', 'external, own, local')],

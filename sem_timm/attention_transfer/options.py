@@ -24,7 +24,8 @@ class TransferOptions:
     Attributes:
         stages: Which of 'initialize', 'match', 'features' and 'distill', in this order; by default the first two, or
             'match' alone where the new attention has nothing to initialise.
-        calibration_batches: Batches that memories are initialised from, and that errors of layers are measured on.
+        calibration_batches: Batches that memories and maps of values are initialised from, which are held in memory. On
+            the first four of them errors of layers are measured.
         keys: What the memories of keys start from: 'swap' for what they are already, which measured best with
             values by least squares, 'keys' for centres of the original's keys, 'queries' for centres of its queries.
         values: What the memories of values start from: 'least-squares' for what gives the original's outputs best, or

@@ -27,6 +27,9 @@ from sem_timm.batches import Loader
 from sem_timm.compat import logit_distillation_task
 from sem_timm.errors import ModelError, OptionError, RefusedError, closest
 
+# Errors of layers are measured on so many batches at most, before the first stage and after each.
+MEASURED_BATCHES = 4
+
 
 def transfer(
     model: nn.Module,
@@ -177,9 +180,9 @@ class _Run:
         for stage, which in _trained(options).items():
             if stage != 'initialize':
                 pair.names(which)
-        self.measured, self.evaluation = calibration, None
+        self.measured, self.evaluation = calibration[:MEASURED_BATCHES], None
         if evaluation is not None:
-            first = first_batches(evaluation, options.calibration_batches, pair.model)
+            first = first_batches(evaluation, min(options.calibration_batches, MEASURED_BATCHES), pair.model)
             self.measured, self.evaluation = _images(first), Evaluation(evaluation, first)
         self.done: list[Stage] = []
 

@@ -9,7 +9,6 @@ given there, and the maps that are best on the original's inputs are not best on
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from sem_timm.attention_transfer.least_squares import LeastSquares
 from sem_timm.attention_transfer.matching import narrow
 from sem_timm.attention_transfer.options import TransferOptions
 from sem_timm.attention_transfer.pair import Pair, SwappedLayer
+from sem_timm.attention_transfer.resuming import Look, ResumableRun, run_up_to
 from sem_timm.errors import OptionError
 from sem_timm.layers import WithValues
 from sem_timm.meta import Call
@@ -26,10 +26,6 @@ from sem_timm.surgery import Computed, bound_arguments
 
 # Strengths of the ridge that are tried, as parts of the mean of the diagonal.
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-
-
-class _Reached(Exception):
-    """The layer that was run for has been computed."""
 
 
 @torch.no_grad()
@@ -45,9 +41,10 @@ def fit_values(pair: Pair, batches: list[Tensor], options: TransferOptions) -> N
         )
     sums = {name: {c: _Sums(core) for c, core in layer.with_values.items()} for name, layer in layers.items()}
     if options.inputs == 'original':
+        modules = {name: layer.teacher for name, layer in layers.items()}
         for images in batches:
             with narrow(options, images):
-                found = _outputs(pair, layers, images)
+                found = run_up_to(modules, pair.teacher, images, _look_at_old(layers))
             for name, layer in layers.items():
                 for child, old in found[name].items():
                     sums[name][child].add((old.query, old.key, old.value, old.extra), layer.with_values[child], old)
@@ -55,12 +52,13 @@ def fit_values(pair: Pair, batches: list[Tensor], options: TransferOptions) -> N
         for name, layer in layers.items():
             _solve(sums[name], layer)
         return
-    for name in _order(pair, list(layers), batches[0]):
+    order = _order(pair, list(layers), batches[0])
+    teacher, student = (ResumableRun(model, order, options) for model in (pair.teacher, pair.student))
+    for name in order:
         layer = layers[name]
-        for images in batches:
-            with narrow(options, images):
-                found = _outputs(pair, {name: layer}, images)
-                given = _inputs(pair, layer, images)
+        olds = teacher.reach(name, {name: layer.teacher}, batches, _look_at_old({name: layer}))
+        news = student.reach(name, dict(layer.with_values), batches, lambda _, args, kwargs: (*args, *kwargs.values()))
+        for found, given in zip(olds, news, strict=True):  # strict, so that both end
             for child, old in found[name].items():
                 sums[name][child].add(given[child], layer.with_values[child], old)
         _solve(sums[name], layer)
@@ -129,8 +127,8 @@ def _order(pair: Pair, names: list[str], images: Tensor) -> list[str]:
     return [name for name in dict.fromkeys(seen) if name in names]
 
 
-def _outputs(pair: Pair, layers: dict[str, SwappedLayer], images: Tensor) -> dict[str, dict[str, Computed]]:
-    """What went into the old cores of some layers that have maps and came out of them, by layer and child."""
+def _look_at_old(layers: dict[str, SwappedLayer]) -> Look:
+    """Tells what goes into the old cores of a layer that have maps and what comes out of them, by child."""
     by_module = {id(layer.teacher): layer for layer in layers.values()}
 
     def look(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Computed]:
@@ -139,34 +137,4 @@ def _outputs(pair: Pair, layers: dict[str, SwappedLayer], images: Tensor) -> dic
         found = layer.original.compute(layer.teacher, arguments, with_extra=layer.masked)
         return {child: found[child] for child in layer.with_values}
 
-    return _up_to({name: layer.teacher for name, layer in layers.items()}, pair.teacher, images, look)
-
-
-def _inputs(pair: Pair, layer: SwappedLayer, images: Tensor) -> dict[str, tuple[Any, ...]]:
-    """What the new cores of a layer are given in the student."""
-    cores: dict[str, nn.Module] = dict(layer.with_values)
-    return _up_to(cores, pair.student, images, lambda _, args, kwargs: (*args, *kwargs.values()))
-
-
-def _up_to(
-    modules: dict[str, nn.Module], model: nn.Module, images: Tensor, look: Callable[[nn.Module, Any, Any], Any]
-) -> dict[str, Any]:
-    """Runs a model until some modules have been called, and gives what a function makes of their arguments."""
-    found: dict[str, Any] = {}
-    handles = []
-    for name, module in modules.items():
-
-        def hook(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-            found[name] = look(module, args, kwargs)
-            if len(found) == len(modules):
-                raise _Reached
-
-        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
-        model(images)
-    except _Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    return look
