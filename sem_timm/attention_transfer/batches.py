@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -30,11 +30,30 @@ def first_batches(loader: Loader, count: int | None, model: nn.Module) -> list[t
         OptionError: If there are none.
     """
     found = list(islice(batches_for(loader, model), count))
-    if not found:
+    _check_some(found)
+    return found
+
+
+def calibration_batches(loader: Loader, num_images: int, model: nn.Module) -> list[Tensor]:
+    """The first batches of a loader that have so many images together, or all that it has; images alone.
+
+    Raises:
+        OptionError: If there are none.
+    """
+    found: list[Tensor] = []
+    for images, _ in batches_for(loader, model):
+        found.append(images)
+        if sum(map(len, found)) >= num_images:
+            break
+    _check_some(found)
+    return found
+
+
+def _check_some(batches: Sequence[Any]) -> None:
+    if not batches:
         raise OptionError(
             'the loader yields no images; attention transfer needs images of the kind that the model is for.'
         )
-    return found
 
 
 def number_of_steps(loader: Loader, epochs: int, steps: int | None) -> int:

@@ -24,8 +24,9 @@ class TransferOptions:
     Attributes:
         stages: Which of 'initialize', 'match', 'features' and 'distill', in this order; by default the first two, or
             'match' alone where the new attention has nothing to initialise.
-        calibration_batches: Batches that memories and maps of values are initialised from, which are held in memory. On
-            the first four of them errors of layers are measured.
+        calibration_images: How many images memories and maps of values are initialised from, all of them held in
+            memory; as many batches as that takes. Thousands are better than hundreds (docs/transfer.md). On the first
+            four of the batches errors of layers are measured.
         keys: What the memories of keys start from: 'swap' for what they are already, which measured best with
             values by least squares, 'keys' for centres of the original's keys, 'queries' for centres of its queries.
         values: What the memories of values start from: 'least-squares' for what gives the original's outputs best, or
@@ -66,7 +67,7 @@ class TransferOptions:
     """
 
     stages: tuple[str, ...] | None = None
-    calibration_batches: int = 4
+    calibration_images: int = 1000
     keys: str = 'swap'
     values: str = 'least-squares'
     sharpness: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
@@ -106,7 +107,7 @@ class TransferOptions:
                 raise OptionError(f'{name}={value!r} is unknown. {closest(str(value), known)}')
         if (self.keys, self.values) == ('swap', 'means'):
             raise OptionError("values='means' needs clusters: keys='keys' or keys='queries'.")
-        for name in ('calibration_batches', 'iterations', *(f'{s}{n}' for s in _PREFIXES for n in ('epochs', 'steps'))):
+        for name in ('calibration_images', 'iterations', *(f'{s}{n}' for s in _PREFIXES for n in ('epochs', 'steps'))):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
                 raise OptionError(f'{name}={value!r}: give a whole number of at least 1.')

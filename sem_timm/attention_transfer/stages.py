@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sem_timm.attention_transfer.batches import first_batches
+from sem_timm.attention_transfer.batches import calibration_batches, first_batches
 from sem_timm.attention_transfer.checkpoint import Checkpoint
 from sem_timm.attention_transfer.distillation import distill
 from sem_timm.attention_transfer.evaluation import Evaluation
@@ -73,7 +73,7 @@ def transfer(
     options = _options(options, fields)
     swaps_of(model)  # its errors come before those of the loader
     with undisturbed(options.seed):
-        calibration = _images(first_batches(loader, options.calibration_batches, model))
+        calibration = calibration_batches(loader, options.calibration_images, model)
         pair = make_pair(model, calibration[0], _trained(options).values())
         run = _Run(pair, options, calibration, evaluation)
         file = None if checkpoint is None else Checkpoint(Path(checkpoint), pair, options)
@@ -115,7 +115,7 @@ def initialize_memories(
     swaps_of(model)
     with undisturbed(options.seed):
         images = _images(first_batches(batches, None, model))
-    return transfer(model, images, replace(options, calibration_batches=len(images)))
+    return transfer(model, images, replace(options, calibration_images=sum(map(len, images))))
 
 
 def match_layers(
@@ -182,7 +182,7 @@ class _Run:
                 pair.names(which)
         self.measured, self.evaluation = calibration[:MEASURED_BATCHES], None
         if evaluation is not None:
-            first = first_batches(evaluation, min(options.calibration_batches, MEASURED_BATCHES), pair.model)
+            first = first_batches(evaluation, MEASURED_BATCHES, pair.model)
             self.measured, self.evaluation = _images(first), Evaluation(evaluation, first)
         self.done: list[Stage] = []
 

@@ -121,14 +121,14 @@ def test_an_evaluation_without_images() -> None:
     'number, parts',
     [
         (2, ['yields 0 batches', '2 before']),
-        (3, ['yields 1 batches', '2 before']),
-        (6, ['yields 0 batches', '4 before']),
+        (5, ['yields 1 batches', '4 before']),
+        (10, ['yields 0 batches', '6 before']),
     ],
 )
 def test_an_evaluation_that_cannot_be_passed_over_again(number: int, parts: list[str]) -> None:
     model, pairs = swapped(), labelled(create(), number)
     with refused(model, OptionError, *parts, 'not a generator'):
-        sem_timm.transfer(model, batches(), evaluation=iter(pairs), calibration_batches=2)
+        sem_timm.transfer(model, batches(), evaluation=iter(pairs))
 
 
 def test_an_evaluation_that_runs_dry_between_stages() -> None:
