@@ -37,7 +37,7 @@ def fit_values(pair: Pair, batches: list[Tensor], options: TransferOptions) -> N
     if sum(map(len, batches)) < 2:
         raise OptionError(
             'calibration shows 1 image, and the maps of values are fitted on one half of the images for the other; '
-            'give more: thousands are better than hundreds.'
+            'give more: thousands are best.'
         )
     sums = {name: {c: _Sums(core) for c, core in layer.with_values.items()} for name, layer in layers.items()}
     if options.inputs == 'original':
