@@ -184,7 +184,7 @@ def test_fewer_tokens_than_slots() -> None:
 
 def test_maps_of_values_need_two_images() -> None:
     model = swapped('linear', own=True)
-    with refused(model, OptionError, 'shows 1 image', 'some hundreds'):
+    with refused(model, OptionError, 'shows 1 image', 'thousands are best'):
         sem_timm.transfer(model, [batches(1)[0][:1]], stages=('initialize',))
 
 
@@ -197,7 +197,7 @@ def test_a_stream_needs_a_number_of_steps_and_a_generator_runs_dry() -> None:
     with refused(model, OptionError, 'Stream has no length', 'steps='):
         sem_timm.transfer(model, Stream())
     with refused(model, OptionError, 'passed over again', '2 of 6', 'generator'):
-        sem_timm.transfer(model, iter([*batches(), *batches()]), steps=6)
+        sem_timm.transfer(model, iter([*batches(), *batches()]), steps=6, calibration_images=64)
     with refused(model, OptionError, 'passed over again', '4 of 4'):
         sem_timm.transfer(model, iter(batches()), steps=4)
     assert len(sem_timm.transfer(model, Stream(), steps=6)['match'].losses) == 6
