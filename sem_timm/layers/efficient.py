@@ -71,7 +71,8 @@ class LinearAttention(AttentionCore):
         head_axis: Which axis of q counts the heads, from the end.
         centre_keys: Whether the mean of the keys over the tokens is taken off them first. Softmax attention does not
             change by it, nor does `EfficientAttention`; here what all keys have in common no longer fills their
-            directions.
+            directions. In a trained ViT-S whose maps of values were fitted in closed form, every layer missed its
+            original by a little less with it (one seed, a twentieth of the error).
         device: Accepted for uniformity.
         dtype: Accepted for uniformity.
 
