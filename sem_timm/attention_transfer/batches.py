@@ -34,16 +34,16 @@ def first_batches(loader: Loader, count: int | None, model: nn.Module) -> list[t
     return found
 
 
-def calibration_batches(loader: Loader, num_images: int, model: nn.Module) -> list[Tensor]:
-    """The first batches of a loader that have so many images together, or all that it has; images alone.
+def calibration_batches(loader: Loader, num_images: int, model: nn.Module) -> list[tuple[Tensor, Any]]:
+    """The first batches of a loader that have so many images together, or all of them, as `batches_for` gives them.
 
     Raises:
         OptionError: If there are none.
     """
-    found: list[Tensor] = []
-    for images, _ in batches_for(loader, model):
-        found.append(images)
-        if sum(map(len, found)) >= num_images:
+    found: list[tuple[Tensor, Any]] = []
+    for batch in batches_for(loader, model):
+        found.append(batch)
+        if sum(len(images) for images, _ in found) >= num_images:
             break
     _check_some(found)
     return found

@@ -38,7 +38,8 @@ class Evaluation:
         meter = AverageMeter()
         count = 0
         for images, labels in batches_for(self.loader, model):
-            meter.update(accuracy(model(images), _classes(labels, images))[0].item(), len(images))
+            classes = classes_of(labels, images, 'evaluation', ' With images alone, errors are measured without it.')
+            meter.update(accuracy(model(images), classes)[0].item(), len(images))
             count += 1
         if count < self.num_batches:
             raise OptionError(
@@ -49,19 +50,31 @@ class Evaluation:
         return float(meter.avg)
 
 
-def _classes(labels: Any, images: Tensor) -> Tensor:
+def classes_of(labels: Any, images: Tensor, loader: str, way_out: str = '') -> Tensor:
+    """Labels as whole numbers (B,), one class for each of some images.
+
+    Args:
+        labels: What came with the images as their labels.
+        images: The images, (B, C, H, W).
+        loader: What yielded them, for the message.
+        way_out: What can be done without labels, for the message.
+
+    Raises:
+        OptionError: If they are not that.
+    """
     try:
         classes = torch.as_tensor(labels, device=images.device)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise _no_classes(f'of type {type(labels).__name__}') from error
+        raise _no_classes(f'of type {type(labels).__name__}', loader, way_out) from error
     is_whole = not (classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool)
     if not is_whole or classes.shape != images.shape[:1]:
-        raise _no_classes(f'of shape {tuple(classes.shape)} and {classes.dtype} with {len(images)} images')
+        form = f'of shape {tuple(classes.shape)} and {classes.dtype} with {len(images)} images'
+        raise _no_classes(form, loader, way_out)
     return classes
 
 
-def _no_classes(form: str) -> OptionError:
+def _no_classes(form: str, loader: str, way_out: str) -> OptionError:
     return OptionError(
-        f'evaluation yields labels {form}; accuracy needs whole numbers (B,), the class of each image, '
-        'such as labels.argmax(1) of one-hot labels. With images alone, errors are measured without it.'
+        f'{loader} yields labels {form}; the class of each image is needed, whole numbers (B,), '
+        f'such as labels.argmax(1) of one-hot labels.{way_out}'
     )

@@ -115,7 +115,7 @@ def match(
     def learn(layer: SwappedLayer, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: Tensor) -> None:
         with torch.enable_grad(), narrow(options, wanted):
             given = tensors_in(layer.student(*args, **kwargs))[0]
-            loss = _missed_part(layer, given, wanted, variances[layer.name])
+            loss = missed_part(layer, given, wanted, variances[layer.name])
             loss.backward()
         collected.append(loss.detach())
         if not loss.isfinite():
@@ -153,7 +153,7 @@ def check_losses(failed: list[str], step: int, stage: str) -> None:
         )
 
 
-def _missed_part(layer: SwappedLayer, given: Tensor, wanted: Tensor, variances: list[float]) -> Tensor:
+def missed_part(layer: SwappedLayer, given: Tensor, wanted: Tensor, variances: list[float]) -> Tensor:
     """The mean squared error as a part of the variance, as a mean over kinds of tokens.
 
     The class token, one among many, is what most heads read, so that it counts as much as all others together.

@@ -33,6 +33,24 @@ def visiting(pair: Pair, visit: Visit) -> Iterator[nn.Module]:
             handle.remove()
 
 
+@contextmanager
+def student_outputs(pair: Pair) -> Iterator[dict[str, Tensor]]:
+    """What each swapped layer of the student gave in its last forward, by name, with its graph."""
+    found: dict[str, Tensor] = {}
+    handles = []
+    for layer in pair.layers:
+
+        def hook(_: nn.Module, args: Any, output: Any, name: str = layer.name) -> None:
+            found[name] = tensors_in(output)[0]
+
+        handles.append(layer.student.register_forward_hook(hook))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @dataclass
 class Spread:
     """Sums over the outputs of one layer for one kind of tokens, in float64.

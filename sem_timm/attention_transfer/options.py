@@ -12,6 +12,7 @@ KEYS = ('swap', 'keys', 'queries')
 VALUES = ('least-squares', 'means')
 INPUTS = ('swapped', 'original')
 AMP_DTYPES = ('bfloat16', 'float16')
+TARGETS = ('logits', 'labels')
 TRAINED = ('new', 'projection', 'module', 'all')
 
 _PREFIXES = ('', 'features_', 'distill_')  # of options that each training has
@@ -53,6 +54,10 @@ class TransferOptions:
         features_learning_rate: Peak of the learning rate then, for all parameters; it ends at a fifth.
         features_alone: The first part of the steps, in which the swapped modules alone are trained, before all of the
             model is; with 1, the default, the rest of the model stays as it is.
+        distill_with: What is aimed at in the distillation: the original's 'logits', or the 'labels' that the loader
+            yields.
+        distill_layer_weight: Factor of the error of the layers in the loss of the distillation, beside that of its aim;
+            0 leaves it out.
         distill_train: As ``train``, for the distillation; also 'all' for the whole model. By default as ``train``.
         distill_epochs: As ``epochs``, for the distillation.
         distill_steps: As ``steps``, for the distillation.
@@ -86,6 +91,8 @@ class TransferOptions:
     features_steps: int | None = None
     features_learning_rate: float = 2e-5
     features_alone: float = 1.0
+    distill_with: str = 'logits'
+    distill_layer_weight: float = 50.0
     distill_train: str | None = None
     distill_epochs: int = 1
     distill_steps: int | None = None
@@ -101,7 +108,7 @@ class TransferOptions:
                 object.__setattr__(self, name, tuple(value))
         self._check_stages()
         choices = {'keys': KEYS, 'values': VALUES, 'inputs': INPUTS, 'train': TRAINED[:-1], 'distill_train': TRAINED}
-        for name, known in {**choices, 'amp_dtype': AMP_DTYPES}.items():
+        for name, known in {**choices, 'distill_with': TARGETS, 'amp_dtype': AMP_DTYPES}.items():
             value = getattr(self, name)
             if value not in known and not (name in ('distill_train', 'amp_dtype') and value is None):
                 raise OptionError(f'{name}={value!r} is unknown. {closest(str(value), known)}')
@@ -115,8 +122,9 @@ class TransferOptions:
         for name in (*rates, 'temperature'):
             if not _is_positive(getattr(self, name)):
                 raise OptionError(f'{name}={getattr(self, name)!r}: give a number above 0.')
-        if not _is_zero_or_more(self.weight_decay):
-            raise OptionError(f'weight_decay={self.weight_decay!r}: give a number of at least 0.')
+        for name in ('weight_decay', 'distill_layer_weight'):
+            if not _is_zero_or_more(getattr(self, name)):
+                raise OptionError(f'{name}={getattr(self, name)!r}: give a number of at least 0.')
         if not self.sharpness or not isinstance(self.sharpness, tuple) or not all(map(_is_positive, self.sharpness)):
             raise OptionError(f'sharpness={self.sharpness!r}: give numbers above 0, such as (1.0, 2.0).')
         if not isinstance(self.warmup, (int, float)) or not 0 <= self.warmup < 1:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sem_timm.attention_transfer.batches import calibration_batches, first_batches
 from sem_timm.attention_transfer.checkpoint import Checkpoint
-from sem_timm.attention_transfer.distillation import distill
+from sem_timm.attention_transfer.distillation import check_aim, distill
 from sem_timm.attention_transfer.evaluation import Evaluation
 from sem_timm.attention_transfer.features import check_features, match_features
 from sem_timm.attention_transfer.matching import Progress, match, narrow
@@ -24,7 +24,6 @@ from sem_timm.attention_transfer.result import Stage, TransferResult
 from sem_timm.attention_transfer.undisturbed import undisturbed
 from sem_timm.attention_transfer.value_maps import fit_values
 from sem_timm.batches import Loader
-from sem_timm.compat import logit_distillation_task
 from sem_timm.errors import ModelError, OptionError, RefusedError, closest
 
 # Errors of layers are measured on so many batches at most, before the first stage and after each.
@@ -46,14 +45,15 @@ def transfer(
     The old weights are still in a swapped model, so that it is its own teacher: 'initialize' fills the memories of
     external attention, and the maps of values of what was swapped with ``own=True`` or ``local=True``, in closed form;
     'match' trains each new layer to give its original's outputs on the original's inputs; 'features' trains the whole
-    chain to give the original's final features; and 'distill' trains on the original's logits. Dropout is off and
-    running statistics stand still. With the default ``train='new'`` the base's weights stay as they are, so that
-    `unpatch_model` gives exactly the original; other choices train some of them too.
+    chain to give the original's final features; and 'distill' trains on the original's logits, or on labels, with what
+    the layers gave kept beside them. Dropout is off and running statistics stand still. With the default
+    ``train='new'`` the base's weights stay as they are, so that `unpatch_model` gives exactly the original; other
+    choices train some of them too.
 
     Args:
         model: A model after ``patch_model(model, 'external')`` or with another attention; trained in place.
         loader: Images that the model is for: batches (B, C, H, W), pairs of these and labels, or dictionaries. Labels
-            are not used.
+            are used by ``distill_with='labels'`` alone.
         options: How; or give the fields of `TransferOptions` by name.
         evaluation: Images with labels, whole numbers (B,), to measure accuracy on, and errors on the first of them;
             passed over again for each stage. Without labels, errors alone are measured.
@@ -73,9 +73,9 @@ def transfer(
     options = _options(options, fields)
     swaps_of(model)  # its errors come before those of the loader
     with undisturbed(options.seed):
-        calibration = calibration_batches(loader, options.calibration_images, model)
-        pair = make_pair(model, calibration[0], _trained(options).values())
-        run = _Run(pair, options, calibration, evaluation)
+        first = calibration_batches(loader, options.calibration_images, model)
+        pair = make_pair(model, first[0][0], _trained(options).values())
+        run = _Run(pair, options, first, evaluation)
         file = None if checkpoint is None else Checkpoint(Path(checkpoint), pair, options)
         learned = run.begin(file)
         for stage in run.stages:
@@ -167,23 +167,23 @@ class _Run:
     """The stages of one transfer, measured one after another."""
 
     def __init__(
-        self, pair: Pair, options: TransferOptions, calibration: list[Tensor], evaluation: Loader | None
+        self, pair: Pair, options: TransferOptions, first: list[tuple[Tensor, Any]], evaluation: Loader | None
     ) -> None:
-        self.pair, self.options, self.calibration = pair, options, calibration
+        self.pair, self.options, self.calibration = pair, options, _images(first)
         self.stages = options.stages or _possible(pair)
         if 'initialize' in self.stages:
             check_memories(pair)
         if 'features' in self.stages:
             check_features(pair.model)
         if 'distill' in self.stages:
-            logit_distillation_task()
+            check_aim(pair, options, first)
         for stage, which in _trained(options).items():
             if stage != 'initialize':
                 pair.names(which)
-        self.measured, self.evaluation = calibration[:MEASURED_BATCHES], None
+        self.measured, self.evaluation = self.calibration[:MEASURED_BATCHES], None
         if evaluation is not None:
-            first = first_batches(evaluation, MEASURED_BATCHES, pair.model)
-            self.measured, self.evaluation = _images(first), Evaluation(evaluation, first)
+            shown = first_batches(evaluation, MEASURED_BATCHES, pair.model)
+            self.measured, self.evaluation = _images(shown), Evaluation(evaluation, shown)
         self.done: list[Stage] = []
 
     def begin(self, file: Checkpoint | None) -> dict[str, Tensor]:
@@ -210,7 +210,7 @@ class _Run:
         elif name == 'features':
             losses, seen = match_features(self.pair, loader, self.options, progress)
         else:
-            losses, seen = distill(self.pair, loader, self.options, progress)
+            losses, seen = distill(self.pair, loader, self.options, self.variances, progress)
         seconds = time.perf_counter() - start
         stage = Stage(name, images_seen=seen, seconds=seconds, losses=tuple(losses), sharpness=sharpness)
         self._measure(stage)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from sem_timm.errors import OptionError
 from sem_timm.layers.attention_core import AttentionCore, statistics_dtype
 from sem_timm.layers.recording import traced_as_leaf
 
@@ -68,6 +69,10 @@ class LinearAttention(AttentionCore):
         value_dim: Width of values and output; by default ``head_dim``.
         num_heads: Number of heads of the inputs, or 1 for any.
         head_axis: Which axis of q counts the heads, from the end.
+        centre_keys: Whether the mean of the keys over the tokens is taken off them first. Softmax attention does not
+            change by it, nor does `EfficientAttention`; here what all keys have in common no longer fills their
+            directions. In a trained ViT-S whose maps of values were fitted in closed form, every layer missed its
+            original by a little less with it (one seed, a twentieth of the error).
         device: Accepted for uniformity.
         dtype: Accepted for uniformity.
 
@@ -82,6 +87,22 @@ class LinearAttention(AttentionCore):
 
     eps = 1e-6
 
+    def __init__(
+        self,
+        head_dim: int,
+        value_dim: int | None = None,
+        num_heads: int = 1,
+        head_axis: int = -3,
+        *,
+        centre_keys: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(head_dim, value_dim, num_heads, head_axis, device=device, dtype=dtype)
+        if not isinstance(centre_keys, bool):
+            raise OptionError(f'centre_keys={centre_keys!r}: write centre_keys=True or centre_keys=False.')
+        self.centre_keys = centre_keys
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Map queries (..., N, d) to outputs (..., N, value_dim)."""
         if (node := traced_as_leaf(self, q, k, v, attn_mask)) is not None:
@@ -89,8 +110,9 @@ class LinearAttention(AttentionCore):
         leading = self.check_inputs(q, k, v)
         dtype = statistics_dtype(k.dtype)
         root = _inverse_root(k, dtype)
-        scale = root / _length(k, dtype)
         if attn_mask is None:
+            k = (k - k.mean(-2, keepdim=True, dtype=dtype)).to(k.dtype) if self.centre_keys else k
+            scale = root / _length(k, dtype)
             mean = v.mean(-2, keepdim=True, dtype=dtype)
         else:
             # What is added to a logit multiplies a weight.
@@ -98,6 +120,7 @@ class LinearAttention(AttentionCore):
             weight = mask.exp().transpose(-2, -1)
             weight = weight.expand(*weight.shape[:-2], k.shape[-2], 1)
             total = weight.sum(-2, keepdim=True).clamp(min=self.eps)
+            k = (k - (k * weight).sum(-2, keepdim=True) / total).to(k.dtype) if self.centre_keys else k
             mean, root = (v * weight).sum(-2, keepdim=True) / total, total.rsqrt()
             scale = root * weight / _length(k, dtype)
         # Averages over the keys, in two steps of a root: a sum over many keys overflows in float16.
@@ -117,6 +140,9 @@ class LinearAttention(AttentionCore):
         numerator = product.to(dtype).addcmul_(mean, length)
         out = numerator / denominator if numerator.requires_grad else numerator.div_(denominator)
         return out.to(product.dtype)
+
+    def extra_repr(self) -> str:
+        return f'{super().extra_repr()}, centre_keys={self.centre_keys}' if self.centre_keys else super().extra_repr()
 
 
 def _inverse_root(k: Tensor, dtype: torch.dtype) -> Tensor | float:

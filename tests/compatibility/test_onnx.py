@@ -164,9 +164,13 @@ def test_exporters_without_their_optimisation(name: str, dynamo: bool, tmp_path:
 ANY_SIZE = [name for name in attention_core_names() if name not in ('halo', 'monarch')]
 
 
-@pytest.mark.parametrize('name', ANY_SIZE)
-def test_the_older_exporter_of_a_core_with_any_number_of_tokens(name: str, tmp_path: Path) -> None:
-    core = trained(attention_core_class(name)(8, num_heads=3, **OPTIONS.get(name, {}))).eval()
+@pytest.mark.parametrize(
+    ('name', 'options'), [*((name, OPTIONS.get(name, {})) for name in ANY_SIZE), ('linear', {'centre_keys': True})]
+)
+def test_the_older_exporter_of_a_core_with_any_number_of_tokens(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    core = trained(attention_core_class(name)(8, num_heads=3, **options)).eval()
     path, names = tmp_path / 'core.onnx', ['q', 'k', 'v'] if core.reads_keys else ['q']
     sizes = ((2, 10), (3, 17), (1, 4))
     inputs = [[torch.randn(batch, 3, tokens, 8) for _ in names] for batch, tokens in sizes]

@@ -100,6 +100,13 @@ def test_other_attentions_are_registered_on_request(operation: str, registration
     assert {part.operation for part in sem_timm.patched_modules(model)} == {sem_timm.AttentionConfig(operation)}
 
 
+def test_options_of_other_attentions_have_their_prefix(registrations: None) -> None:
+    sem_timm.register_variants('linear')
+    model = weightless('test_vit_linear', linear_centre_keys=True)
+    (operation,) = {part.operation for part in sem_timm.patched_modules(model)}
+    assert dict(operation.options)['centre_keys'] is True
+
+
 def test_several_attentions_are_registered_at_once_and_registered_ones_are_left(registrations: None) -> None:
     before = dict(timm_registry._model_entrypoints)
     sem_timm.register_variants('sem', 'external', 'eamlp')
