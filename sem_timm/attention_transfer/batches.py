@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sem_timm.attention_transfer.processes import fewest
 from sem_timm.batches import Loader, loader_of, read_batches
 from sem_timm.errors import OptionError
 
@@ -70,7 +71,7 @@ def number_of_steps(loader: Loader, epochs: int, steps: int | None) -> int:
         raise OptionError(
             f'{type(loader).__name__} has no length, so that the schedule needs a number of batches: give steps=.'
         ) from error
-    return epochs * length
+    return fewest(epochs * length)
 
 
 def drawn(loader: Loader, steps: int, model: nn.Module) -> Iterator[tuple[Tensor, Any]]:

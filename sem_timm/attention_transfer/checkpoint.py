@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sem_timm.attention_transfer.options import TransferOptions
 from sem_timm.attention_transfer.pair import Pair
+from sem_timm.attention_transfer.processes import done_by_main
 from sem_timm.attention_transfer.result import Stage
 from sem_timm.errors import OptionError
 from sem_timm.files import replace_whole
@@ -37,9 +38,7 @@ class Checkpoint:
         shapes = {name: list(pair.student.get_parameter(name).shape) for name in pair.trained}
         how = {**asdict(options), 'swapped': layers, 'trained': shapes}
         self.told: dict[str, Any] = json.loads(json.dumps(how))
-        if not path.parent.is_dir():
-            raise OptionError(f'checkpoint={str(path)!r}: there is no folder {str(path.parent)!r}.')
-        self._found = self._read() if path.exists() else {'stages': [], 'learned': {}}
+        self._found = done_by_main(self._read)
 
     def restore(self) -> tuple[list[Stage], dict[str, Tensor]]:
         """The stages that are done, and what they gave, which the student now has; nothing and nothing at first."""
@@ -58,9 +57,13 @@ class Checkpoint:
             with path.open('wb') as file:
                 torch.save(content, file)
 
-        replace_whole(self.path, write)
+        done_by_main(lambda: replace_whole(self.path, write))
 
     def _read(self) -> dict[str, Any]:
+        if not self.path.parent.is_dir():
+            raise OptionError(f'checkpoint={str(self.path)!r}: there is no folder {str(self.path.parent)!r}.')
+        if not self.path.exists():
+            return {'stages': [], 'learned': {}}
         try:
             found: dict[str, Any] = torch.load(self.path, map_location='cpu', weights_only=True)
             told: dict[str, Any] = found['told']

@@ -19,6 +19,7 @@ from sem_timm.attention_transfer.matching import Progress, check_losses, missed_
 from sem_timm.attention_transfer.measure import student_outputs, visiting
 from sem_timm.attention_transfer.options import TransferOptions
 from sem_timm.attention_transfer.pair import Pair, SwappedLayer
+from sem_timm.attention_transfer.processes import average_gradients
 from sem_timm.batches import Loader
 from sem_timm.compat import logit_distillation_task
 from sem_timm.errors import ModelError, OptionError
@@ -60,6 +61,7 @@ def distill(
                 loss = loss_of(images, labels)
                 loss.backward()
             check_losses([] if loss.isfinite() else [_first_lost(pair, given)], step, 'distill')
+            average_gradients(optimizer)
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step(step + 1)

@@ -9,6 +9,7 @@ from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
 
 from sem_timm.attention_transfer.batches import batches_for
+from sem_timm.attention_transfer.processes import total
 from sem_timm.batches import Loader
 from sem_timm.errors import OptionError
 
@@ -47,7 +48,8 @@ class Evaluation:
                 'give one that can be, such as a DataLoader, not a generator.'
             )
         self.num_batches = count
-        return float(meter.avg)
+        right, count = total(torch.tensor([meter.sum, meter.count], dtype=torch.float64)).tolist()
+        return right / count
 
 
 def classes_of(labels: Any, images: Tensor, loader: str, way_out: str = '') -> Tensor:

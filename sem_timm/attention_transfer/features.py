@@ -16,6 +16,7 @@ from sem_timm.attention_transfer.batches import drawn, number_of_steps
 from sem_timm.attention_transfer.matching import Progress, check_losses, narrow, training_parts
 from sem_timm.attention_transfer.options import TransferOptions
 from sem_timm.attention_transfer.pair import Pair
+from sem_timm.attention_transfer.processes import average_gradients, total
 from sem_timm.batches import Loader
 from sem_timm.errors import ModelError
 
@@ -71,6 +72,7 @@ def match_features(
             loss = _missed_part(given, wanted, prefix)
             loss.backward()
         check_losses([] if loss.isfinite() else ['the features'], step, 'features')
+        average_gradients(optimizer)
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step(step + 1 - begun)
@@ -96,6 +98,8 @@ def _missed_part(given: Tensor, wanted: Tensor, prefix: int) -> Tensor:
 
 
 def _variance(features: Tensor) -> Tensor:
-    """The mean variance of channels, which are the last axis of tokens and the second of maps."""
+    """The mean variance of channels, which are the last axis of tokens and the second of maps, in all processes."""
     rows = features.flatten(0, -2) if features.dim() == 3 else features.transpose(1, -1).flatten(0, -2)
-    return rows.var(0, correction=0).mean()
+    count = total(rows.new_tensor(len(rows)))
+    mean = total(rows.sum(0)) / count
+    return (total((rows - mean).square().sum(0)) / count).mean()

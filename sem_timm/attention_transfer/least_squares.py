@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sem_timm.attention_transfer.processes import total
+
 # Added to the diagonal, as a part of its mean: slots that attend alike share a value, and rounding does not decide it.
 RIDGE = 1e-5
 
@@ -32,9 +34,15 @@ class LeastSquares:
 
     def __add__(self, other: LeastSquares) -> LeastSquares:
         """The sums over what both have seen."""
-        total = LeastSquares()
-        total.gram, total.moment, total.energy = (one + two for one, two in zip(self._sums(), other._sums()))
-        return total
+        both = LeastSquares()
+        both.gram, both.moment, both.energy = (one + two for one, two in zip(self._sums(), other._sums()))
+        return both
+
+    def over_processes(self) -> LeastSquares:
+        """The sums over what all processes have seen."""
+        whole = LeastSquares()
+        whole.gram, whole.moment, whole.energy = map(total, self._sums())
+        return whole
 
     def solution(self, ridge: float = RIDGE) -> Tensor:
         """The values (heads, S, value_dim) with the smallest squared error, and what they weigh themselves.

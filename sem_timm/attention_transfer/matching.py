@@ -19,6 +19,7 @@ from sem_timm.attention_transfer.batches import drawn, number_of_steps
 from sem_timm.attention_transfer.measure import visiting
 from sem_timm.attention_transfer.options import TransferOptions
 from sem_timm.attention_transfer.pair import Pair, SwappedLayer
+from sem_timm.attention_transfer.processes import average_gradients, is_so_anywhere
 from sem_timm.batches import Loader
 from sem_timm.compat import create_scheduler, list_optimizers
 from sem_timm.errors import ModelError, OptionError, closest
@@ -126,6 +127,7 @@ def match(
             with torch.no_grad():
                 teacher(images)
             check_losses(failed, step, 'match')
+            average_gradients(optimizer)
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step(step + 1)
@@ -146,9 +148,10 @@ def narrow(options: TransferOptions, images: Tensor) -> AbstractContextManager[A
 
 def check_losses(failed: list[str], step: int, stage: str) -> None:
     """Raises ModelError if something became infinite or not a number; ``failed`` tells what."""
-    if failed:
+    if is_so_anywhere(bool(failed)):
+        what = failed[0] if failed else 'a layer in another process'
         raise ModelError(
-            f'stage {stage!r} lost its way in step {step + 1}: the error of {failed[0]} became infinite or not a '
+            f'stage {stage!r} lost its way in step {step + 1}: the error of {what} became infinite or not a '
             'number. The model is as it was before this stage. Use a smaller learning_rate, and look at the images.'
         )
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sem_timm.attention_transfer.pair import Pair, SwappedLayer
+from sem_timm.attention_transfer.processes import number_of_processes, total
 from sem_timm.surgery import tensors_in
 
 Visit = Callable[[SwappedLayer, tuple[Any, ...], dict[str, Any], Tensor], None]
@@ -74,6 +75,13 @@ class Spread:
         self.squares = self.squares + rows.square().sum(0).cpu().double()
         self.missed += float((given - wanted).float().square().sum())
 
+    def over_processes(self) -> None:
+        """Takes in what all processes have seen."""
+        if number_of_processes() > 1 and self.count:
+            self.count = int(total(torch.tensor(self.count)))
+            self.total, self.squares = total(torch.as_tensor(self.total)), total(torch.as_tensor(self.squares))
+            self.missed = float(total(torch.tensor(self.missed, dtype=torch.float64)))
+
     @property
     def variance(self) -> float:
         """Mean squared distance of the original's outputs to their mean, per number."""
@@ -100,6 +108,9 @@ def spreads(pair: Pair, batches: Iterable[Tensor]) -> dict[str, list[Spread]]:
     with visiting(pair, visit) as teacher:
         for images in batches:
             teacher(images)
+    for kinds in found.values():
+        for spread in kinds:
+            spread.over_processes()
     return {name: [spread for spread in kinds if spread.count] for name, kinds in found.items()}
 
 

@@ -19,6 +19,7 @@ from sem_timm.attention_transfer.least_squares import LeastSquares
 from sem_timm.attention_transfer.measure import visiting
 from sem_timm.attention_transfer.options import TransferOptions
 from sem_timm.attention_transfer.pair import Pair, SwappedLayer
+from sem_timm.attention_transfer.processes import take_from_main
 from sem_timm.errors import OptionError, RefusedError
 from sem_timm.layers import ExternalAttention
 from sem_timm.layers.k_means import cluster_means, k_means, nearest
@@ -91,6 +92,7 @@ def initialize(pair: Pair, batches: list[Tensor], options: TransferOptions) -> d
             problem.add(core.heads_first(attention).flatten(1, 2), outputs, weights)
 
     _over_cores(pair, batches, add)
+    sums = {name: [problem.over_processes() for problem in problems] for name, problems in sums.items()}
     chosen = {}
     for name, core in _cores(pair).items():
         keys, means = centers[name]
@@ -175,6 +177,7 @@ def _clusters(pair: Pair, batches: list[Tensor], options: TransferOptions) -> di
             torch.stack([keys.mT for keys, _ in clusters]) * scale,
             torch.stack([means for _, means in clusters]),
         )
+        take_from_main(found[name])
     return found
 
 

@@ -20,6 +20,7 @@ from sem_timm.attention_transfer.measure import error_of, spreads
 from sem_timm.attention_transfer.memories import check_memories, initialize
 from sem_timm.attention_transfer.options import TransferOptions
 from sem_timm.attention_transfer.pair import Pair, make_pair, swaps_of
+from sem_timm.attention_transfer.processes import number_of_processes, take_from_main, total
 from sem_timm.attention_transfer.result import Stage, TransferResult
 from sem_timm.attention_transfer.undisturbed import undisturbed
 from sem_timm.attention_transfer.value_maps import fit_values
@@ -73,8 +74,10 @@ def transfer(
     options = _options(options, fields)
     swaps_of(model)  # its errors come before those of the loader
     with undisturbed(options.seed):
-        first = calibration_batches(loader, options.calibration_images, model)
+        share = -(-options.calibration_images // number_of_processes())
+        first = calibration_batches(loader, share, model)
         pair = make_pair(model, first[0][0], _trained(options).values())
+        take_from_main(pair.student.get_parameter(name) for name in pair.trained)
         run = _Run(pair, options, first, evaluation)
         file = None if checkpoint is None else Checkpoint(Path(checkpoint), pair, options)
         learned = run.begin(file)
@@ -211,6 +214,8 @@ class _Run:
             losses, seen = match_features(self.pair, loader, self.options, progress)
         else:
             losses, seen = distill(self.pair, loader, self.options, self.variances, progress)
+        seen = int(total(torch.tensor(seen)))
+        losses = (total(torch.tensor(losses)) / number_of_processes()).tolist()
         seconds = time.perf_counter() - start
         stage = Stage(name, images_seen=seen, seconds=seconds, losses=tuple(losses), sharpness=sharpness)
         self._measure(stage)

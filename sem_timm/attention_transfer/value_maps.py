@@ -99,7 +99,8 @@ class _Sums:
 
     def solve(self, core: WithValues) -> None:
         """Writes what was found into the core."""
-        for kind, (one, other) in enumerate(self.kinds):
+        for kind, halves in enumerate(self.kinds):
+            one, other = (half.over_processes() for half in halves)
             missed = torch.stack(
                 [other.missed(one.solution(ridge)) + one.missed(other.solution(ridge)) for ridge in RIDGES]
             )

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Annotated
 
 import timm
+import torch
 import typer
 from safetensors.torch import save_model
 
 from sem_timm.attention_transfer import TransferOptions, transfer
+from sem_timm.attention_transfer.processes import Share, is_main
 from sem_timm.command_line.arguments import NewAttention, OperationOptions, Targets, check_attention
 from sem_timm.command_line.values import parse_target
 from sem_timm.errors import OptionError, SwapWarning, closest
@@ -39,8 +41,8 @@ def command(
 ) -> None:
     """Swap the attention of a trained model and give it its skill back, with its own training images as examples.
 
-    Options of the transfer, among them `stages`, `train`, `epochs` and `learning_rate`, are those of
-    `sem_timm.TransferOptions`.
+    Under `accelerate launch` the processes share the images. Options of the transfer, among them `stages`, `train`,
+    `epochs` and `learning_rate`, are those of `sem_timm.TransferOptions`.
 
     Examples: `sem-timm finetune test_vit --operation none --output run`, then
     `sem-timm transfer run --set memory=32 --transfer epochs=5 --transfer train=module --output swapped`.
@@ -57,7 +59,14 @@ def command(
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', SwapWarning)  # it is about to be trained
         patch_model(opened.model, operation, target=names, input_size=opened.input_size, **chosen)
-    result = transfer(opened.model, opened.training, how, evaluation=opened.validation)
+    try:
+        result = transfer(opened.model, Share(opened.training), how, evaluation=Share(opened.validation))
+        first = is_main()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    if not first:
+        return
     if output is not None:
         with explained(output):
             output.mkdir(parents=True)
