@@ -2,12 +2,14 @@
 
     python benchmarks/fashion_mnist.py --data FOLDER
     python benchmarks/fashion_mnist.py --data FOLDER --device cuda --depth 164 --epochs 60 --train-images 60000
+    python benchmarks/fashion_mnist.py --data FOLDER --bottlenecks --schedule drops --epochs 30 --train-images 60000
     python benchmarks/fashion_mnist.py --render
 
 One recipe for all variants of a family, the same weights, images and crops for all variants of a seed; accuracy is that
-on the 10,000 test images after the last epoch. Finished trainings are in the log and are not repeated; all of the first
-seed come before those of the second. Several processes share the work with ``--part 0/2`` and ``--part 1/2``. At the
-end, and with ``--render`` at once, docs/results.md and docs/results.png are made of all that is in the log.
+on the 10,000 test images after the last epoch. Finished trainings are in the log and are not repeated, and one that was
+stopped goes on after its last whole epoch; all of the first seed come before those of the second. Several processes
+share the work with ``--part 0/2`` and ``--part 1/2``. At the end, and with ``--render`` at once, docs/results.md and
+docs/results.png are made of all that is in the log.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import argparse
 import datetime
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ PRECISIONS = {'resnet': 'bfloat16', 'vit': 'float32'}  # where each is fastest o
 # A transformer that sees few images learns too little from crops to be compared by them.
 DEFAULT_AUGMENTATIONS = {'resnet': AUGMENTATIONS, 'vit': ('none',)}
 NAMES = [variant.name for variants in FAMILIES.values() for variant in variants]
-_ELSEWHERE = ('data', 'log', 'docs', 'part', 'only', 'seeds', 'render')  # what figures do not depend on
+_ELSEWHERE = ('data', 'log', 'docs', 'part', 'only', 'seeds', 'render', 'stopped')  # what figures do not depend on
 
 
 def part_of(text: str) -> tuple[int, int]:
@@ -68,8 +69,13 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--precision', choices=('float32', 'bfloat16'), help='by default bfloat16 for ResNets')
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+    parser.add_argument('--bottlenecks', action='store_true', help='below 100 layers, too')
+    parser.add_argument('--schedule', choices=('cosine', 'drops'), default='cosine', help='drops: two, as published')
+    parser.add_argument(
+        '--stopped', type=Path, default=Path('build/stopped'), help='folder of what stopped trainings go on from'
+    )
     typed = parser.parse_args(given)
-    check_depth(typed.depth)
+    check_depth(typed.depth, typed.bottlenecks)
     return typed
 
 
@@ -84,6 +90,8 @@ def planned(typed: argparse.Namespace) -> list[Run]:
             batch_size=typed.batch_size,
             precision=typed.precision or PRECISIONS[family],
             device=typed.device,
+            schedule=typed.schedule if family == 'resnet' else 'cosine',
+            bottlenecks=typed.bottlenecks and family == 'resnet',
         )
         for family in FAMILIES
     }
@@ -100,9 +108,9 @@ def planned(typed: argparse.Namespace) -> list[Run]:
 def circumstances(typed: argparse.Namespace) -> dict[str, Any]:
     """What is kept of the command, the machine and the versions beside each figure."""
     options = [
-        f'--{name.replace("_", "-")} {value}'
+        f'--{name.replace("_", "-")}' + ('' if value is True else f' {value}')
         for name, value in vars(typed).items()
-        if name not in _ELSEWHERE and name != 'augmentation' and value is not None
+        if name not in _ELSEWHERE and name != 'augmentation' and value not in (None, False)
     ]
     return {
         'command': ' '.join(['python benchmarks/fashion_mnist.py', *options]),
@@ -116,7 +124,7 @@ def circumstances(typed: argparse.Namespace) -> dict[str, Any]:
 def measure_costs(settings: Sequence[Setting], typed: argparse.Namespace) -> None:
     """Logs what a training step costs where the log does not have it."""
     for setting in settings:
-        key = {'kind': 'cost', 'setting': asdict(setting)}
+        key = {'kind': 'cost', 'setting': setting.key}
         logged = [record['ratios'] for record in read_log(typed.log) if is_logged([record], key)]
         names = {variant.name for variant in FAMILIES[setting.family] if variant.name in typed.only}
         missing = names.difference(*logged)
@@ -131,7 +139,7 @@ def train_all(runs: Sequence[Run], typed: argparse.Namespace) -> None:
         key = {'kind': 'run', **run.key}
         if is_logged(read_log(typed.log), key):
             continue
-        figures = train_and_measure(run, train, test)
+        figures = train_and_measure(run, train, test, typed.stopped)
         append_record(typed.log, {**key, **figures, **circumstances(typed)})
         print(f'{number} of {len(runs)}: {run}: {figures["accuracy"]} %, {figures["seconds"]} s', flush=True)
 

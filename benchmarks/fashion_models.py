@@ -62,27 +62,29 @@ VITS = (
 FAMILIES = {'resnet': RESNETS, 'vit': VITS}
 
 
-def check_depth(depth: int) -> None:
+def check_depth(depth: int, bottlenecks: bool = False) -> None:
     """Refuses a depth that no network of this kind has.
 
     Raises:
         SystemExit: If it is none; the message says which there are.
     """
-    per_block = 9 if depth >= 100 else 6
-    if depth < 8 or (depth - 2) % per_block:
+    per_block = 9 if bottlenecks or depth >= 100 else 6
+    if depth < per_block + 2 or (depth - 2) % per_block:
         raise SystemExit(
-            f'--depth {depth}: these networks have 6n + 2 layers, such as 20 or 56, from 100 on 9n + 2, such as 164.'
+            f'--depth {depth}: these networks have 6n + 2 layers, such as 20 or 56; with --bottlenecks, and from 100 '
+            'on, 9n + 2, such as 20, 56 or 164.'
         )
 
 
-def resnet(depth: int) -> nn.Module:
+def resnet(depth: int, bottlenecks: bool = False) -> nn.Module:
     """A ResNet for small images: three stages of widths 16, 32, 64, with timm's blocks.
 
-    Below 100 layers each stage has n basic blocks, 6n + 2 layers in all; from there n bottlenecks, 9n + 2 layers, as in
-    the ResNet-164 on which SEM was published.
+    Each stage has n basic blocks, 6n + 2 layers in all; or, if asked for and from 100 layers on, n bottlenecks, 9n + 2
+    layers, as in the ResNet-164 on which SEM was published.
     """
-    check_depth(depth)
-    block, count = (Bottleneck, (depth - 2) // 9) if depth >= 100 else (BasicBlock, (depth - 2) // 6)
+    check_depth(depth, bottlenecks)
+    bottlenecks = bottlenecks or depth >= 100
+    block, count = (Bottleneck, (depth - 2) // 9) if bottlenecks else (BasicBlock, (depth - 2) // 6)
     layers: list[nn.Module] = [nn.Conv2d(INPUT_SIZE[0], 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     channels = 16
     for stage, width in enumerate((16, 32, 64)):
@@ -100,10 +102,10 @@ def resnet(depth: int) -> nn.Module:
     return model
 
 
-def create(family: str, variant: Variant, depth: int, seed: int) -> nn.Module:
+def create(family: str, variant: Variant, depth: int, seed: int, bottlenecks: bool = False) -> nn.Module:
     """A model with new weights; variants of a family with one seed have the same weights but for what is inserted."""
     torch.manual_seed(seed)
-    model = resnet(depth) if family == 'resnet' else Recipe(depth=depth, seed=seed).create()
+    model = resnet(depth, bottlenecks) if family == 'resnet' else Recipe(depth=depth, seed=seed).create()
     if variant.operation is None:
         return model
     with warnings.catch_warnings():

@@ -27,14 +27,12 @@ image. ± is the standard deviation over seeds; *against* is the mean difference
 """
 
 _RECIPES = {
-    'resnet': (
-        'SGD with momentum 0.9, a peak learning rate of 0.1, cosine schedule with a fifth of an epoch of warm-up, '
-        'weight decay 1e-4 on all parameters'
-    ),
-    'vit': (
-        'AdamW with a peak learning rate of 2e-3, cosine schedule with a fifth of an epoch of warm-up, '
-        'weight decay 0.05'
-    ),
+    'resnet': ('SGD with momentum 0.9, a peak learning rate of 0.1', 'weight decay 1e-4 on all parameters'),
+    'vit': ('AdamW with a peak learning rate of 2e-3', 'weight decay 0.05'),
+}
+_SCHEDULES = {
+    'cosine': 'cosine schedule with a fifth of an epoch of warm-up',
+    'drops': 'a tenth of it after a half of the epochs and again after three quarters, a fifth of an epoch of warm-up',
 }
 
 
@@ -90,7 +88,10 @@ class Section:
     def title(self) -> str:
         """The heading."""
         depth = self.setting.depth
-        return f'ResNet-{depth}' if self.setting.family == 'resnet' else f'Vision transformer of {depth} blocks'
+        if self.setting.family == 'vit':
+            return f'Vision transformer of {depth} blocks'
+        of = f' of bottlenecks, {self.setting.epochs} epochs' if self.setting.bottlenecks else ''
+        return f'ResNet-{depth}{of}'
 
 
 def sections(records: Iterable[Record]) -> list[Section]:
@@ -136,6 +137,7 @@ def markdown(found: list[Section]) -> str:
 def _conditions(section: Section) -> str:
     """What was done, on what, and how long it took."""
     setting, runs = section.setting, section.records
+    recipe = f', {_SCHEDULES[setting.schedule]}, '.join(_RECIPES[setting.family])
     steps = setting.train_images // setting.batch_size * setting.epochs
     precision = 'float32' if setting.precision == 'float32' else "bfloat16 by torch's autocast"
     machines = {
@@ -147,7 +149,7 @@ def _conditions(section: Section) -> str:
     seconds, cpu = (sum(run[name] for run in runs) for name in ('seconds', 'cpu_seconds'))
     return (
         f'The first {setting.train_images:,} training images, {setting.epochs} epochs in batches of '
-        f'{setting.batch_size}, {steps:,} steps; {_RECIPES[setting.family]}; {precision}.\n\n{commands}\n\n'
+        f'{setting.batch_size}, {steps:,} steps; {recipe}; {precision}.\n\n{commands}\n\n'
         f'{len(runs)} runs took {seconds / 3600:.2f} hours in all, and {cpu / 3600:.2f} hours of processor time, on a '
         f'machine that other work may have shared. {"; ".join(sorted(machines))}.'
     )

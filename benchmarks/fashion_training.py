@@ -6,11 +6,13 @@ import math
 import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from fashion_data import crop_and_flip
 from fashion_models import FAMILIES, Variant, create
+from fashion_stopped import Kept
 from measuring import take_turns
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -41,6 +43,9 @@ class Setting:
         batch_size: Images in a batch.
         precision: 'float32', or 'bfloat16' for torch's autocast.
         device: 'cpu' or 'cuda'.
+        schedule: 'cosine', or 'drops' for a tenth of the learning rate after a half of the epochs, and again after
+            three quarters, as published for SEM (after 81 and 122 of 164).
+        bottlenecks: Whether a ResNet of fewer than 100 layers has bottlenecks, too.
     """
 
     family: str
@@ -50,6 +55,14 @@ class Setting:
     batch_size: int = 64
     precision: str = 'bfloat16'
     device: str = 'cpu'
+    schedule: str = 'cosine'
+    bottlenecks: bool = False
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the log knows it by: fields that came later are left out where they are as before them."""
+        later = {'schedule': 'cosine', 'bottlenecks': False}
+        return {name: value for name, value in asdict(self).items() if (name, value) not in later.items()}
 
     @property
     def original(self) -> Variant:
@@ -62,7 +75,7 @@ class Setting:
 
     def create(self, variant: Variant, seed: int) -> nn.Module:
         """A new model where it is to be trained."""
-        model = create(self.family, variant, self.depth, seed).to(self.device)
+        model = create(self.family, variant, self.depth, seed, self.bottlenecks).to(self.device)
         return model.to(memory_format=torch.channels_last)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -85,36 +98,64 @@ class Run:
     def key(self) -> dict[str, Any]:
         """What the log knows it by."""
         run = {'variant': self.variant.name, 'augmentation': self.augmentation, 'seed': self.seed}
-        return {'setting': asdict(self.setting), **run}
+        return {'setting': self.setting.key, **run}
 
     def __str__(self) -> str:
         return f'{self.setting.family} {self.variant.name}, augmentation {self.augmentation}, seed {self.seed}'
 
 
-def train_and_measure(run: Run, train: TensorDataset, test: TensorDataset) -> dict[str, Any]:
-    """Trains a new model; returns its test accuracy after the last epoch, in percent, and figures of the training."""
-    start, cpu = time.perf_counter(), time.process_time()
+def train_and_measure(run: Run, train: TensorDataset, test: TensorDataset, folder: Path) -> dict[str, Any]:
+    """Trains a new model, or goes on with one from a folder of trainings that were stopped.
+
+    Returns:
+        Its test accuracy after the last epoch, in percent, and figures of the training.
+    """
     model = run.setting.create(run.variant, run.seed)
-    loss = _train(model, run, train)
+    state = _train(model, run, train, folder)
+    losses = [round(loss, 4) if math.isfinite(loss) else None for loss in state['losses']]
     return {
         'accuracy': round(100 * accuracy(model, test, run.setting), 2),
-        'train_loss': round(loss, 4) if math.isfinite(loss) else None,
+        'train_loss': losses[-1],
+        'losses': losses,
+        **gates(model, test, run.setting),
         'parameters': sum(parameter.numel() for parameter in sem_timm.trainable_parameters(model)),
-        'seconds': round(time.perf_counter() - start, 1),
-        'cpu_seconds': round(time.process_time() - cpu, 1),
+        'seconds': round(state['seconds'], 1),
+        'cpu_seconds': round(state['cpu_seconds'], 1),
     }
 
 
-def _train(model: nn.Module, run: Run, train: TensorDataset) -> float:
-    """Trains a model in place; returns the mean loss of the last epoch."""
+def gates(model: nn.Module, data: TensorDataset, setting: Setting) -> dict[str, Any]:
+    """What SEM decides and what its gates do, over the first 500 images; and what is new and got no gradient last.
+
+    Means over blocks, by operator: of decisions, of the factors in the gate, and of their deviation over channels.
+    """
+    found: dict[str, Any] = {}
+    if any(isinstance(module, sem_timm.SEM) for module in model.modules()):
+        images = data.tensors[0][:500]
+        told = sem_timm.decisions(model, images.split(100))
+        for name in ('mean', 'gate_mean', 'gate_contrast'):
+            means = getattr(told, name).nanmean(0).tolist()
+            found[name] = {operator: round(value, 4) for operator, value in zip(told.operators, means)}
+    inserted = tuple(f'{part.name}.{child}.' for part in sem_timm.patched_modules(model) for child in part.inserted)
+    new = {name: parameter.grad for name, parameter in model.named_parameters() if name.startswith(inserted)}
+    return {**found, 'without_gradient': [name for name, grad in new.items() if grad is not None and not grad.any()]}
+
+
+def _train(model: nn.Module, run: Run, train: TensorDataset, folder: Path) -> dict[str, Any]:
+    """Trains a model in place, and keeps after each epoch what a training that is stopped goes on from.
+
+    Returns:
+        The mean loss of each epoch, 'losses', and 'seconds' and 'cpu_seconds' of all of them.
+    """
     setting = run.setting
     images, labels = (tensor[: setting.train_images].to(setting.device) for tensor in train.tensors)
     steps = len(images) // setting.batch_size
     optimizer = setting.optimizer(model)
     scheduler, _ = create_scheduler_v2(
         optimizer,
-        'cosine',
+        {'cosine': 'cosine', 'drops': 'multistep'}[setting.schedule],
         num_epochs=setting.epochs,
+        decay_milestones=[setting.epochs // 2, setting.epochs * 3 // 4],
         step_on_epochs=False,
         updates_per_epoch=steps,
         warmup_epochs=0.2,
@@ -124,7 +165,10 @@ def _train(model: nn.Module, run: Run, train: TensorDataset) -> float:
     generator = torch.Generator().manual_seed(run.seed)
     model.train()
     total = torch.zeros((), device=setting.device)
-    for epoch in range(setting.epochs):
+    kept = Kept(folder, run.key, model, optimizer, generator)
+    state = kept.restored()
+    for epoch in range(len(state['losses']), setting.epochs):
+        start, cpu = time.perf_counter(), time.process_time()
         total.zero_()
         order = torch.randperm(len(images), generator=generator)[: steps * setting.batch_size]
         for step, chosen in enumerate(order.split(setting.batch_size)):
@@ -134,7 +178,12 @@ def _train(model: nn.Module, run: Run, train: TensorDataset) -> float:
             loss = _step(model, optimizer, batch, labels[chosen], setting)
             scheduler.step_update(epoch * steps + step + 1)
             total += loss
-    return float(total) / steps
+        state['losses'].append(float(total) / steps)
+        state['seconds'] += time.perf_counter() - start
+        state['cpu_seconds'] += time.process_time() - cpu
+        kept.save(state)
+    kept.remove()
+    return state
 
 
 def _step(

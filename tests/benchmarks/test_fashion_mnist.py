@@ -7,6 +7,7 @@ import importlib
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,6 +46,7 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 def small(folder: Path, *names: str, seeds: int = 2) -> list[str]:
     sizes = ['--depth', '8', '--epochs', '1', '--train-images', '32', '--batch-size', '16', '--seeds', str(seeds)]
     places = ['--data', str(folder), '--log', str(folder / 'log.jsonl'), '--docs', str(folder)]
+    places += ['--stopped', str(folder / 'stopped')]
     return [*sizes, *places, '--only', *names]
 
 
@@ -91,8 +93,61 @@ def test_a_run_is_the_same_when_repeated(load: type[ModuleType], folder: Path) -
     setting = training.Setting('resnet', 8, train_images=64, epochs=2, batch_size=16, precision='float32')
     run = training.Run(setting, models.RESNETS[4], 'crop-flip', seed=3)
     with torch.random.fork_rng(devices=[]):
-        first, second = (training.train_and_measure(run, *data) for _ in range(2))
-    assert first['train_loss'] == second['train_loss'] and first['accuracy'] == second['accuracy']
+        first, second = (training.train_and_measure(run, *data, folder / 'stopped') for _ in range(2))
+    assert first['losses'] == second['losses'] and first['accuracy'] == second['accuracy']
+    assert first['mean'].keys() == {'se', 'eca', 'ie'} and first['without_gradient'] == []
+
+
+@pytest.mark.parametrize('schedule', ['cosine', 'drops'])
+def test_a_run_that_was_stopped_goes_on(
+    load: type[ModuleType], folder: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
+) -> None:
+    training, models, stopped = load('fashion_training'), load('fashion_models'), load('fashion_stopped')
+    data = [load('fashion_data').fashion_mnist(folder, part) for part in ('train', 't10k')]
+    sizes = {'train_images': 64, 'epochs': 4, 'batch_size': 16, 'precision': 'float32'}
+    setting = training.Setting('resnet', 11, **sizes, schedule=schedule, bottlenecks=True)
+    run = training.Run(setting, models.RESNETS[4], 'crop-flip', seed=3)
+    save = stopped.Kept.save
+
+    def killed(kept: Any, state: dict[str, Any]) -> None:
+        save(kept, state)
+        if len(state['losses']) == 2:
+            raise KeyboardInterrupt
+
+    with torch.random.fork_rng(devices=[]):
+        whole = training.train_and_measure(run, *data, folder / 'whole')
+        with monkeypatch.context() as patch:
+            patch.setattr(stopped.Kept, 'save', killed)
+            with pytest.raises(KeyboardInterrupt):
+                training.train_and_measure(run, *data, folder / 'stopped')
+        assert len(list((folder / 'stopped').iterdir())) == 1
+        again = training.train_and_measure(run, *data, folder / 'stopped')
+    assert not list((folder / 'stopped').iterdir())
+    same = ('losses', 'accuracy', 'mean', 'gate_contrast')
+    assert [whole[name] for name in same] == [again[name] for name in same] and len(whole['losses']) == 4
+
+
+def test_the_learning_rate_drops_twice(load: type[ModuleType], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training, models = load('fashion_training'), load('fashion_models')
+    data = [load('fashion_data').fashion_mnist(folder, part) for part in ('train', 't10k')]
+    setting = training.Setting('resnet', 8, train_images=64, epochs=8, batch_size=16, schedule='drops')
+    rates = []
+    step = training._step
+
+    def watched(model: Any, optimizer: torch.optim.Optimizer, *given: Any) -> Any:
+        rates.append(optimizer.param_groups[0]['lr'])
+        return step(model, optimizer, *given)
+
+    monkeypatch.setattr(training, '_step', watched)
+    with torch.random.fork_rng(devices=[]):
+        training.train_and_measure(training.Run(setting, models.RESNETS[0], 'none', 0), *data, folder / 'stopped')
+    assert [round(rate, 6) for rate in rates[::4]][1:] == [0.1] * 3 + [0.01] * 2 + [0.001] * 2
+
+
+def test_settings_of_before_are_known_by_what_they_were(load: type[ModuleType]) -> None:
+    setting = load('fashion_training').Setting('resnet', 20, 10_240, 4)
+    assert 'schedule' not in setting.key and 'bottlenecks' not in setting.key
+    assert load('fashion_training').Setting('resnet', 20, 10_240, 4, schedule='drops').key['schedule'] == 'drops'
 
 
 def test_variants_differ_in_what_is_inserted_alone(load: type[ModuleType]) -> None:
