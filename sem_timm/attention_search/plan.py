@@ -53,7 +53,7 @@ class SearchedPlan(Plan):
         return {**super().to_dict(), **found, 'front': [asdict(point) for point in self.front]}
 
     def plot(self, path: str | Path) -> None:
-        """Draws agreement against multiply-accumulate operations.
+        """Draws agreement against multiply-accumulate operations, with the number of swapped blocks at each point.
 
         Raises:
             OptionError: If the path does not end like a picture, or its folder does not exist.
@@ -61,7 +61,10 @@ class SearchedPlan(Plan):
         """
         points = [(point.macs / 1e9, 100 * point.agreement, len(point.swapped)) for point in self.front]
         title = f'{self.operation} in {self.model_name}: how many blocks of it keep what it says'
-        labels = 'billions of multiply-accumulates per image', f'agreement with the original, % of {self.num_images}'
+        labels = (
+            'billions of multiply-accumulates per image; numbers are blocks swapped',
+            f'agreement with the original, % of {self.num_images} images',
+        )
         draw_front(check_path(path), points, labels, title)
 
     def __repr__(self) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import sem_timm
+from sem_timm.finetuning.models import create_model
 from tests.clients.models import assert_close
 
 sys.path.append(str(Path(__file__).parents[2] / 'examples'))
@@ -33,3 +34,15 @@ def test_another_size() -> None:
     assert encoder.load_encoder((112, 224), num_classes=10)(torch.zeros(1, 3, 112, 224)).shape == (1, 10)
     with pytest.raises(ValueError, match='multiples of 14'):
         encoder.load_encoder(100)
+
+
+def test_weights_in_a_file(tmp_path: Path) -> None:
+    """its weights as a file for images of a size, as `sem-timm finetune --weights` takes it"""
+    file = tmp_path / 'encoder.safetensors'
+    assert encoder.main(['--save', str(file), '--image-size', '56'])
+    options = {'image_size': 56, 'data': 'fashion-mnist', 'operation': 'none', 'weights': str(file)}
+    model = create_model(sem_timm.FinetuneOptions(model=encoder.ARCHITECTURE, **options), 10)
+    wanted = encoder.load_encoder(56).state_dict()
+    found = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith('head.')}
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
