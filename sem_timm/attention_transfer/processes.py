@@ -7,12 +7,12 @@ of all images, so that all processes learn the same. Nothing is exchanged, and n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 Told = TypeVar('Told')
 
@@ -28,10 +28,11 @@ def is_main() -> bool:
 
 
 class Share:
-    """Every n-th batch of a loader that is the same in all of n processes.
+    """Every n-th image of each batch of a loader that draws the same batches in all of n processes.
 
     Args:
-        loader: The loader, with a length.
+        loader: The loader, with a length, of images, or of images and what comes with them. Of a batch with fewer than
+            n images some processes have one of the others' too.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -39,10 +40,13 @@ class Share:
 
     def __iter__(self) -> Iterator[Any]:
         count = number_of_processes()
-        return islice(iter(self.loader), dist.get_rank() if count > 1 else 0, None, count)
+        if count == 1:
+            return iter(self.loader)
+        rank = dist.get_rank()
+        return (tree_map_only(Tensor, lambda x: x[rank % len(x) :: count], batch) for batch in self.loader)
 
     def __len__(self) -> int:
-        return len(self.loader) // number_of_processes()
+        return len(self.loader)
 
 
 def total(tensor: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing
+from torch import multiprocessing
 
 import sem_timm
+from sem_timm.attention_transfer import value_maps
 from sem_timm.attention_transfer.processes import Share
 from tests.attention_transfer.small_transformer import batches, create, labelled, swapped
 
@@ -24,11 +25,15 @@ STAGES: dict[str, dict[str, Any]] = {
 def learn(case: str, loader: Any, evaluation: Any, checkpoint: Path | None = None) -> dict[str, Any]:
     options = {'stages': ('initialize',), 'optimizer': 'sgd', 'weight_decay': 0.0, **STAGES[case]}
     model = swapped(own=options.pop('own', False))
-    result = sem_timm.transfer(
-        model, loader, evaluation=evaluation, checkpoint=checkpoint, calibration_images=64, **options
-    )
+    options.update(evaluation=evaluation, checkpoint=checkpoint, calibration_images=64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(value_maps, 'RIDGES', (1e-3,))  # which halves of the images choose, and those are others here
+        result = sem_timm.transfer(model, loader, **options)
     stage = result[case]
+    with torch.no_grad():
+        outputs = model(batches()[0])
     return {
+        'outputs': outputs,
         'weights': model.state_dict(),
         'errors': stage.errors,
         'losses': stage.losses,
@@ -37,23 +42,20 @@ def learn(case: str, loader: Any, evaluation: Any, checkpoint: Path | None = Non
     }
 
 
-def halves(images: list[Tensor]) -> list[Tensor]:
-    return [half for batch in images for half in batch.chunk(2)]
-
-
 def process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     try:
         evaluation = Share(labelled(create(), 4))
-        found = {case: learn(case, Share(halves(batches())), evaluation, Path(folder, f'{case}.pt')) for case in STAGES}
-        again = learn('match', Share(halves(batches())), evaluation, Path(folder, 'match.pt'))
+        found = {case: learn(case, Share(batches()), evaluation, Path(folder, f'{case}.pt')) for case in STAGES}
+        again = learn('match', Share(batches()), evaluation, Path(folder, 'match.pt'))
         torch.save({**found, 'again': again}, f'{folder}/{rank}.pt')
-        broken = [*halves(batches()[:1]), *halves([torch.full_like(batches()[0], torch.nan)])][rank::2]
+        broken = batches(2)
+        broken[1][1] = torch.nan  # an image of the second process
         with pytest.raises(sem_timm.ModelError, match='infinite or not a number'):
-            learn('match', [broken[0], broken[1] if rank else broken[0]], None)  # in one of the two alone
+            learn('match', Share(broken), None)
         with pytest.raises(sem_timm.OptionError, match='there is no folder'):
-            learn('match', Share(halves(batches())), None, Path(folder, 'none', 'match.pt'))
+            learn('match', Share(batches()), None, Path(folder, 'none', 'match.pt'))
     finally:
         torch.distributed.destroy_process_group()
 
@@ -69,7 +71,9 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
             assert found['accuracy'] == pytest.approx(alone['accuracy']), case
             assert found['errors'] == pytest.approx(alone['errors'], rel=1e-3), case
             assert list(found['losses']) == pytest.approx(list(alone['losses']), rel=1e-3), case
-            for name, tensor in alone['weights'].items():
+            torch.testing.assert_close(found['outputs'], alone['outputs'], rtol=1e-3, atol=1e-3, msg=case)
+            # What a closed form gives is not known to the last digit where directions are hardly seen.
+            for name, tensor in alone['weights'].items() if case != 'initialize' else ():
                 torch.testing.assert_close(found['weights'][name], tensor, rtol=1e-3, atol=1e-4, msg=f'{case} {name}')
         start = swapped(own=STAGES[case].get('own', False)).state_dict()
         assert any(not torch.equal(tensor, start[name]) for name, tensor in alone['weights'].items()), case
