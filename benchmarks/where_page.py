@@ -114,7 +114,7 @@ def rankings_table(data: Trained, chosen: str, outcome: str) -> str:
         cells = [
             f'{found.spearman:+.2f}',
             f'{found.low:+.2f} to {found.high:+.2f}',
-            f'{found.p:.3f}',
+            '< 0.001' if found.p < 0.001 else f'{found.p:.3f}',
             *(f'{value:+.2f}' for value in (found.kendall, found.beyond_depth, found.of_best)),
         ]
         lines.append(f'| {title} | {_minus(" | ".join(cells))} |')

@@ -32,18 +32,27 @@ Written by `benchmarks/where.py` from [its rows](where.jsonl), whatever came out
 of identity gates, over its spread. **Rule**: there is such a command only if, on a set of images that nothing was
 chosen on, its ranking goes with what the gate of each block wins when it is trained alone (Spearman's correlation above
 zero by its 95 % interval and by a permutation test at 5 %), and goes with it better than either order by depth, by the
-95 % interval of the difference. """
+95 % interval of the difference.
+
+"""
+
+_LIMITS = """
+This is weak evidence, from one network, one operation and few seeds: eleven blocks leave wide intervals, and most gains
+are small. It does not show that no gradient tells where a gate helps; it shows none that a command could stand on. To
+know which place is best, `sem-timm compare` trains them.
+"""
 
 _SETUP = """
 ## What was done
 
 tf_efficientnet_lite0 with its ImageNet weights, frozen, norms in evaluation mode, 64 px. An SE gate at one block, an
 identity at first, is trained together with a new head, a multinomial logistic regression with a penalty of {decay:g} on
-its weights: {settings}.
-Adam, {head_rate:g} for the head, rates falling to zero; no augmentation. Sites: the {sites} blocks from `{first}` on; those
-before take most of the time. A gain is what a gate wins over the head alone, with the same images in the same
-order, on {validation} other images, which are the same for all seeds. The main outcome is the validation loss after the
-last epoch.
+its weights: {settings}
+(digits have 997). The first was made first; as hardly any gate helped there, the second has more images and a lower
+rate. Adam, {head_rate:g} for the head, rates falling to zero; no augmentation. Penalty and rates come from a few trials
+before, which were judged on validation images. Sites: the {sites} blocks from `{first}` on; those before take most
+of the time. A gain is what a gate wins over the head alone, with the same images in the same order, on {validation}
+other images, which are the same for all seeds. The main outcome is the validation loss after the last epoch.
 
 Scores take the gradient of each image's loss in the logits of all gates, over the training images, with a head that is
 fitted to its optimum: on the same images (own), or on other ones (held out, four folds). *Norm over spread* is the root
@@ -83,14 +92,13 @@ def page(records: Sequence[Record], facts: dict[str, str | int | float]) -> str:
     parts = [_INTRODUCTION + _verdict(main, chosen), _SETUP.format_map(words)]
     for setting in dict.fromkeys(setting for setting, _ in found):
         sets = [data for (own, _), data in found.items() if own == setting]
-        seeds = len(sets[0].seeds)
-        title = f'{setting}, {seeds} seed{"s" * (seeds > 1)}'
-        told = 'mean (each seed)' if seeds > 1 else 'one seed'
+        counts = ', '.join(f'{len(data.seeds)} of {data.name}' for data in sets)
+        told = f'mean (each seed); seeds: {counts}'
         parts.append(
-            f'\n## Gains, {title}\n\nOver the head alone; accuracy in points; {told}.\n\n{gains_table(sets)}\n'
+            f'\n## Gains, {setting}\n\nOver the head alone; accuracy in points; {told}.\n\n{gains_table(sets)}\n'
         )
         parts.append(_noise(sets))
-        parts.append(f'\n## Rankings, {title}\n{_COLUMNS.format_map(words)}')
+        parts.append(f'\n## Rankings, {setting}\n{_COLUMNS.format_map(words)}')
         for data in sets:
             for outcome in OUTCOMES if setting == MAIN_SETTING else [MAIN]:
                 parts.append(f'\n### {data.name}, {outcome}\n\n{rankings_table(data, chosen, outcome)}\n')
@@ -111,12 +119,12 @@ def _verdict(main: dict[str, Trained], chosen: str) -> str:
         difference = advantage(checked.score(name), -np.arange(len(gain), dtype=float), gain)
         against = f'{with_sign(difference[0])} ({with_sign(difference[1])} to {with_sign(difference[2])})'
         sentences.append(
-            f'The ranking by {title}, *{name}*, has a rank correlation with the gains of {numbers}; '
-            f'on {CHECKING} that is {against} beside the order from the first block to the last.'
+            f'- The ranking by {title}, *{name}*: rank correlation with the gains {numbers}.\n'
+            f'  On {CHECKING} that is {against} beside the order from the first block to the last.\n'
         )
     earned = any(has_earned_a_command(checked, name) for name in (LITERAL, chosen))
     verdict = 'It has earned a command.' if earned else '**It has not: there is no `sem-timm where`.**'
-    return f'{verdict} {" ".join(sentences)}\n'
+    return f'{verdict}\n\n{"".join(sentences)}{_LIMITS}'
 
 
 def _noise(sets: Sequence[Trained]) -> str:
