@@ -28,7 +28,7 @@ COMMANDS = (
     ' --plot front.png',
     'sem-timm transfer run --operation linear --set own=true --set local=true --target blocks.10.attn'
     ' --target blocks.3.attn --target blocks.2.attn --target blocks.11.attn --target blocks.0.attn'
-    ' --transfer stages=initialize',
+    ' --transfer stages=initialize --transfer calibration_images=128',
 )
 
 

@@ -50,7 +50,7 @@ def distill(
         OptionError: If labels are aimed at and there are none.
     """
     steps = number_of_steps(loader, options.distill_epochs, options.distill_steps)
-    rates = options.distill_learning_rate, options.base_learning_rate
+    rates = options.distill_learning_rate, min(options.distill_learning_rate, options.base_learning_rate)
     groups = pair.groups(options.distill_train or options.train, *rates)
     optimizer, scheduler = training_parts(groups, options, steps)
     losses: list[float] = []

@@ -57,11 +57,12 @@ class TransferOptions:
         distill_with: What is aimed at in the distillation: the original's 'logits', or the 'labels' that the loader
             yields.
         distill_layer_weight: Factor of the error of the layers in the loss of the distillation, beside that of its aim;
-            0 leaves it out.
+            0 leaves it out. Where rates were too high for a trained ViT-S, less was lost with 50 than with none.
         distill_train: As ``train``, for the distillation; also 'all' for the whole model. By default as ``train``.
         distill_epochs: As ``epochs``, for the distillation.
         distill_steps: As ``steps``, for the distillation.
-        distill_learning_rate: Peak of its learning rate.
+        distill_learning_rate: Peak of its learning rate; weights of the base learn at ``base_learning_rate`` if that is
+            lower. On a trained ViT-S 1e-3, with 1e-4 for the base, undid in 16 steps what closed form had won.
         temperature: Of the softmax over classes in the distillation.
         amp_dtype: Narrow type that trainings compute in where that is precise enough, 'bfloat16' or 'float16', by
             autocast; faster where the processor has products of that type.
@@ -96,7 +97,7 @@ class TransferOptions:
     distill_train: str | None = None
     distill_epochs: int = 1
     distill_steps: int | None = None
-    distill_learning_rate: float = 1e-3
+    distill_learning_rate: float = 2e-5
     temperature: float = 2.0
     amp_dtype: str | None = None
     seed: int = 0

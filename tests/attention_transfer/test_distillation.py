@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 import sem_timm
 from sem_timm import ModelError, OptionError
+from sem_timm.attention_transfer import distillation
+from sem_timm.attention_transfer.matching import training_parts
 from sem_timm.attention_transfer.measure import spreads
 from sem_timm.attention_transfer.pair import make_pair
 from tests.attention_transfer.small_transformer import batches, create, labelled, swapped
@@ -28,6 +30,9 @@ ONE_STEP = {
     'distill_steps': 1,
     'warmup': 0.0,
 }
+
+# Of a toy, which has not learned much that could be lost.
+RATES = ('distill_learning_rate', 'base_learning_rate')
 
 
 def one_step(images: list[Any], **options: Any) -> tuple[dict[str, Tensor], float]:
@@ -90,7 +95,7 @@ def test_layers_stay_closer_to_the_original_with_it() -> None:
     sem_timm.transfer(begun, batches(), stages=('initialize',))
     for weight in (0.0, 50.0):
         model = copy.deepcopy(begun)
-        options = {'distill_train': 'all', 'distill_epochs': 20, 'base_learning_rate': 2e-3}
+        options = {'distill_train': 'all', 'distill_epochs': 20, **dict.fromkeys(RATES, 2e-3)}
         sem_timm.transfer(model, batches(), stages=('distill',), distill_layer_weight=weight, **options)
         with torch.no_grad():
             errors.append(own_forward_error(model, torch.cat(batches())).item())
@@ -107,8 +112,14 @@ def test_the_error_counts_class_token_and_patches_as_one_half_each() -> None:
 def test_labels_teach_what_the_original_does_not_know() -> None:
     pairs = [(images, (classes + 1) % 4) for images, classes in labelled(create(), 4)]
     model = swapped()
-    options = {'distill_with': 'labels', 'distill_train': 'all', 'distill_epochs': 40, 'distill_layer_weight': 0.0}
-    result = sem_timm.transfer(model, pairs, stages=('distill',), base_learning_rate=1e-3, evaluation=pairs, **options)
+    options: dict[str, Any] = {
+        'distill_with': 'labels',
+        'distill_train': 'all',
+        'distill_epochs': 40,
+        'distill_layer_weight': 0.0,
+    }
+    options.update(dict.fromkeys(RATES, 1e-3))
+    result = sem_timm.transfer(model, pairs, stages=('distill',), evaluation=pairs, **options)
     assert result['original'].accuracy == 0
     assert result['distill'].accuracy > 60  # type: ignore[operator]
 
@@ -116,6 +127,22 @@ def test_labels_teach_what_the_original_does_not_know() -> None:
 def test_labels_need_no_task_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, 'timm.task', None)  # as before timm 1.0.23
     sem_timm.transfer(swapped(), labelled(create()), stages=('distill',), distill_with='labels')
+
+
+@pytest.mark.parametrize(('rate', 'expected'), [(1e-3, [1e-3, 1e-4]), (1e-5, [1e-5, 1e-5])])
+def test_weights_of_the_base_learn_at_the_lower_rate(
+    rate: float, expected: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float] = []
+
+    def parts(groups: Any, *others: Any) -> Any:
+        given.extend(peak for _, peak in groups)
+        return training_parts(groups, *others)
+
+    monkeypatch.setattr(distillation, 'training_parts', parts)
+    options = {'distill_train': 'module', 'distill_steps': 1, 'distill_learning_rate': rate}
+    sem_timm.transfer(swapped(), batches(1), stages=('distill',), **options)
+    assert given == expected
 
 
 @pytest.mark.parametrize(
