@@ -34,7 +34,7 @@ def filled(page: str, name: str, text: str) -> str:
     pattern = re.compile(f'(?<={re.escape(begin(name))}\n).*?(?={END})', re.DOTALL)
     if not pattern.search(page):
         raise SystemExit(f'{PAGE.name} has no place for {name}: {begin(name)} and {END}, each on a line of its own.')
-    return pattern.sub(lambda _: f'\n{text}\n\n', page)
+    return pattern.sub(lambda _: f'\n{text}\n\n', page, count=1)
 
 
 def main() -> None:

@@ -29,6 +29,8 @@ def test_a_table_goes_between_its_comments_and_nowhere_else(adapters: ModuleType
     once = adapters.filled(page, 'x', adapters.section('# Heading\n\nnew \\1\n'))
     assert once == page.replace('old\n', '\nnew \\1\n\n')
     assert adapters.filled(once, 'x', 'new \\1') == once
+    empty = page.replace('old\n', '')
+    assert adapters.filled(empty, 'x', 'new \\1') == once
     with pytest.raises(SystemExit, match='no place for z'):
         adapters.filled(page, 'z', 'new')
 
