@@ -40,7 +40,7 @@ def test_an_excitation_is_the_same_as_an_operation_and_inside_sem(name: str) -> 
     assert torch.equal(inside(x), x) and torch.equal(alone(x), x)
 
 
-@pytest.mark.parametrize('name', ['sem', *PUBLISHED_EXCITATIONS, 'external2d'])
+@pytest.mark.parametrize('name', ['sem', *PUBLISHED_EXCITATIONS, 'ssf', 'external2d'])
 def test_what_this_package_inserts_is_an_exact_identity(name: str) -> None:
     family = FAMILIES['resnet']
     model = family.create()

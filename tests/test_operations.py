@@ -19,7 +19,7 @@ from tests.families import FAMILIES
 from tests.snapshot import assert_same, snapshot
 from tests.thorough import first_of_each
 
-OWN = ('sem', *PUBLISHED_EXCITATIONS, 'external2d')
+OWN = ('sem', *PUBLISHED_EXCITATIONS, 'ssf', 'external2d')
 TIMM = tuple(f'timm_{name}' for name in timm_attention_names())
 INSERTIONS = (*OWN, *TIMM)
 

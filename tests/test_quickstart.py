@@ -91,8 +91,10 @@ def test_whole_run_holds_each_statement(
         return dataclasses.replace(digits, test_images=images, test_labels=labels)
 
     monkeypatch.setattr(quickstart, 'load_digit_images', fewer)
-    assert quickstart.main(num_steps=num_steps, image_size=32)
+    small = {'model': 'test_resnet', 'max_train_images': 40, 'batch_size': 10, 'epochs': 1, 'progress': False}
+    assert quickstart.main(num_steps=num_steps, image_size=32, compared={**quickstart.COMPARED, **small, 'seeds': 2})
     printed = capsys.readouterr().out
     assert 'blocks.6.0' in printed and '16 sites' in printed
+    assert 'sem (new)' in printed and 'none (norms)' in printed and 'all rows have 2 runs' in printed
     assert '8 of 8 statements hold' in printed
     assert 'NO ' not in printed

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+from sem_timm.comparison.options import LEARNING_RATE
 from sem_timm.finetuning.options import BUILT_IN
 from sem_timm.finetuning.packaged import PACKAGED
 
@@ -15,7 +16,8 @@ def demonstration() -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of the comparison, and of the recipe.
 
     With the package of the extra ``demo`` a network that was trained on ImageNet is frozen and learns digits from few
-    images, by its head, its norms or by gates. Without it a small one is trained from the start.
+    images, by its head, its norms or by gates, each at the learning rate that suits it. Without it a small one is
+    trained from the start.
     """
     architecture, module, _ = PACKAGED[_PACKAGE]
     if find_spec(module) is None:
@@ -27,8 +29,11 @@ def demonstration() -> tuple[dict[str, Any], dict[str, Any]]:
         'data': BUILT_IN,
         'image_size': 64,
         'max_train_images': 100,
+        'channels_last': True,
         'epochs': 8,
         'batch_size': 10,
         'lr': 3e-3,
+        'head_scale': 0.0,
+        'tuning_fraction': 0.4,
     }
-    return {'operations': (rows,), 'seeds': 3}, recipe
+    return {'operations': (rows,), 'seeds': 3, 'search': LEARNING_RATE}, recipe

@@ -186,6 +186,31 @@ def inserted_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if name.startswith(prefixes)}
 
 
+def scale_head(model: nn.Module, factor: float) -> None:
+    """Multiplies the weights and biases of the last layer, or layers, that give logits; in place.
+
+    Raises:
+        OptionError: If the model does not say which those are.
+    """
+    if factor == 1:
+        return
+    told: Any = getattr(model, 'get_classifier', None)
+    heads = told() if callable(told) else ()
+    layers = [
+        layer
+        for head in (heads if isinstance(heads, (tuple, list)) else (heads,))
+        for layer in (head.modules() if isinstance(head, nn.Module) else ())
+        if isinstance(layer, (nn.Linear, nn.Conv2d))
+    ]
+    if not layers:
+        raise OptionError(
+            f'head_scale={factor:g}: {type(model).__name__} does not say by get_classifier() which layer is its head.'
+        )
+    with torch.no_grad():
+        for parameter in (p for layer in layers for p in layer.parameters()):
+            parameter.mul_(factor)
+
+
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of the classifier, by name; none where a model does not say which module that is."""
     heads = head_prefixes(model)

@@ -116,6 +116,12 @@ class FinetuneOptions:
         f'What is trained beside the head: all, or one or more of {", ".join(TRAINED_PARTS)}, joined by + as in '
         'new+norms. But with all, batch norms of the base keep their statistics. lora needs PEFT.',
     )
+    head_scale: float = option(
+        1.0,
+        'Training',
+        'Factor of the initial weights of the head. With 0 all classes are equally probable at first: a new head, '
+        'drawn at random, may first have to forget, and may spoil what the base knows meanwhile.',
+    )
     freeze_base: bool = option(False, 'Training', 'The same as --train new.')
     lora_rank: int = option(4, 'Training', 'Rank of the adapters of --train lora.')
     unfreeze_every: float | None = option(
@@ -235,6 +241,7 @@ def _tuples(value: Any) -> Any:
 
 _LOWEST = {
     'epochs': 1,
+    'head_scale': 0,
     'batch_size': 1,
     'accumulate': 1,
     'lr': 0,

@@ -22,7 +22,7 @@ from sem_timm.finetuning.groups import create_optimizer
 from sem_timm.finetuning.loading import TrainingLoader, ValidationLoader
 from sem_timm.finetuning.lora import insert_adapters
 from sem_timm.finetuning.losses import check_pairs, create_loss, create_mixup
-from sem_timm.finetuning.models import check_operation, create_model, data_config, operate
+from sem_timm.finetuning.models import check_operation, create_model, data_config, operate, scale_head
 from sem_timm.finetuning.options import FinetuneOptions
 from sem_timm.finetuning.sampling import Share
 from sem_timm.finetuning.sharding import is_sharded, whole_state
@@ -132,6 +132,7 @@ def build_parts(options: FinetuneOptions, accelerator: Accelerator, network: nn.
         data, model, config = data_and_model(options, share.part_size, network)
     if options.resume is None:
         check_operation(model, options)
+        scale_head(model, options.head_scale)
     operate(model, options, config['input_size'])
     insert_adapters(model, options)
     if options.sync_bn:  # before anything keeps the norms that it replaces

@@ -26,6 +26,7 @@ from sem_timm.layers.halo import HaloAttention
 from sem_timm.layers.monarch import MonarchAttention
 from sem_timm.layers.multi_head_external import MultiHeadExternalAttention
 from sem_timm.layers.operators import excitation_names, register_excitation
+from sem_timm.layers.scale_and_shift import ScaleAndShift
 from sem_timm.layers.sem import SEM, Excitation
 from sem_timm.layers.timm_attention import TIMM_PREFIX, ChannelsFirst, timm_attention, timm_attention_names
 from sem_timm.layers.with_values import VALUE_OPTIONS, WithValues, check_switches
@@ -54,6 +55,7 @@ __all__ = [
     'LinearContextTransform',
     'MonarchAttention',
     'MultiHeadExternalAttention',
+    'ScaleAndShift',
     'SqueezeExcitation',
     'WithValues',
     'ZeroableExcitation',

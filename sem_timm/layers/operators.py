@@ -39,7 +39,7 @@ PUBLISHED_EXCITATIONS: dict[str, ExcitationClass] = {
 _excitations: dict[str, ExcitationClass] = dict(PUBLISHED_EXCITATIONS)
 
 # Names that patch_model understands in another way; so it does those of attentions.
-_OPERATIONS = ('sem', 'external2d')
+_OPERATIONS = ('sem', 'ssf', 'external2d')
 
 _CONTRACT = 'class MyExcitation(nn.Module): def __init__(self, channels, device=None, dtype=None)'
 

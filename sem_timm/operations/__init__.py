@@ -7,6 +7,7 @@ from sem_timm.operations.configs import (
     ExternalAttention2dConfig,
     InsertConfig,
     InsertionConfig,
+    ScaleAndShiftConfig,
     SEMConfig,
     TimmAttentionConfig,
 )
@@ -18,6 +19,7 @@ __all__ = [
     'InsertConfig',
     'InsertionConfig',
     'SEMConfig',
+    'ScaleAndShiftConfig',
     'TimmAttentionConfig',
     'operation_names',
     'patch_model',

@@ -17,6 +17,7 @@ from sem_timm.operations.configs import (
     ExternalAttention2dConfig,
     InsertConfig,
     InsertionConfig,
+    ScaleAndShiftConfig,
     SEMConfig,
     TimmAttentionConfig,
 )
@@ -29,7 +30,7 @@ Operation = str | InsertionConfig | AttentionConfig | Callable[..., nn.Module]
 def operation_names() -> tuple[str, ...]:
     """The short names that `plan_model` and `patch_model` understand."""
     of_timm = (TIMM_PREFIX + name for name in timm_attention_names())
-    return ('sem', *excitation_names(), *attention_names(), 'external2d', *of_timm)
+    return ('sem', *excitation_names(), *attention_names(), 'ssf', 'external2d', *of_timm)
 
 
 def resolve_operation(operation: Operation, **options: Any) -> InsertionConfig | AttentionConfig:
@@ -76,6 +77,8 @@ def resolve_operation(operation: Operation, **options: Any) -> InsertionConfig |
 def _by_name(name: str) -> tuple[type[InsertionConfig], dict[str, Any]]:
     if name == 'sem':
         return SEMConfig, {}
+    if name == 'ssf':
+        return ScaleAndShiftConfig, {}
     if name == 'external2d':
         return ExternalAttention2dConfig, {}
     if name in excitation_names():
@@ -103,10 +106,10 @@ def plan_model(
 
     Args:
         model: Any model with blocks or self-attention; timm's know their input size.
-        operation: What is inserted into blocks: 'sem', an excitation operator by itself such as 'se', 'external2d', an
-            attention of timm's such as 'timm_cbam', or a module class ``(channels) -> nn.Module``. Or what takes the
-            place of self-attention: 'external', 'eamlp', 'efficient', 'linear', 'halo', 'monarch', 'catt', 'caam',
-            or a subclass of ``AttentionCore``. Or a configuration of either.
+        operation: What is inserted into blocks: 'sem', an excitation operator by itself such as 'se', 'ssf',
+            'external2d', an attention of timm's such as 'timm_cbam', or a module class ``(channels) -> nn.Module``. Or
+            what takes the place of self-attention: 'external', 'eamlp', 'efficient', 'linear', 'halo', 'monarch',
+            'catt', 'caam', or a subclass of ``AttentionCore``. Or a configuration of either.
         target: Which blocks or attention modules: a regular expression that matches whole names, a list of names or
             dotted suffixes, a module class, or a callable ``(name, module) -> bool``. By default all.
         exclude: Which not, by the same rules.

@@ -17,6 +17,7 @@ from sem_timm.layers import (
     ChannelsFirst,
     Excitation,
     ExternalAttention2d,
+    ScaleAndShift,
     timm_attention,
     timm_attention_names,
 )
@@ -156,6 +157,33 @@ class ExcitationConfig(_GateConfig):
 
     def _module(self, channels: int, **options: Any) -> nn.Module:
         return Excitation(channels, self.excitation, reduction=self.reduction, init=_init(self.init), **options)
+
+
+@dataclass(frozen=True)
+class ScaleAndShiftConfig(InsertionConfig):
+    """Inserts one learned scale and shift per channel, SSF, https://arxiv.org/abs/2210.08823.
+
+    Returns its input bit for bit until it is trained. Published behind every operation of a network; here it is where
+    the gates are.
+
+    Attributes:
+        position: Where in a block: 'auto', 'residual' or 'output', see `plan_model`.
+        branches: Of several residual branches in one block, the 'last' or 'all'.
+
+    Raises:
+        OptionError: If an option is unknown or out of range.
+    """
+
+    @property
+    def attribute(self) -> str:
+        return 'ssf'
+
+    @property
+    def is_identity(self) -> bool:
+        return True
+
+    def build(self, site: Site, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        return ScaleAndShift(site.channels, site.channel_dim, device=device, dtype=dtype)
 
 
 @dataclass(frozen=True)

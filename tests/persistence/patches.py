@@ -33,6 +33,7 @@ CASES: dict[str, tuple[str, list[tuple[Any, dict[str, Any]]]]] = {
     'eca': ('efficientnet', [('eca', {})]),
     'timm_cbam': ('resnet', [('timm_cbam', {})]),
     'timm_lambda': ('resnet', [('timm_lambda', {'target': 'layer1.0'})]),
+    'ssf': ('swin', [('ssf', {})]),
     'external2d': ('swin', [('external2d', {'memory': 8})]),
     'external': ('vit_registers', [('external', {'memory': 8})]),
     'external_in_windows': ('swin', [('external', {'memory': 8, 'norm': 'softmax'})]),

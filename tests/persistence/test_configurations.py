@@ -14,6 +14,7 @@ from sem_timm import (
     AttentionConfig,
     ExcitationConfig,
     ExternalAttention2dConfig,
+    ScaleAndShiftConfig,
     SEMConfig,
     TimmAttentionConfig,
 )
@@ -48,6 +49,7 @@ CONFIGS = st.one_of(
     st.builds(SEMConfig, numbers, st.lists(operators, min_size=1, max_size=4), inits, decisions, **where),
     st.builds(ExcitationConfig, operators, numbers, inits, **where),
     st.builds(TimmAttentionConfig, st.sampled_from(timm_attention_names()), **where),
+    st.builds(ScaleAndShiftConfig, **where),
     st.builds(ExternalAttention2dConfig, numbers, inits, **where),
     st.builds(
         AttentionConfig,

@@ -58,6 +58,7 @@ OPERATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     'se': ('se', {}),
     'eca on all branches': ('eca', {'branches': 'all'}),
     'ie on branches': ('ie', {'position': 'residual'}),
+    'ssf': ('ssf', {}),
     'external2d': ('external2d', {}),
     'sem on branches': ('sem', {'position': 'residual', 'operators': ('ie', 'se')}),
 }
