@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,9 @@ def _added(options: CompareOptions, ours: dict[str, Any], record: Record) -> lis
 def _check_same(setting: Setting, record: Record) -> None:
     """Refuses data or a recipe that are not those of the log."""
     file = Log(setting.folder).file
-    recipe = differences(record.begun['recipe'], setting.recipe)
+    # What options that a log is older than do by default is what was done without them.
+    later = {f.name: f.default for f in fields(FinetuneOptions) if f.name in RECIPE and f.default is not MISSING}
+    recipe = differences({**_as_json(later), **record.begun['recipe']}, setting.recipe)
     if recipe:
         raise OptionError(
             f'{file} was made with another recipe: {"; ".join(recipe)}. Leave that out to go on with it, or name '

@@ -157,6 +157,18 @@ def test_other_data_and_another_recipe_are_refused(images: Path, tmp_path: Path)
         compare(resume=str(folder), operations='sem:name=none')
 
 
+def test_a_log_that_is_older_than_an_option_goes_on_without_it(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / 'run'
+    compare_small(images, folder, operations='none', seeds=1)
+    file = folder / 'log.jsonl'
+    begun, *rest = map(json.loads, file.read_text().splitlines())
+    del begun['recipe']['head_scale']
+    file.write_text(''.join(json.dumps(line) + '\n' for line in (begun, *rest)))
+    assert compare(resume=str(folder), progress=False).num_pending == 0
+    with pytest.raises(OptionError, match=r'made with another recipe: head_scale=1.0 there and 0.0 here'):
+        compare(resume=str(folder), head_scale=0.0)
+
+
 def test_diverged_runs_are_counted_and_shown(images: Path, weights: Path, tmp_path: Path) -> None:
     result = compare_small(
         images, tmp_path / 'run', operations='none,sem', lr=1e30, warmup_epochs=0.0, weights=str(weights)
