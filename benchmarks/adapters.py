@@ -4,7 +4,7 @@
 
 The commands that make them are on that page. Each table, and each sentence below it, is compare's own. The name of the
 folder tells where it goes: between the comments `<!-- comparison: NAME -->` and `<!-- end -->`. The numbers of every
-run go to docs/adapters/NAME.json.
+run go to docs/adapters/NAME.json, the log to NAME.jsonl, from which a comparison can go on.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 from pathlib import Path
 
 DOCS = Path(__file__).parents[1] / 'docs'
@@ -48,6 +49,9 @@ def main() -> None:
         numbers = DOCS / PAGE.stem / f'{folder.name}.json'
         numbers.parent.mkdir(exist_ok=True)
         numbers.write_text(json.dumps({**results, 'folder': folder.name}, indent=1) + '\n', encoding='utf-8')
+        shutil.copyfile(folder / 'log.jsonl', numbers.with_suffix('.jsonl'))
+        if numbers.with_suffix('.png').exists():  # the page shows it
+            shutil.copyfile(folder / 'results.png', numbers.with_suffix('.png'))
         print(f'{folder.name}: {len(results["rows"])} rows, {results["pending"]} runs still to be done')
 
 
