@@ -101,7 +101,7 @@ IN_SIX = ', in 6 blocks'
 
 def page(rows: list[Row]) -> str:
     """The page."""
-    rows = list({(row['data'], row['swap'], row['stages'], row['seed'], row['images']): row for row in rows}.values())
+    rows = list({(row['data'], row['swap'], row['stages'], row['seed'], row.get('images')): row for row in rows}.values())
     older = [row for row in rows if row.get('amp')]  # of which the sections on trainings tell
     rows = [row for row in rows if not row.get('amp')]
     fashion = [row for row in rows if row['data'] == 'fashion-mnist']
@@ -141,7 +141,7 @@ def _section(title: str, rows: list[Row]) -> str:
         key = swap, bool(stages)
         shown[key] = max(shown.get(key, same), same, key=lambda some: (len(some), some[0]['images_seen']))
     text = f'## {title}\n\nThe original: {base:.1f} %.\n\n'
-    text += '| attention in all 12 blocks | after | images seen | accuracy | of the original | CPU minutes | seeds |\n'
+    text += '| attention, in all 12 blocks or as said | after | images seen | accuracy | of the original | CPU minutes | seeds |\n'
     text += '|---|---|---:|---:|---:|---:|---:|\n'
     for (swap, fitted), same in sorted(shown.items(), key=lambda item: -mean(row['accuracy'] for row in item[1])):
         minutes = mean(row.get('cpu_seconds', 0) for row in same) / 60
