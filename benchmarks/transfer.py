@@ -26,7 +26,8 @@ from fashion_data import FOLDER
 from measuring import machine
 from run_log import append_record, is_logged, read_log
 from torch import Tensor, nn
-from transfer_page import page
+from transfer_page import page, shown_rows
+from transfer_plot import draw
 from transfer_vit import loader, original, split
 
 import sem_timm
@@ -228,7 +229,9 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     given = arguments()
     if given.page:
-        given.page.write_text(page(read_log(given.log)))
+        rows = read_log(given.log)
+        given.page.write_text(page(rows))
+        draw(shown_rows(rows), given.page.with_suffix('.png'))
         return
     torch.set_num_threads(1)
     base = original(given.data, given.head, given.amp)
