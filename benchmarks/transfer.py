@@ -88,7 +88,7 @@ LITERATURE = {'features_learning_rate': 1e-4, 'features_alone': 0.25, 'warmup': 
 CHAINS = {
     'literature': [chain('external, own, local', 'initialize', ('features', LITERATURE))],
     'features': [chain(name, 'initialize', 'features') for name in (*FITTED, 'external')],
-    'fit': [chain('external', ('initialize', {'calibration_images': n})) for n in (200, 600, 3000)],
+    'fit': [chain('external', ('initialize', {'calibration_images': n})) for n in (200, 600)],
     'rates': [
         chain('external', 'initialize', ('match', options))
         for options in (
