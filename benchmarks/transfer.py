@@ -96,7 +96,7 @@ CHAINS = {
             {'train': 'new', 'warmup': 0.05},
         )
     ],
-    'curve': [chain('linear, own, local', ('initialize', {'calibration_images': n})) for n in (200, 600, 1500, 6000)],
+    'curve': [chain('linear, own, local', ('initialize', {'calibration_images': n})) for n in (200, 600)],
     'fitted': [chain(name, FITTING) for name in FITTED],
     'inputs': [chain(name, ('initialize', {'inputs': 'original'})) for name in FITTED],
     'swaps': [chain(name) for name in SWAPS if name not in FITTED],  # whose maps are zero at first
