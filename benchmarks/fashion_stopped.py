@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from sem_timm.files import replace_whole
 
 
 class Kept:
@@ -50,7 +51,6 @@ class Kept:
     def save(self, state: dict[str, Any]) -> None:
         """Writes the file, in one piece."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(f'.{os.getpid()}')
         content = {
             'model': self.model.state_dict(),
             'optimizer': self.optimizer.state_dict(),
@@ -58,8 +58,12 @@ class Kept:
             'random': torch.get_rng_state(),
             'state': state,
         }
-        torch.save(content, part)
-        part.replace(self.path)
+
+        def write(path: Path) -> None:
+            with path.open('wb') as file:
+                torch.save(content, file)
+
+        replace_whole(self.path, write)
 
     def remove(self) -> None:
         """Removes the file of a training that is done."""

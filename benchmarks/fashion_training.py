@@ -61,8 +61,9 @@ class Setting:
     @property
     def key(self) -> dict[str, Any]:
         """What the log knows it by: fields that came later are left out where they are as before them."""
-        later = {'schedule': 'cosine', 'bottlenecks': False}
-        return {name: value for name, value in asdict(self).items() if (name, value) not in later.items()}
+        later = ('schedule', 'bottlenecks')
+        own = asdict(self).items()
+        return {name: value for name, value in own if name not in later or value != getattr(type(self), name)}
 
     @property
     def original(self) -> Variant:
@@ -117,14 +118,14 @@ def train_and_measure(run: Run, train: TensorDataset, test: TensorDataset, folde
         'accuracy': round(100 * accuracy(model, test, run.setting), 2),
         'train_loss': losses[-1],
         'losses': losses,
-        **gates(model, test, run.setting),
+        **gates(model, test),
         'parameters': sum(parameter.numel() for parameter in sem_timm.trainable_parameters(model)),
         'seconds': round(state['seconds'], 1),
         'cpu_seconds': round(state['cpu_seconds'], 1),
     }
 
 
-def gates(model: nn.Module, data: TensorDataset, setting: Setting) -> dict[str, Any]:
+def gates(model: nn.Module, data: TensorDataset) -> dict[str, Any]:
     """What SEM decides and what its gates do, over the first 500 images; and what is new and got no gradient last.
 
     Means over blocks, by operator: of decisions, of the factors in the gate, and of their deviation over channels.

@@ -39,6 +39,16 @@ def check_at_least_one(name: str, value: int) -> None:
         raise OptionError(f'{name}={value!r}: {name} is a whole number, 1 or more.')
 
 
+def check_channel_dim(channel_dim: int) -> None:
+    """Refuse an axis of channels that is neither 1 nor -1.
+
+    Raises:
+        OptionError: If it is not.
+    """
+    if channel_dim not in (1, -1):
+        raise OptionError(f'channel_dim={channel_dim!r}: write 1 for (B, C, ...) or -1 for (B, ..., C).')
+
+
 def eca_kernel_size(channels: int) -> int:
     """The odd kernel size of ECA for so many channels: 3 for 16 to 96, 5 for 128 to 1536, 7 for 2048."""
     size = int(abs((math.log2(channels) + 1) / 2))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sem_timm.errors import OptionError, closest
-from sem_timm.layers.excitation import ZeroableExcitation, check_at_least_one
+from sem_timm.layers.excitation import ZeroableExcitation, check_at_least_one, check_channel_dim
 from sem_timm.layers.gated_sum import follows, gated_sum
 from sem_timm.layers.operators import ExcitationClass, build_operators, check_zeroable
 from sem_timm.layers.pool_and_scale import pooled, scaled
@@ -275,8 +275,7 @@ def _check_form(argument: str, form: str) -> None:
 
 
 def _check_layout(channel_dim: int, num_prefix_tokens: int) -> None:
-    if channel_dim not in (1, -1):
-        raise OptionError(f'channel_dim={channel_dim!r}: write 1 for (B, C, ...) or -1 for (B, ..., C).')
+    check_channel_dim(channel_dim)
     if isinstance(num_prefix_tokens, bool) or not isinstance(num_prefix_tokens, int) or num_prefix_tokens < 0:
         raise OptionError(f'num_prefix_tokens={num_prefix_tokens!r}: it is a whole number, 0 or more.')
     if num_prefix_tokens and channel_dim == 1:

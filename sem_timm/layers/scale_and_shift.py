@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sem_timm.errors import OptionError
-from sem_timm.layers.excitation import check_at_least_one
+from sem_timm.layers.excitation import check_at_least_one, check_channel_dim
 from sem_timm.layers.recording import one_node, refuse_script
 
 
@@ -45,8 +44,7 @@ class ScaleAndShift(nn.Module):
     ) -> None:
         super().__init__()
         check_at_least_one('channels', channels)
-        if channel_dim not in (1, -1):
-            raise OptionError(f'channel_dim={channel_dim!r}: write 1 for (B, C, ...) or -1 for (B, ..., C).')
+        check_channel_dim(channel_dim)
         self.channels = channels
         self.channel_dim = channel_dim
         self.scale = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
