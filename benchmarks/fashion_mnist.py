@@ -2,7 +2,8 @@
 
     python benchmarks/fashion_mnist.py --data FOLDER
     python benchmarks/fashion_mnist.py --data FOLDER --device cuda --depth 164 --epochs 60 --train-images 60000
-    python benchmarks/fashion_mnist.py --data FOLDER --bottlenecks --schedule drops --epochs 30 --train-images 60000
+    python benchmarks/fashion_mnist.py --data FOLDER --bottlenecks --stem-stride 2 --schedule drops --epochs 8 \
+        --train-images 60000 --batch-size 128
     python benchmarks/fashion_mnist.py --render
 
 One recipe for all variants of a family, the same weights, images and crops for all variants of a seed; accuracy is that
@@ -70,6 +71,9 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     parser.add_argument('--bottlenecks', action='store_true', help='below 100 layers, too')
+    parser.add_argument(
+        '--stem-stride', type=int, choices=(1, 2), default=1, help='of the first convolution of ResNets'
+    )
     parser.add_argument('--schedule', choices=('cosine', 'drops'), default='cosine', help='drops: two, as published')
     parser.add_argument(
         '--stopped', type=Path, default=Path('build/stopped'), help='folder of what stopped trainings go on from'
@@ -92,6 +96,7 @@ def planned(typed: argparse.Namespace) -> list[Run]:
             device=typed.device,
             schedule=typed.schedule if family == 'resnet' else 'cosine',
             bottlenecks=typed.bottlenecks and family == 'resnet',
+            stem_stride=typed.stem_stride if family == 'resnet' else 1,
         )
         for family in FAMILIES
     }

@@ -76,16 +76,18 @@ def check_depth(depth: int, bottlenecks: bool = False) -> None:
         )
 
 
-def resnet(depth: int, bottlenecks: bool = False) -> nn.Module:
+def resnet(depth: int, bottlenecks: bool = False, stem_stride: int = 1) -> nn.Module:
     """A ResNet for small images: three stages of widths 16, 32, 64, with timm's blocks.
 
     Each stage has n basic blocks, 6n + 2 layers in all; or, if asked for and from 100 layers on, n bottlenecks, 9n + 2
-    layers, as in the ResNet-164 on which SEM was published.
+    layers, as in the ResNet-164 on which SEM was published. `stem_stride` is that of the first convolution: with 2, all
+    maps have a quarter of the pixels.
     """
     check_depth(depth, bottlenecks)
     bottlenecks = bottlenecks or depth >= 100
     block, count = (Bottleneck, (depth - 2) // 9) if bottlenecks else (BasicBlock, (depth - 2) // 6)
-    layers: list[nn.Module] = [nn.Conv2d(INPUT_SIZE[0], 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    stem = nn.Conv2d(INPUT_SIZE[0], 16, 3, stem_stride, padding=1, bias=False)
+    layers: list[nn.Module] = [stem, nn.BatchNorm2d(16), nn.ReLU()]
     channels = 16
     for stage, width in enumerate((16, 32, 64)):
         for index in range(count):
@@ -102,10 +104,13 @@ def resnet(depth: int, bottlenecks: bool = False) -> nn.Module:
     return model
 
 
-def create(family: str, variant: Variant, depth: int, seed: int, bottlenecks: bool = False) -> nn.Module:
+def create(
+    family: str, variant: Variant, depth: int, seed: int, bottlenecks: bool = False, stem_stride: int = 1
+) -> nn.Module:
     """A model with new weights; variants of a family with one seed have the same weights but for what is inserted."""
     torch.manual_seed(seed)
-    model = resnet(depth, bottlenecks) if family == 'resnet' else Recipe(depth=depth, seed=seed).create()
+    resnets = family == 'resnet'
+    model = resnet(depth, bottlenecks, stem_stride) if resnets else Recipe(depth=depth, seed=seed).create()
     if variant.operation is None:
         return model
     with warnings.catch_warnings():
