@@ -35,7 +35,7 @@ def without_packages(*names: str) -> str:
 
 
 def test_version_is_the_installed_one() -> None:
-    assert sem_timm.__version__ == version('sem_timm') == '0.1.0'
+    assert sem_timm.__version__ == version('sem_timm') == '0.2.0'
 
 
 def test_torch_and_timm_are_the_only_required_dependencies() -> None:
