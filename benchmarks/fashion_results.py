@@ -6,11 +6,13 @@ import json
 import math
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fashion_gates import gates
 from fashion_models import FAMILIES
 from fashion_training import AUGMENTATIONS, Setting
+from piped import piped
 from run_log import Record
 
 _INTRODUCTION = """\
@@ -77,12 +79,21 @@ class Section:
         tables: Lines by augmentation, in the order of the family.
         ratios: Time of a training step against the original's, by variant.
         records: The records of the runs.
+        twice: Lines of the original by augmentation, after twice as many epochs.
     """
 
     setting: Setting
     tables: dict[str, list[Line]]
     ratios: dict[str, float]
     records: list[Record]
+    twice: dict[str, Line] = field(default_factory=dict)
+
+    @property
+    def alone(self) -> dict[str, Line]:
+        """Lines of the original by augmentation, if nothing else was trained."""
+        lines = {name: one[0] for name, one in self.tables.items() if len(one) == 1}
+        names = {line.name for line in lines.values()}
+        return lines if len(lines) == len(self.tables) and names == {self.setting.original.name} else {}
 
     @property
     def title(self) -> str:
@@ -90,18 +101,28 @@ class Section:
         depth = self.setting.depth
         if self.setting.family == 'vit':
             return f'Vision transformer of {depth} blocks'
-        of = f' of bottlenecks, {self.setting.epochs} epochs' if self.setting.bottlenecks else ''
-        return f'ResNet-{depth}{of}'
+        if not self.setting.bottlenecks:
+            return f'ResNet-{depth}'
+        return f'ResNet-{depth} of bottlenecks, {self.setting.epochs} epochs'
 
 
 def sections(records: Iterable[Record]) -> list[Section]:
-    """The settings of a log, the residual networks first, in the order in which they were begun."""
+    """The settings of a log: the residual networks first, of these the longest trainings.
+
+    Trainings of the original alone with twice as many epochs as another setting belong to that one.
+    """
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(json.dumps(record['setting'], sort_keys=True), []).append(record)
     found = [_section(Setting(**json.loads(key)), group) for key, group in groups.items()]
+    found = [section for section in found if section.tables]
+    for section in found:
+        doubled = replace(section.setting, epochs=2 * section.setting.epochs)
+        section.twice.update(next((other.alone for other in found if other.setting == doubled), {}))
+    told = {one.setting.epochs * 2 for one in found if one.twice}
+    kept = [one for one in found if not (one.alone and one.setting.epochs in told)]
     order = list(FAMILIES)
-    return sorted((one for one in found if one.tables), key=lambda one: order.index(one.setting.family))
+    return sorted(kept, key=lambda one: (order.index(one.setting.family), -one.setting.images_seen))
 
 
 def _section(setting: Setting, group: list[Record]) -> Section:
@@ -130,8 +151,22 @@ def markdown(found: list[Section]) -> str:
             parts.append(f'### {section.title}, augmentation: {augmentation}\n')
             parts.append('\n'.join(_table(section, lines)) + '\n')
             parts.append(reading(section.setting.original.name, lines) + '\n')
+            own = [run for run in section.records if run['augmentation'] == augmentation]
+            if augmentation in section.twice:
+                parts.append(_longer(lines[0], section.twice[augmentation]) + '\n')
+            parts += gates({line.name: line.title for line in lines}, own)
     parts.append(_REMARKS)
     return '\n'.join(parts)
+
+
+def _longer(base: Line, longer: Line) -> str:
+    """Whether the trainings are long enough, as far as the original tells."""
+    seeds = sorted(base.accuracies.keys() & longer.accuracies.keys())
+    accuracies = ', '.join(f'{longer.accuracies[seed]:.2f}' for seed in seeds)
+    return (
+        f'With twice as many epochs *{base.title}* reaches {accuracies} (seed {", ".join(map(str, seeds))}), '
+        f'{longer.against(base):+.2f} points.'
+    )
 
 
 def _conditions(section: Section) -> str:
@@ -147,9 +182,10 @@ def _conditions(section: Section) -> str:
     }
     commands = '\n'.join(f'    {command}' for command in sorted({run['command'] for run in runs}))
     seconds, cpu = (sum(run[name] for run in runs) for name in ('seconds', 'cpu_seconds'))
+    stem = ' The first convolution has a stride of 2: maps of 14, 7 and 4 pixels.' if setting.stem_stride == 2 else ''
     return (
         f'The first {setting.train_images:,} training images, {setting.epochs} epochs in batches of '
-        f'{setting.batch_size}, {steps:,} steps; {recipe}; {precision}.\n\n{commands}\n\n'
+        f'{setting.batch_size}, {steps:,} steps; {recipe}; {precision}.{stem}\n\n{commands}\n\n'
         f'{len(runs)} runs took {seconds / 3600:.2f} hours in all, and {cpu / 3600:.2f} hours of processor time, on a '
         f'machine that other work may have shared. {"; ".join(sorted(machines))}.'
     )
@@ -172,17 +208,7 @@ def _table(section: Section, lines: list[Line]) -> list[str]:
             ', '.join(f'{accuracy:.2f}' for accuracy in line.accuracies.values()),
         ])  # fmt: skip
     header = ['variant', 'parameters', 'time of a step', 'accuracy, %', f'against {original}', 'each seed']
-    return _piped(header, rows)
-
-
-def _piped(header: list[str], rows: list[list[str]]) -> list[str]:
-    """A table of Markdown whose columns are aligned, so that the file can be read as it is."""
-    piped = [header, *rows]
-    widths = [max(len(row[column]) for row in piped) for column in range(len(header))]
-    lines = ['| ' + ' | '.join(t.ljust(w) if not i else t.rjust(w) for i, (t, w) in enumerate(zip(row, widths))) + ' |'
-             for row in piped]  # fmt: skip
-    rule = '|' + '|'.join('-' * (w + 2) if not i else '-' * (w + 1) + ':' for i, w in enumerate(widths)) + '|'
-    return [lines[0], rule, *lines[1:]]
+    return piped(header, rows)
 
 
 def noise(lines: list[Line]) -> tuple[float, float] | None:

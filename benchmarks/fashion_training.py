@@ -68,6 +68,11 @@ class Setting:
         return {name: value for name, value in own if name not in later or value != getattr(type(self), name)}
 
     @property
+    def images_seen(self) -> int:
+        """Training images times epochs."""
+        return self.train_images * self.epochs
+
+    @property
     def original(self) -> Variant:
         """The variant that the others are compared with."""
         return FAMILIES[self.family][0]

@@ -73,6 +73,7 @@ def test_command_trains_logs_and_writes_the_page(
         'SEM, softmax decision',
         'External Attention',
         'pooled over the 2',
+        'spread over channels',
     ):
         assert part in page
     assert '--depth 8 --epochs 1' in page and str(folder) not in page
@@ -200,6 +201,19 @@ def test_reading_calls_noise_noise(load: type[ModuleType]) -> None:
     assert '- better: *SEM*.' in text and '- worse: *IE*.' in text and '- not told apart from it: *SE*.' in text
     alone = [results.Line('plain', 'plain', 1, {0: 80.0}), results.Line('se', 'SE', 1, {0: 99.0})]
     assert 'no difference here means anything' in results.reading('plain', alone)
+
+
+def test_twice_the_epochs_are_told_beside_the_table(load: type[ModuleType]) -> None:
+    results, setting = load('fashion_results'), load('fashion_training').Setting
+    told = {'kind': 'run', 'augmentation': 'none', 'parameters': 1, 'seconds': 1.0, 'cpu_seconds': 1.0}
+    told |= {'machine': dict.fromkeys(('processor', 'threads', 'torch', 'timm'), ''), 'python': '', 'date': ''}
+    told |= {'command': 'python', 'sem_timm': ''}
+    long, short = (setting('resnet', 20, 60_000, epochs).key for epochs in (8, 4))
+    runs = [('plain', 0, short, 90.0), ('se', 0, short, 91.0), ('plain', 0, long, 90.5), ('plain', 1, long, 70.0)]
+    names = ('variant', 'seed', 'setting', 'accuracy')
+    found = results.sections({**told, **dict(zip(names, run))} for run in runs)
+    assert [section.setting.epochs for section in found] == [4]
+    assert 'twice as many epochs *plain* reaches 90.50 (seed 0), +0.50 points' in results.markdown(found)
 
 
 @pytest.mark.parametrize(

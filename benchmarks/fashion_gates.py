@@ -1,0 +1,63 @@
+"""What the gates of trained networks do: SEM's decisions, its operators' factors, and what got no gradient."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+
+from piped import piped
+from run_log import Record
+
+_COLUMNS = {'mean': 'decision', 'gate_mean': 'factor', 'gate_contrast': 'spread over channels'}
+
+
+def gates(titles: Mapping[str, str], runs: Iterable[Record]) -> list[str]:
+    """Paragraphs of a page, none if the log has no figures of gates.
+
+    Args:
+        titles: Titles of variants, by name, in the order of the page.
+        runs: The trainings, all with one setting and one augmentation.
+    """
+    found: dict[str, list[Record]] = {name: [] for name in titles}
+    for run in runs:
+        found[run['variant']].append(run)
+    rows = [
+        [titles[name], operator.upper(), *(_over_seeds(own, column, operator) for column in _COLUMNS)]
+        for name, own in found.items()
+        for operator in own[0].get('mean', ())
+    ]
+    parts = []
+    if rows:
+        table = piped(['variant', 'operator', *_COLUMNS.values()], rows)
+        parts.append('\n'.join([*_EXPLAINED, '', *table]) + '\n')
+    dead = {titles[name]: _dead(own) for name, own in found.items() if any(map(_names, own))}
+    if dead:
+        parts.append('\n'.join([_DEAD, '', *(f'- *{title}*: {text}.' for title, text in dead.items())]) + '\n')
+    return parts
+
+
+_EXPLAINED = (
+    'What SEM does after the last epoch, on the first 500 test images, as means over blocks and seeds. Decision: the',
+    "operator's weight. Factor: what channels are multiplied by, 1 in an identity and about 0.5 at first as published.",
+    'Spread: standard deviation of the factor over channels.',
+)
+_DEAD = 'New parameters whose gradient was exactly zero in the last step:'
+
+
+def _over_seeds(runs: list[Record], column: str, operator: str) -> str:
+    return f'{statistics.mean(run[column][operator] for run in runs):.3f}'
+
+
+def _names(run: Record) -> list[str]:
+    names: list[str] = run.get('without_gradient', [])
+    return names
+
+
+def _dead(runs: list[Record]) -> str:
+    """How many, and the first few, by seed."""
+    told = [
+        f'{len(names)} in seed {run["seed"]} (`{"`, `".join(names[:4])}`{" …" * (len(names) > 4)})'
+        for run in runs
+        if (names := _names(run))
+    ]
+    return '; '.join(told)
