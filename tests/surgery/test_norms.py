@@ -1,0 +1,48 @@
+"""Gates behind every norm, where IEBN was published, in each family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import sem_timm
+from tests.families import FAMILIES
+from tests.snapshot import assert_same, snapshot
+from tests.thorough import first_of_each
+
+NORMS = (nn.BatchNorm2d, nn.LayerNorm)
+
+
+def norms(name: str, module: nn.Module) -> bool:
+    return isinstance(module, NORMS)
+
+
+@pytest.mark.parametrize('name', first_of_each([name for name in FAMILIES if name != 'nfnet'], count=4))
+def test_a_gate_goes_behind_every_norm(name: str) -> None:
+    family = FAMILIES[name]
+    model, images = family.create(), family.images()
+    names = [name for name, module in model.named_modules() if isinstance(module, NORMS)]
+    with torch.no_grad():
+        expected = model(images)
+        before = snapshot(model)
+        plan = sem_timm.plan_model(model, 'ie', position='output', target=norms, input_size=family.input_size)
+        assert [site.name for site in plan] == [name for name in names if name not in refused(plan)]
+        sem_timm.patch_model(model, plan)
+        assert torch.equal(model(images), expected)
+        for site in plan:  # each of them counts
+            gate = model.get_submodule(f'{site.name}.{site.attribute}.operators.ie')
+            gate.beta.add_(0.5)
+            assert not torch.equal(model(images), expected), site.name
+            gate.beta.sub_(0.5)
+        sem_timm.unpatch_model(model)
+        assert torch.equal(model(images), expected)
+    before['rng'] = torch.get_rng_state()
+    assert_same(before, snapshot(model))
+
+
+def refused(plan: sem_timm.Plan) -> list[str]:
+    """Names of norms of class tokens alone, which have no positions to pool over."""
+    for refusal in plan.refusals:
+        assert 'nothing but class tokens' in refusal.reason
+    return [refusal.name for refusal in plan.refusals]
