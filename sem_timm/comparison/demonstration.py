@@ -16,13 +16,14 @@ def demonstration() -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of the comparison, and of the recipe.
 
     With the package of the extra ``demo`` a network that was trained on ImageNet is frozen and learns digits from few
-    images, by its head, its norms or by gates, each at the learning rate that suits it. Without it a small one is
-    trained from the start.
+    images: by its head, its norms, or by gates in its blocks or behind its norms, each at the learning rate that suits
+    it. Without it a small one is trained from the start.
     """
     architecture, module, _ = PACKAGED[_PACKAGE]
     if find_spec(module) is None:
         return {}, {'data': BUILT_IN, 'max_train_images': 400}
-    rows = 'none:train=head none:train=norms se:train=new sem:train=new'
+    behind_norms = r'ie:position=output:target=(.*\.)?bn\d:train=new:name=ie@norms'
+    rows = f'none:train=head none:train=norms sem:train=new {behind_norms}'
     recipe = {
         'model': architecture,
         'weights': _PACKAGE,
