@@ -152,11 +152,22 @@ def markdown(found: list[Section]) -> str:
             parts.append('\n'.join(_table(section, lines)) + '\n')
             parts.append(reading(section.setting.original.name, lines) + '\n')
             own = [run for run in section.records if run['augmentation'] == augmentation]
+            if section.setting.bottlenecks and len(lines) > 1:
+                parts.append(_order(lines) + '\n')
             if augmentation in section.twice:
                 parts.append(_longer(lines[0], section.twice[augmentation]) + '\n')
             parts += gates({line.name: line.title for line in lines}, own)
     parts.append(_REMARKS)
     return '\n'.join(parts)
+
+
+def _order(lines: list[Line]) -> str:
+    """The variants from best to worst, beside what was published for the same kind of network."""
+    ordered = sorted(lines, key=lambda line: -line.mean)
+    return (
+        f'From best to worst: {", ".join(f"*{line.title}* {line.mean:.2f}" for line in ordered)}. The authors of SEM '
+        'print for ResNet-164 on CIFAR-100, after 164 epochs: IE 77.09, SEM 76.76, SE 75.03, plain 74.30.'
+    )
 
 
 def _longer(base: Line, longer: Line) -> str:
@@ -267,10 +278,11 @@ _REMARKS = """\
   for SEM and that of `benchmarks/fashion_vit.py`. Two defaults for short trainings were chosen by single runs of plain,
   SEM and self-attention, measured on training images that are not among the first 10,240: the batch size of 64, where
   128 is published, and no augmentation for the transformer, which with it had learned little.
-- A short training on few images shows how variants *start* to learn. The published initial values of the gates make
-  each residual branch smaller (three operators to about 0.09 of it on average), from which a network has to recover
-  first; what a longer training would give was not measured by a short one. The published gains are for 164 epochs on
-  CIFAR in networks of 83 and 164 layers.
+- A short training on few images, 4 epochs on 10,240, shows how variants *start* to learn. The published initial values
+  of the gates make each residual branch smaller (three operators to about 0.09 of it on average), from which a network
+  has to recover first. The published gains are for 164 epochs on CIFAR in networks of 83 and 164 layers. Others print
+  for ResNet-20 on CIFAR-10 91.7 without a gate, 91.6 with SE and 91.9 with ECA, for ResNet-56 91.5, 92.4 and 92.4, one
+  run each ([channel-attention](https://github.com/mnikitin/channel-attention)).
 - Time of a step is that of one training step against the original's, the variants taking turns in one process, as the
   median of several rounds. In small networks on one thread it is mostly the overhead of many small calls, and says
   little about large ones.
