@@ -39,7 +39,7 @@ class Kept:
     def restored(self) -> dict[str, Any]:
         """Puts everything back as it was, and returns the figures so far; those of a beginning if there is no file."""
         if not self.path.exists():
-            return {'losses': [], 'seconds': 0.0, 'cpu_seconds': 0.0}
+            return {'losses': [], 'decided': [], 'seconds': 0.0, 'cpu_seconds': 0.0}
         found = torch.load(self.path, weights_only=True)
         self.model.load_state_dict(found['model'])
         self.optimizer.load_state_dict(found['optimizer'])

@@ -125,6 +125,7 @@ def train_and_measure(run: Run, train: TensorDataset, test: TensorDataset, folde
         'accuracy': round(100 * accuracy(model, test, run.setting), 2),
         'train_loss': losses[-1],
         'losses': losses,
+        **({'decided': state['decided']} if state['decided'] else {}),
         **gates(model, test),
         'parameters': sum(parameter.numel() for parameter in sem_timm.trainable_parameters(model)),
         'seconds': round(state['seconds'], 1),
@@ -137,23 +138,30 @@ def gates(model: nn.Module, data: TensorDataset) -> dict[str, Any]:
 
     Means over blocks, by operator: of decisions, of the factors in the gate, and of their deviation over channels.
     """
-    found: dict[str, Any] = {}
-    if any(isinstance(module, sem_timm.SEM) for module in model.modules()):
-        images = data.tensors[0][:500]
-        told = sem_timm.decisions(model, images.split(100))
-        for name in ('mean', 'gate_mean', 'gate_contrast'):
-            means = getattr(told, name).nanmean(0).tolist()
-            found[name] = {operator: round(value, 4) for operator, value in zip(told.operators, means)}
+    found: dict[str, Any] = _told(model, data, 'mean', 'gate_mean', 'gate_contrast')
     inserted = tuple(f'{part.name}.{child}.' for part in sem_timm.patched_modules(model) for child in part.inserted)
     new = {name: parameter.grad for name, parameter in model.named_parameters() if name.startswith(inserted)}
     return {**found, 'without_gradient': [name for name, grad in new.items() if grad is not None and not grad.any()]}
+
+
+def _told(model: nn.Module, data: TensorDataset, *names: str) -> dict[str, dict[str, float]]:
+    """Figures of `sem_timm.decisions` over the first 500 images, by operator as means over blocks; none without SEM."""
+    if not any(isinstance(module, sem_timm.SEM) for module in model.modules()):
+        return {}
+    told = sem_timm.decisions(model, data.tensors[0][:500].split(100))
+    means = {name: getattr(told, name).nanmean(0).tolist() for name in names}
+    return {
+        name: {operator: round(value, 4) for operator, value in zip(told.operators, values)}
+        for name, values in means.items()
+    }
 
 
 def _train(model: nn.Module, run: Run, train: TensorDataset, folder: Path) -> dict[str, Any]:
     """Trains a model in place, and keeps after each epoch what a training that is stopped goes on from.
 
     Returns:
-        The mean loss of each epoch, 'losses', and 'seconds' and 'cpu_seconds' of all of them.
+        The mean loss of each epoch, 'losses', what SEM decides at the end of each, 'decided', and 'seconds' and
+        'cpu_seconds' of all of them.
     """
     setting = run.setting
     images, labels = (tensor[: setting.train_images].to(setting.device) for tensor in train.tensors)
@@ -189,6 +197,7 @@ def _train(model: nn.Module, run: Run, train: TensorDataset, folder: Path) -> di
         state['losses'].append(float(total) / steps)
         state['seconds'] += time.perf_counter() - start
         state['cpu_seconds'] += time.process_time() - cpu
+        state['decided'] += _told(model, train, 'mean').values()
         kept.save(state)
     kept.remove()
     return state

@@ -97,6 +97,7 @@ def test_a_run_is_the_same_when_repeated(load: type[ModuleType], folder: Path) -
         first, second = (training.train_and_measure(run, *data, folder / 'stopped') for _ in range(2))
     assert first['losses'] == second['losses'] and first['accuracy'] == second['accuracy']
     assert first['mean'].keys() == {'se', 'eca', 'ie'} and first['without_gradient'] == []
+    assert len(first['decided']) == 2 and first['decided'][1].keys() == first['mean'].keys()
 
 
 @pytest.mark.parametrize('schedule', ['cosine', 'drops'])
