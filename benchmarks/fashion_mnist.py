@@ -27,6 +27,7 @@ from fashion_data import FOLDER, fashion_mnist
 from fashion_models import FAMILIES, check_depth
 from fashion_plot import draw
 from fashion_results import markdown, sections
+from fashion_stopped import kept_file
 from fashion_training import AUGMENTATIONS, Run, Setting, cost, train_and_measure
 from fashion_vit import Recipe
 from measuring import machine
@@ -146,6 +147,7 @@ def train_all(runs: Sequence[Run], typed: argparse.Namespace) -> None:
             continue
         figures = train_and_measure(run, train, test, typed.stopped)
         append_record(typed.log, {**key, **figures, **circumstances(typed)})
+        kept_file(typed.stopped, run.key).unlink()
         print(f'{number} of {len(runs)}: {run}: {figures["accuracy"]} %, {figures["seconds"]} s', flush=True)
 
 

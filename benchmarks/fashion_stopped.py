@@ -13,8 +13,14 @@ from torch import nn
 from sem_timm.files import replace_whole
 
 
+def kept_file(folder: Path, key: dict[str, Any]) -> Path:
+    """The file of one training, to be removed when its figures are where they stay."""
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return folder / f'{name}.pt'
+
+
 class Kept:
-    """The file of one training.
+    """What is kept of one training.
 
     Args:
         folder: Where it is, with those of others.
@@ -32,8 +38,7 @@ class Kept:
         optimizer: torch.optim.Optimizer,
         generator: torch.Generator,
     ) -> None:
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        self.path = folder / f'{name}.pt'
+        self.path = kept_file(folder, key)
         self.model, self.optimizer, self.generator = model, optimizer, generator
 
     def restored(self) -> dict[str, Any]:
@@ -64,7 +69,3 @@ class Kept:
                 torch.save(content, file)
 
         replace_whole(self.path, write)
-
-    def remove(self) -> None:
-        """Removes the file of a training that is done."""
-        self.path.unlink(missing_ok=True)

@@ -113,7 +113,7 @@ class Run:
 
 
 def train_and_measure(run: Run, train: TensorDataset, test: TensorDataset, folder: Path) -> dict[str, Any]:
-    """Trains a new model, or goes on with one from a folder of trainings that were stopped.
+    """Trains a new model, or goes on with one from a folder of trainings that were stopped, and leaves its file there.
 
     Returns:
         Its test accuracy after the last epoch, in percent, and figures of the training.
@@ -126,27 +126,27 @@ def train_and_measure(run: Run, train: TensorDataset, test: TensorDataset, folde
         'train_loss': losses[-1],
         'losses': losses,
         **({'decided': state['decided']} if state['decided'] else {}),
-        **gates(model, test),
+        **_told(model, test, 'mean', 'gate_mean', 'gate_contrast'),
+        'without_gradient': state['without_gradient'],
         'parameters': sum(parameter.numel() for parameter in sem_timm.trainable_parameters(model)),
         'seconds': round(state['seconds'], 1),
         'cpu_seconds': round(state['cpu_seconds'], 1),
     }
 
 
-def gates(model: nn.Module, data: TensorDataset) -> dict[str, Any]:
-    """What SEM decides and what its gates do, over the first 500 images; and what is new and got no gradient last.
-
-    Means over blocks, by operator: of decisions, of the factors in the gate, and of their deviation over channels.
-    """
-    found: dict[str, Any] = _told(model, data, 'mean', 'gate_mean', 'gate_contrast')
+def _without_gradient(model: nn.Module) -> list[str]:
+    """Names of new parameters whose last gradient was exactly zero."""
     inserted = tuple(f'{part.name}.{child}.' for part in sem_timm.patched_modules(model) for child in part.inserted)
     new = {name: parameter.grad for name, parameter in model.named_parameters() if name.startswith(inserted)}
-    return {**found, 'without_gradient': [name for name, grad in new.items() if grad is not None and not grad.any()]}
+    return [name for name, grad in new.items() if grad is not None and not grad.any()]
 
 
 def _told(model: nn.Module, data: TensorDataset, *names: str) -> dict[str, dict[str, float]]:
-    """Figures of `sem_timm.decisions` over the first 500 images, by operator as means over blocks; none without SEM."""
-    if not any(isinstance(module, sem_timm.SEM) for module in model.modules()):
+    """Figures of `sem_timm.decisions` over the first 500 images, by operator as means over blocks.
+
+    None where nothing decides.
+    """
+    if not any(isinstance(module, sem_timm.SEM) and module.decision is not None for module in model.modules()):
         return {}
     told = sem_timm.decisions(model, data.tensors[0][:500].split(100))
     means = {name: getattr(told, name).nanmean(0).tolist() for name in names}
@@ -160,8 +160,8 @@ def _train(model: nn.Module, run: Run, train: TensorDataset, folder: Path) -> di
     """Trains a model in place, and keeps after each epoch what a training that is stopped goes on from.
 
     Returns:
-        The mean loss of each epoch, 'losses', what SEM decides at the end of each, 'decided', and 'seconds' and
-        'cpu_seconds' of all of them.
+        The mean loss of each epoch, 'losses', what SEM decides at the end of each, 'decided', the new parameters whose
+        last gradient was zero, 'without_gradient', and 'seconds' and 'cpu_seconds' of all epochs.
     """
     setting = run.setting
     images, labels = (tensor[: setting.train_images].to(setting.device) for tensor in train.tensors)
@@ -198,8 +198,8 @@ def _train(model: nn.Module, run: Run, train: TensorDataset, folder: Path) -> di
         state['seconds'] += time.perf_counter() - start
         state['cpu_seconds'] += time.process_time() - cpu
         state['decided'] += _told(model, train, 'mean').values()
+        state['without_gradient'] = _without_gradient(model)
         kept.save(state)
-    kept.remove()
     return state
 
 

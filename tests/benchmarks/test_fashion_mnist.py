@@ -59,26 +59,27 @@ def test_command_trains_logs_and_writes_the_page(
     load: type[ModuleType], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(load('measuring'), 'SERIES_SECONDS', 0.0)
-    command = small(folder, 'plain', 'sem-softmax', 'self-attention', 'external')
+    command = small(folder, 'plain', 'sem-softmax', 'sem-no-decision', 'self-attention', 'external')
     with torch.random.fork_rng(devices=[]):
         load('fashion_mnist').main([*command, '--part', '0/2'])
         load('fashion_mnist').main([*command, '--part', '1/2'])
     runs, costs = records(folder, 'run'), records(folder, 'cost')
-    assert len(runs) == 2 * (2 * 2 + 2) and len(costs) == 2
+    assert len(runs) == 2 * (3 * 2 + 2) and len(costs) == 2
     assert {run['seed'] for run in runs} == {0, 1} and all(0 <= run['accuracy'] <= 100 for run in runs)
-    assert [*costs[0]['ratios']] == ['plain', 'sem-softmax'] and costs[0]['ratios']['plain'] == 1
+    assert [*costs[0]['ratios']] == ['plain', 'sem-softmax', 'sem-no-decision'] and costs[0]['ratios']['plain'] == 1
     page = (folder / 'results.md').read_text(encoding='utf-8')
     for part in (
         'ResNet-8, augmentation: crop-flip',
         'SEM, softmax decision',
         'External Attention',
-        'pooled over the 2',
+        'pooled over the 3',
         'spread over channels',
     ):
         assert part in page
     assert '--depth 8 --epochs 1' in page and str(folder) not in page
     with Image.open(folder / 'results.png') as picture:
         assert picture.width > 800
+    assert not list((folder / 'stopped').iterdir())
     lines = (folder / 'log.jsonl').read_text().splitlines()
     (folder / 'log.jsonl').write_text('\n'.join([*lines[:-1], lines[-1][:40]]))  # as a kill may leave it
     capsys.readouterr()
@@ -94,7 +95,7 @@ def test_a_run_is_the_same_when_repeated(load: type[ModuleType], folder: Path) -
     setting = training.Setting('resnet', 8, train_images=64, epochs=2, batch_size=16, precision='float32')
     run = training.Run(setting, models.RESNETS[4], 'crop-flip', seed=3)
     with torch.random.fork_rng(devices=[]):
-        first, second = (training.train_and_measure(run, *data, folder / 'stopped') for _ in range(2))
+        first, second = (training.train_and_measure(run, *data, folder / kept) for kept in ('one', 'other'))
     assert first['losses'] == second['losses'] and first['accuracy'] == second['accuracy']
     assert first['mean'].keys() == {'se', 'eca', 'ie'} and first['without_gradient'] == []
     assert len(first['decided']) == 2 and first['decided'][1].keys() == first['mean'].keys()
@@ -123,10 +124,10 @@ def test_a_run_that_was_stopped_goes_on(
             with pytest.raises(KeyboardInterrupt):
                 training.train_and_measure(run, *data, folder / 'stopped')
         assert len(list((folder / 'stopped').iterdir())) == 1
-        again = training.train_and_measure(run, *data, folder / 'stopped')
-    assert not list((folder / 'stopped').iterdir())
-    same = ('losses', 'accuracy', 'mean', 'gate_contrast')
-    assert [whole[name] for name in same] == [again[name] for name in same] and len(whole['losses']) == 4
+        again, measured = (training.train_and_measure(run, *data, folder / 'stopped') for _ in range(2))
+    same = ('losses', 'accuracy', 'mean', 'gate_contrast', 'decided')
+    for other in (again, measured):  # the last one is stopped between training and log
+        assert [whole[name] for name in same] == [other[name] for name in same] and len(whole['losses']) == 4
 
 
 def test_the_learning_rate_drops_twice(load: type[ModuleType], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
