@@ -23,8 +23,9 @@ def gates(titles: Mapping[str, str], runs: Iterable[Record]) -> list[str]:
         found[run['variant']].append(run)
     rows = [
         [titles[name], operator.upper(), *(_over_seeds(own, column, operator) for column in _COLUMNS)]
-        for name, own in found.items()
-        for operator in own[0].get('mean', ())
+        for name, every in found.items()
+        if (own := [run for run in every if 'mean' in run])
+        for operator in own[0]['mean']
     ]
     parts = []
     if rows:

@@ -1,4 +1,4 @@
-"""SEM against plain, SE, ECA and IE in a residual network, and five attentions in a transformer, on Fashion-MNIST.
+r"""SEM against plain, SE, ECA and IE in a residual network, and five attentions in a transformer, on Fashion-MNIST.
 
     python benchmarks/fashion_mnist.py --data FOLDER
     python benchmarks/fashion_mnist.py --data FOLDER --device cuda --depth 164 --epochs 60 --train-images 60000
@@ -144,10 +144,11 @@ def train_all(runs: Sequence[Run], typed: argparse.Namespace) -> None:
     for number, run in enumerate(runs, 1):
         key = {'kind': 'run', **run.key}
         if is_logged(read_log(typed.log), key):
+            kept_file(typed.stopped, run.key).unlink(missing_ok=True)
             continue
         figures = train_and_measure(run, train, test, typed.stopped)
         append_record(typed.log, {**key, **figures, **circumstances(typed)})
-        kept_file(typed.stopped, run.key).unlink()
+        kept_file(typed.stopped, run.key).unlink(missing_ok=True)
         print(f'{number} of {len(runs)}: {run}: {figures["accuracy"]} %, {figures["seconds"]} s', flush=True)
 
 

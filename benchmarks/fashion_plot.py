@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fashion_results import Line, Section
+from fashion_reading import Line
+from fashion_results import Section
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure

@@ -1,16 +1,14 @@
-"""What the log of trainings on Fashion-MNIST says: statistics over seeds, tables, and what they allow to conclude."""
+"""What the log of trainings on Fashion-MNIST says: settings, their tables, and the page that is made of them."""
 
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from fashion_gates import gates
 from fashion_models import FAMILIES
+from fashion_reading import Line, longer_trained, order, reading
 from fashion_training import AUGMENTATIONS, Setting
 from piped import piped
 from run_log import Record
@@ -36,38 +34,6 @@ _SCHEDULES = {
     'cosine': 'cosine schedule with a fifth of an epoch of warm-up',
     'drops': 'a tenth of it after a half of the epochs and again after three quarters, a fifth of an epoch of warm-up',
 }
-
-
-@dataclass(frozen=True)
-class Line:
-    """One variant in one table.
-
-    Attributes:
-        name: Its name on the command line.
-        title: What it is.
-        parameters: Number of parameters that are trained.
-        accuracies: Percent by seed.
-    """
-
-    name: str
-    title: str
-    parameters: int
-    accuracies: dict[int, float]
-
-    @property
-    def mean(self) -> float:
-        """Mean over the seeds."""
-        return statistics.mean(self.accuracies.values())
-
-    @property
-    def spread(self) -> float | None:
-        """Standard deviation over the seeds; None for one seed."""
-        return statistics.stdev(self.accuracies.values()) if len(self.accuracies) > 1 else None
-
-    def against(self, other: Line) -> float | None:
-        """Mean difference to another variant over the seeds that both have; None without one."""
-        seeds = self.accuracies.keys() & other.accuracies.keys()
-        return statistics.mean(self.accuracies[s] - other.accuracies[s] for s in seeds) if seeds else None
 
 
 @dataclass(frozen=True)
@@ -101,9 +67,10 @@ class Section:
         depth = self.setting.depth
         if self.setting.family == 'vit':
             return f'Vision transformer of {depth} blocks'
-        if not self.setting.bottlenecks:
+        if not self.setting.has_bottlenecks:
             return f'ResNet-{depth}'
-        return f'ResNet-{depth} of bottlenecks, {self.setting.epochs} epochs'
+        stride = ', stride 2' if self.setting.stem_stride == 2 else ''
+        return f'ResNet-{depth} of bottlenecks, {self.setting.epochs} epochs{stride}'
 
 
 def sections(records: Iterable[Record]) -> list[Section]:
@@ -116,13 +83,21 @@ def sections(records: Iterable[Record]) -> list[Section]:
         groups.setdefault(json.dumps(record['setting'], sort_keys=True), []).append(record)
     found = [_section(Setting(**json.loads(key)), group) for key, group in groups.items()]
     found = [section for section in found if section.tables]
-    for section in found:
-        doubled = replace(section.setting, epochs=2 * section.setting.epochs)
-        section.twice.update(next((other.alone for other in found if other.setting == doubled), {}))
-    told = {one.setting.epochs * 2 for one in found if one.twice}
-    kept = [one for one in found if not (one.alone and one.setting.epochs in told)]
-    order = list(FAMILIES)
-    return sorted(kept, key=lambda one: (order.index(one.setting.family), -one.setting.images_seen))
+    longer = {section.setting: section for section in found if section.alone}
+    told_elsewhere = longer.keys() & {section.setting.doubled for section in found}
+    kept = [
+        _with_longer(section, longer.get(section.setting.doubled))
+        for section in found
+        if section.setting not in told_elsewhere
+    ]
+    families = list(FAMILIES)
+    return sorted(kept, key=lambda one: (families.index(one.setting.family), -one.setting.images_seen))
+
+
+def _with_longer(section: Section, longer: Section | None) -> Section:
+    if longer is None:
+        return section
+    return replace(section, twice=longer.alone, records=[*section.records, *longer.records])
 
 
 def _section(setting: Setting, group: list[Record]) -> Section:
@@ -152,32 +127,13 @@ def markdown(found: list[Section]) -> str:
             parts.append('\n'.join(_table(section, lines)) + '\n')
             parts.append(reading(section.setting.original.name, lines) + '\n')
             own = [run for run in section.records if run['augmentation'] == augmentation]
-            if section.setting.bottlenecks and len(lines) > 1:
-                parts.append(_order(lines) + '\n')
+            if section.setting.has_bottlenecks and len(lines) > 1:
+                parts.append(order(lines) + '\n')
             if augmentation in section.twice:
-                parts.append(_longer(lines[0], section.twice[augmentation]) + '\n')
+                parts += longer_trained(lines, section.twice[augmentation])
             parts += gates({line.name: line.title for line in lines}, own)
     parts.append(_REMARKS)
     return '\n'.join(parts)
-
-
-def _order(lines: list[Line]) -> str:
-    """The variants from best to worst, beside what was published for the same kind of network."""
-    ordered = sorted(lines, key=lambda line: -line.mean)
-    return (
-        f'From best to worst: {", ".join(f"*{line.title}* {line.mean:.2f}" for line in ordered)}. The authors of SEM '
-        'print for ResNet-164 on CIFAR-100, after 164 epochs: IE 77.09, SEM 76.76, SE 75.03, plain 74.30.'
-    )
-
-
-def _longer(base: Line, longer: Line) -> str:
-    """Whether the trainings are long enough, as far as the original tells."""
-    seeds = sorted(base.accuracies.keys() & longer.accuracies.keys())
-    accuracies = ', '.join(f'{longer.accuracies[seed]:.2f}' for seed in seeds)
-    return (
-        f'With twice as many epochs *{base.title}* reaches {accuracies} (seed {", ".join(map(str, seeds))}), '
-        f'{longer.against(base):+.2f} points.'
-    )
 
 
 def _conditions(section: Section) -> str:
@@ -193,7 +149,11 @@ def _conditions(section: Section) -> str:
     }
     commands = '\n'.join(f'    {command}' for command in sorted({run['command'] for run in runs}))
     seconds, cpu = (sum(run[name] for run in runs) for name in ('seconds', 'cpu_seconds'))
-    stem = ' The first convolution has a stride of 2: maps of 14, 7 and 4 pixels.' if setting.stem_stride == 2 else ''
+    stem = (
+        ' The first convolution has a stride of 2: maps of 14 x 14, 7 x 7 and 4 x 4 pixels.'
+        if setting.stem_stride == 2
+        else ''
+    )
     return (
         f'The first {setting.train_images:,} training images, {setting.epochs} epochs in batches of '
         f'{setting.batch_size}, {steps:,} steps; {recipe}; {precision}.{stem}\n\n{commands}\n\n'
@@ -220,52 +180,6 @@ def _table(section: Section, lines: list[Line]) -> list[str]:
         ])  # fmt: skip
     header = ['variant', 'parameters', 'time of a step', 'accuracy, %', f'against {original}', 'each seed']
     return piped(header, rows)
-
-
-def noise(lines: list[Line]) -> tuple[float, float] | None:
-    """The standard deviation over seeds, pooled over the variants, and twice the standard error of a difference.
-
-    None where no variant has two seeds.
-    """
-    repeated = [line for line in lines if line.spread is not None]
-    if not repeated:
-        return None
-    weights = [len(line.accuracies) - 1 for line in repeated]
-    pooled = math.sqrt(sum(w * line.spread**2 for w, line in zip(weights, repeated)) / sum(weights))
-    seeds = min(len(line.accuracies) for line in lines)
-    return pooled, 2 * pooled * math.sqrt(2 / seeds)
-
-
-def reading(original: str, lines: list[Line]) -> str:
-    """What a table allows to say, differences within the noise being called so."""
-    measured = noise(lines)
-    base = next((line for line in lines if line.name == original), None)
-    if measured is None:
-        return 'One seed: how much a repetition would differ is not known, so no difference here means anything.'
-    pooled, threshold = measured
-    counts = sorted({len(line.accuracies) for line in lines})
-    text = (
-        f'Repetitions differ: the standard deviation over seeds, pooled over the {len(lines)} variants, is '
-        f'{pooled:.2f} points. Two means of {counts[0]} seed{"s" * (counts[0] > 1)} are told apart here only if they '
-        f'differ by more than {threshold:.2f} points, two standard errors of a difference.'
-    )
-    if len(counts) > 1:
-        text += f' Not all variants have {counts[-1]} seeds yet.'
-    return text if base is None else f'{text} {_comparison(base, lines, threshold)}'
-
-
-def _comparison(base: Line, lines: list[Line], threshold: float) -> str:
-    differences = {line.title: line.against(base) for line in lines if line is not base}
-    known: dict[str, Any] = {title: value for title, value in differences.items() if value is not None}
-    groups = {
-        'better': [title for title, value in known.items() if value > threshold],
-        'worse': [title for title, value in known.items() if value < -threshold],
-        'not told apart from it': [title for title, value in known.items() if abs(value) <= threshold],
-    }
-    clauses = [
-        f'- {verdict}: {"; ".join(f"*{title}*" for title in titles)}.' for verdict, titles in groups.items() if titles
-    ]
-    return '\n'.join([f'Against *{base.title}* that leaves', '', *clauses])
 
 
 _REMARKS = """\

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,16 @@ class Setting:
         return {name: value for name, value in own if name not in later or value != getattr(type(self), name)}
 
     @property
+    def has_bottlenecks(self) -> bool:
+        """Whether the blocks are bottlenecks."""
+        return self.family == 'resnet' and (self.bottlenecks or self.depth >= 100)
+
+    @property
+    def doubled(self) -> Setting:
+        """The same with twice as many epochs."""
+        return replace(self, epochs=2 * self.epochs)
+
+    @property
     def images_seen(self) -> int:
         """Training images times epochs."""
         return self.train_images * self.epochs
@@ -126,7 +136,7 @@ def train_and_measure(run: Run, train: TensorDataset, test: TensorDataset, folde
         'train_loss': losses[-1],
         'losses': losses,
         **({'decided': state['decided']} if state['decided'] else {}),
-        **_told(model, test, 'mean', 'gate_mean', 'gate_contrast'),
+        **_decided(model, test, 'mean', 'gate_mean', 'gate_contrast'),
         'without_gradient': state['without_gradient'],
         'parameters': sum(parameter.numel() for parameter in sem_timm.trainable_parameters(model)),
         'seconds': round(state['seconds'], 1),
@@ -141,10 +151,10 @@ def _without_gradient(model: nn.Module) -> list[str]:
     return [name for name, grad in new.items() if grad is not None and not grad.any()]
 
 
-def _told(model: nn.Module, data: TensorDataset, *names: str) -> dict[str, dict[str, float]]:
+def _decided(model: nn.Module, data: TensorDataset, *names: str) -> dict[str, dict[str, float]]:
     """Figures of `sem_timm.decisions` over the first 500 images, by operator as means over blocks.
 
-    None where nothing decides.
+    Empty where nothing decides.
     """
     if not any(isinstance(module, sem_timm.SEM) and module.decision is not None for module in model.modules()):
         return {}
@@ -197,7 +207,7 @@ def _train(model: nn.Module, run: Run, train: TensorDataset, folder: Path) -> di
         state['losses'].append(float(total) / steps)
         state['seconds'] += time.perf_counter() - start
         state['cpu_seconds'] += time.process_time() - cpu
-        state['decided'] += _told(model, train, 'mean').values()
+        state['decided'] += _decided(model, train, 'mean').values()  # one for each epoch, or none
         state['without_gradient'] = _without_gradient(model)
         kept.save(state)
     return state

@@ -72,7 +72,7 @@ A gate scales a tensor, and the gradient of the gate reads that tensor: in train
 would be kept. Where the tensor follows from what is kept anyway, nothing is kept for the gate
 ([how](how_it_works.md#a-gate-keeps-no-activation)).
 
-For so many sites that is so, in {architectures:,} architectures of timm {timm}, by what computes the tensor, with an
+That holds for this many sites, in {architectures:,} architectures of timm {timm}, by what computes the tensor, with an
 active drop path behind it or none, in float32. Made by `python -m benchmarks.gate_memory`.
 
 | computed by | sites | nothing kept | in architectures |

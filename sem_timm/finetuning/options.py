@@ -114,7 +114,7 @@ class FinetuneOptions:
         ALL,
         'Training',
         f'What is trained beside the head: all, or one or more of {", ".join(TRAINED_PARTS)}, joined by + as in '
-        'new+norms. But with all, batch norms of the base keep their statistics. lora needs PEFT.',
+        'new+norms. Except with all, batch norms of the base keep their statistics. lora needs PEFT.',
     )
     head_scale: float = option(
         1.0,

@@ -190,19 +190,19 @@ def test_crops_move_and_mirror_each_image_by_itself(load: type[ModuleType]) -> N
 
 
 def test_reading_calls_noise_noise(load: type[ModuleType]) -> None:
-    results = load('fashion_results')
+    reading = load('fashion_reading')
     lines = [
-        results.Line('plain', 'plain', 1, {0: 80.0, 1: 81.0, 2: 82.0}),
-        results.Line('se', 'SE', 1, {0: 80.5, 1: 81.5, 2: 82.5}),
-        results.Line('sem', 'SEM', 1, {0: 90.0, 1: 91.0, 2: 92.0}),
-        results.Line('ie', 'IE', 1, {0: 70.0, 1: 71.0, 2: 72.0}),
+        reading.Line('plain', 'plain', 1, {0: 80.0, 1: 81.0, 2: 82.0}),
+        reading.Line('se', 'SE', 1, {0: 80.5, 1: 81.5, 2: 82.5}),
+        reading.Line('sem', 'SEM', 1, {0: 90.0, 1: 91.0, 2: 92.0}),
+        reading.Line('ie', 'IE', 1, {0: 70.0, 1: 71.0, 2: 72.0}),
     ]
-    pooled, threshold = results.noise(lines)
+    pooled, threshold = reading.noise(lines)
     assert pooled == pytest.approx(1) and threshold == pytest.approx(2 * (2 / 3) ** 0.5)
-    text = results.reading('plain', lines)
+    text = reading.reading('plain', lines)
     assert '- better: *SEM*.' in text and '- worse: *IE*.' in text and '- not told apart from it: *SE*.' in text
-    alone = [results.Line('plain', 'plain', 1, {0: 80.0}), results.Line('se', 'SE', 1, {0: 99.0})]
-    assert 'no difference here means anything' in results.reading('plain', alone)
+    alone = [reading.Line('plain', 'plain', 1, {0: 80.0}), reading.Line('se', 'SE', 1, {0: 99.0})]
+    assert 'no difference here means anything' in reading.reading('plain', alone)
 
 
 def test_twice_the_epochs_are_told_beside_the_table(load: type[ModuleType]) -> None:

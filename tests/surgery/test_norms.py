@@ -27,7 +27,9 @@ def test_a_gate_goes_behind_every_norm(name: str) -> None:
         expected = model(images)
         before = snapshot(model)
         plan = sem_timm.plan_model(model, 'ie', position='output', target=norms, input_size=family.input_size)
-        assert [site.name for site in plan] == [name for name in names if name not in refused(plan)]
+        refused = {refusal.name: refusal.reason for refusal in plan.refusals}
+        assert all('nothing but class tokens' in reason for reason in refused.values())
+        assert [site.name for site in plan] == [name for name in names if name not in refused]
         sem_timm.patch_model(model, plan)
         assert torch.equal(model(images), expected)
         for site in plan:  # each of them counts
@@ -37,12 +39,5 @@ def test_a_gate_goes_behind_every_norm(name: str) -> None:
             gate.beta.sub_(0.5)
         sem_timm.unpatch_model(model)
         assert torch.equal(model(images), expected)
-    before['rng'] = torch.get_rng_state()
+    before['rng'] = torch.get_rng_state()  # what is inserted draws its first values
     assert_same(before, snapshot(model))
-
-
-def refused(plan: sem_timm.Plan) -> list[str]:
-    """Names of norms of class tokens alone, which have no positions to pool over."""
-    for refusal in plan.refusals:
-        assert 'nothing but class tokens' in refusal.reason
-    return [refusal.name for refusal in plan.refusals]
