@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 
@@ -31,6 +32,7 @@ def gates(titles: Mapping[str, str], runs: Iterable[Record]) -> list[str]:
     if rows:
         table = piped(['variant', 'operator', *_COLUMNS.values()], rows)
         parts.append('\n'.join([*_EXPLAINED, '', *table]) + '\n')
+    parts += _over_training(titles, found)
     dead = {titles[name]: _dead(own) for name, own in found.items() if any(map(_names, own))}
     if dead:
         parts.append('\n'.join([_DEAD, '', *(f'- *{title}*: {text}.' for title, text in dead.items())]) + '\n')
@@ -43,6 +45,27 @@ _EXPLAINED = (
     'Spread: standard deviation of the factor over channels.',
 )
 _DEAD = 'New parameters whose gradient was exactly zero in the last step:'
+
+
+def _over_training(titles: Mapping[str, str], found: Mapping[str, list[Record]]) -> list[str]:
+    """A table of the decisions after epochs, eight of them at most."""
+    told = {name: [run['decided'] for run in runs if 'decided' in run] for name, runs in found.items()}
+    told = {name: runs for name, runs in told.items() if runs}
+    if not told:
+        return []
+    num_epochs = min(len(epochs) for runs in told.values() for epochs in runs)
+    shown = [number for number in range(num_epochs) if (num_epochs - 1 - number) % math.ceil(num_epochs / 8) == 0]
+    rows = [
+        [
+            titles[name],
+            operator.upper(),
+            *(f'{statistics.mean(epochs[number][operator] for epochs in runs):.2f}' for number in shown),
+        ]
+        for name, runs in told.items()
+        for operator in runs[0][0]
+    ]
+    header = ['variant', 'operator', *(f'epoch {number + 1}' for number in shown)]
+    return ['\n'.join(['Decisions during the training, on 500 of its images:', '', *piped(header, rows)]) + '\n']
 
 
 def _over_seeds(runs: list[Record], column: str, operator: str) -> str:

@@ -74,6 +74,7 @@ def test_command_trains_logs_and_writes_the_page(
         'External Attention',
         'pooled over the 3',
         'spread over channels',
+        '| operator | epoch 1 |',
     ):
         assert part in page
     assert '--depth 8 --epochs 1' in page and str(folder) not in page
