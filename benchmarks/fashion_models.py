@@ -25,17 +25,19 @@ class Variant:
         title: What it is.
         operation: What `sem_timm.patch_model` does to the original; None for the original itself.
         options: The options of the operation.
+        new_lr_scale: Learning rate of what it puts in, over that of the base.
     """
 
     name: str
     title: str
     operation: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    new_lr_scale: float = 1.0
 
 
-def _sem(name: str, title: str, *operators: str, **options: Any) -> Variant:
+def _sem(name: str, title: str, *operators: str, new_lr_scale: float = 1.0, **options: Any) -> Variant:
     options.setdefault('init', 'paper')
-    return Variant(name, title, 'sem', {'operators': operators or ('se', 'eca', 'ie'), **options})
+    return Variant(name, title, 'sem', {'operators': operators or ('se', 'eca', 'ie'), **options}, new_lr_scale)
 
 
 # Trained from scratch, so with the published initial values, but for the last.
@@ -49,6 +51,7 @@ RESNETS = (
     _sem('sem-softmax', 'SEM, softmax decision', decision='softmax'),
     _sem('sem-no-decision', 'SEM, no decision', decision='equal'),
     _sem('sem-identity', 'SEM, started as an identity', init='identity'),
+    _sem('sem-identity-10', 'SEM, started as an identity, rate x 10', init='identity', new_lr_scale=10.0),
 )
 
 VITS = (

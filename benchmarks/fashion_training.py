@@ -96,11 +96,17 @@ class Setting:
         model = create(self.family, variant, self.depth, seed, self.bottlenecks, self.stem_stride)
         return model.to(self.device, memory_format=torch.channels_last)
 
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The family's optimizer over what reaches the output."""
+    def optimizer(self, model: nn.Module, new_lr_scale: float = 1.0) -> torch.optim.Optimizer:
+        """The family's optimizer over what reaches the output, with another rate for what was put in."""
         for parameter in set(model.parameters()) - set(sem_timm.trainable_parameters(model)):
             parameter.requires_grad_(False)
-        return create_optimizer_v2(model, **_OPTIMIZERS[self.family])
+        options = _OPTIMIZERS[self.family]
+        if new_lr_scale == 1:
+            return create_optimizer_v2(model, **options)
+        new = new_parameters(model)
+        base = [parameter for name, parameter in model.named_parameters() if name not in new]
+        groups = [{'params': base}, {'params': list(new.values()), 'lr': new_lr_scale * options['lr']}]
+        return create_optimizer_v2(groups, **options)
 
 
 @dataclass(frozen=True)
@@ -144,11 +150,16 @@ def train_and_measure(run: Run, train: TensorDataset, test: TensorDataset, folde
     }
 
 
+def new_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What was put in, by name."""
+    inserted = tuple(f'{part.name}.{child}.' for part in sem_timm.patched_modules(model) for child in part.inserted)
+    return {name: parameter for name, parameter in model.named_parameters() if name.startswith(inserted)}
+
+
 def _without_gradient(model: nn.Module) -> list[str]:
     """Names of new parameters whose last gradient was exactly zero."""
-    inserted = tuple(f'{part.name}.{child}.' for part in sem_timm.patched_modules(model) for child in part.inserted)
-    new = {name: parameter.grad for name, parameter in model.named_parameters() if name.startswith(inserted)}
-    return [name for name, grad in new.items() if grad is not None and not grad.any()]
+    gradients = {name: parameter.grad for name, parameter in new_parameters(model).items()}
+    return [name for name, grad in gradients.items() if grad is not None and not grad.any()]
 
 
 def _decided(model: nn.Module, data: TensorDataset, *names: str) -> dict[str, dict[str, float]]:
@@ -176,7 +187,7 @@ def _train(model: nn.Module, run: Run, train: TensorDataset, folder: Path) -> di
     setting = run.setting
     images, labels = (tensor[: setting.train_images].to(setting.device) for tensor in train.tensors)
     steps = len(images) // setting.batch_size
-    optimizer = setting.optimizer(model)
+    optimizer = setting.optimizer(model, run.variant.new_lr_scale)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         {'cosine': 'cosine', 'drops': 'multistep'}[setting.schedule],
