@@ -148,6 +148,20 @@ def test_the_learning_rate_drops_twice(load: type[ModuleType], folder: Path, mon
     assert [round(rate, 6) for rate in rates[::4]][1:] == [0.1] * 3 + [0.01] * 2 + [0.001] * 2
 
 
+def test_what_was_put_in_may_learn_faster(load: type[ModuleType]) -> None:
+    training, models = load('fashion_training'), load('fashion_models')
+    setting = training.Setting('resnet', 8, train_images=64, epochs=1)
+    variant = next(variant for variant in models.RESNETS if variant.new_lr_scale == 10)
+    with torch.random.fork_rng(devices=[]):
+        model = setting.create(variant, 0)
+    base, new = setting.optimizer(model, variant.new_lr_scale).param_groups
+    assert (base['lr'], new['lr']) == (0.1, 1.0) and base['weight_decay'] == new['weight_decay'] == 1e-4
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert all('.sem.' in names[id(parameter)] for parameter in new['params'])
+    assert not any('.sem.' in names[id(parameter)] for parameter in base['params'])
+    assert len(base['params']) + len(new['params']) == len(names)
+
+
 def test_settings_of_before_are_known_by_what_they_were(load: type[ModuleType]) -> None:
     setting = load('fashion_training').Setting('resnet', 20, 10_240, 4)
     assert 'schedule' not in setting.key and 'bottlenecks' not in setting.key
