@@ -40,11 +40,11 @@ def _panel(axes: Axes, section: Section) -> None:
         axes.plot([], [], 'o', color=color, label=f'augmentation: {augmentation}')
     axes.set_yticks(range(len(titles)), titles)
     axes.set_ylim(len(titles) - 0.5, -0.5)
-    setting = section.setting
+    epochs = f', {section.setting.epochs} epochs'
     axes.set_title(
-        f'{section.title}: {setting.train_images:,} images, {setting.epochs} epochs',
+        f'{section.title.replace(epochs, "")}: {section.setting.train_images:,} images{epochs}',
         loc='left',
-        fontsize=12,
+        fontsize=11,
         fontweight='bold',
     )
     axes.set_xlabel('test accuracy after the last epoch, %; bar: mean, band: the original ± standard deviation')
