@@ -143,13 +143,11 @@ def train_all(runs: Sequence[Run], typed: argparse.Namespace) -> None:
     train, test = fashion_mnist(typed.data, 'train'), fashion_mnist(typed.data, 't10k')
     for number, run in enumerate(runs, 1):
         key = {'kind': 'run', **run.key}
-        if is_logged(read_log(typed.log), key):
-            kept_file(typed.stopped, run.key).unlink(missing_ok=True)
-            continue
-        figures = train_and_measure(run, train, test, typed.stopped)
-        append_record(typed.log, {**key, **figures, **circumstances(typed)})
+        if not is_logged(read_log(typed.log), key):
+            figures = train_and_measure(run, train, test, typed.stopped)
+            append_record(typed.log, {**key, **figures, **circumstances(typed)})
+            print(f'{number} of {len(runs)}: {run}: {figures["accuracy"]} %, {figures["seconds"]} s', flush=True)
         kept_file(typed.stopped, run.key).unlink(missing_ok=True)
-        print(f'{number} of {len(runs)}: {run}: {figures["accuracy"]} %, {figures["seconds"]} s', flush=True)
 
 
 def main(given: Sequence[str] | None = None) -> None:

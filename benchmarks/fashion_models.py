@@ -40,7 +40,7 @@ def _sem(name: str, title: str, *operators: str, new_lr_scale: float = 1.0, **op
     return Variant(name, title, 'sem', {'operators': operators or ('se', 'eca', 'ie'), **options}, new_lr_scale)
 
 
-# Trained from scratch, so with the published initial values, but for the last.
+# Trained from scratch, so with the published initial values, but for the last two.
 RESNETS = (
     Variant('plain', 'plain'),
     *(Variant(name, name.upper(), name, {'init': 'paper'}) for name in ('se', 'eca', 'ie')),
@@ -65,13 +65,18 @@ VITS = (
 FAMILIES = {'resnet': RESNETS, 'vit': VITS}
 
 
+def has_bottlenecks(depth: int, asked_for: bool = False) -> bool:
+    """Whether a ResNet has bottlenecks: if asked for, and from 100 layers on."""
+    return asked_for or depth >= 100
+
+
 def check_depth(depth: int, bottlenecks: bool = False) -> None:
     """Refuses a depth that no network of this kind has.
 
     Raises:
         SystemExit: If it is none; the message says which there are.
     """
-    per_block = 9 if bottlenecks or depth >= 100 else 6
+    per_block = 9 if has_bottlenecks(depth, bottlenecks) else 6
     if depth < per_block + 2 or (depth - 2) % per_block:
         raise SystemExit(
             f'--depth {depth}: these networks have 6n + 2 layers, such as 20 or 56; with --bottlenecks, and from 100 '
@@ -87,8 +92,8 @@ def resnet(depth: int, bottlenecks: bool = False, stem_stride: int = 1) -> nn.Mo
     maps have a quarter of the pixels.
     """
     check_depth(depth, bottlenecks)
-    bottlenecks = bottlenecks or depth >= 100
-    block, count = (Bottleneck, (depth - 2) // 9) if bottlenecks else (BasicBlock, (depth - 2) // 6)
+    block, per_block = (Bottleneck, 9) if has_bottlenecks(depth, bottlenecks) else (BasicBlock, 6)
+    count = (depth - 2) // per_block
     stem = nn.Conv2d(INPUT_SIZE[0], 16, 3, stem_stride, padding=1, bias=False)
     layers: list[nn.Module] = [stem, nn.BatchNorm2d(16), nn.ReLU()]
     channels = 16

@@ -40,9 +40,8 @@ def _panel(axes: Axes, section: Section) -> None:
         axes.plot([], [], 'o', color=color, label=f'augmentation: {augmentation}')
     axes.set_yticks(range(len(titles)), titles)
     axes.set_ylim(len(titles) - 0.5, -0.5)
-    epochs = f', {section.setting.epochs} epochs'
     axes.set_title(
-        f'{section.title.replace(epochs, "")}: {section.setting.train_images:,} images{epochs}',
+        f'{section.network}: {section.setting.train_images:,} images, {section.setting.epochs} epochs',
         loc='left',
         fontsize=11,
         fontweight='bold',

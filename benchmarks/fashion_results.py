@@ -20,7 +20,7 @@ Written by `benchmarks/fashion_mnist.py` from its log, whatever came out. 70,000
 classes. Accuracy is that on the test images **after the last epoch**; neither an epoch nor an option was chosen by it
 in this comparison. All variants of a seed start with the same weights but for what is new, and see the same images in
 the same order with the same crops. Variants are made by `sem_timm.patch_model`, gates with `init='paper'` but in the
-line that says otherwise. Augmentation *crop-flip* is a random crop of 28 x 28 after padding by 4, and a random mirror
+lines that say otherwise. Augmentation *crop-flip* is a random crop of 28 x 28 after padding by 4, and a random mirror
 image. ± is the standard deviation over seeds; *against* is the mean difference of runs with the same seed.
 
 ![Accuracy of every run, and the mean over seeds](results.png)
@@ -62,15 +62,20 @@ class Section:
         return lines if len(lines) == len(self.tables) and names == {self.setting.original.name} else {}
 
     @property
-    def title(self) -> str:
-        """The heading."""
+    def network(self) -> str:
+        """What is trained."""
         depth = self.setting.depth
         if self.setting.family == 'vit':
             return f'Vision transformer of {depth} blocks'
         if not self.setting.has_bottlenecks:
             return f'ResNet-{depth}'
         stride = ', stride 2' if self.setting.stem_stride == 2 else ''
-        return f'ResNet-{depth} of bottlenecks, {self.setting.epochs} epochs{stride}'
+        return f'ResNet-{depth} of bottlenecks{stride}'
+
+    @property
+    def title(self) -> str:
+        """The heading; trainings of bottlenecks are told by their epochs, too."""
+        return f'{self.network}, {self.setting.epochs} epochs' if self.setting.has_bottlenecks else self.network
 
 
 def sections(records: Iterable[Record]) -> list[Section]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from fashion_data import crop_and_flip
-from fashion_models import FAMILIES, Variant, create
+from fashion_models import FAMILIES, Variant, create, has_bottlenecks
 from fashion_stopped import Kept
 from measuring import take_turns
 from timm.optim import create_optimizer_v2
@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 import sem_timm
+from sem_timm.finetuning.models import inserted_parameters
 
 AUGMENTATIONS = ('crop-flip', 'none')
 
@@ -70,7 +71,7 @@ class Setting:
     @property
     def has_bottlenecks(self) -> bool:
         """Whether the blocks are bottlenecks."""
-        return self.family == 'resnet' and (self.bottlenecks or self.depth >= 100)
+        return self.family == 'resnet' and has_bottlenecks(self.depth, self.bottlenecks)
 
     @property
     def doubled(self) -> Setting:
@@ -103,7 +104,7 @@ class Setting:
         options = _OPTIMIZERS[self.family]
         if new_lr_scale == 1:
             return create_optimizer_v2(model, **options)
-        new = new_parameters(model)
+        new = inserted_parameters(model)
         base = [parameter for name, parameter in model.named_parameters() if name not in new]
         groups = [{'params': base}, {'params': list(new.values()), 'lr': new_lr_scale * options['lr']}]
         return create_optimizer_v2(groups, **options)
@@ -150,15 +151,9 @@ def train_and_measure(run: Run, train: TensorDataset, test: TensorDataset, folde
     }
 
 
-def new_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What was put in, by name."""
-    inserted = tuple(f'{part.name}.{child}.' for part in sem_timm.patched_modules(model) for child in part.inserted)
-    return {name: parameter for name, parameter in model.named_parameters() if name.startswith(inserted)}
-
-
 def _without_gradient(model: nn.Module) -> list[str]:
     """Names of new parameters whose last gradient was exactly zero."""
-    gradients = {name: parameter.grad for name, parameter in new_parameters(model).items()}
+    gradients = {name: parameter.grad for name, parameter in inserted_parameters(model).items()}
     return [name for name, grad in gradients.items() if grad is not None and not grad.any()]
 
 

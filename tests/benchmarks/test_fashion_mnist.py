@@ -126,7 +126,7 @@ def test_a_run_that_was_stopped_goes_on(
                 training.train_and_measure(run, *data, folder / 'stopped')
         assert len(list((folder / 'stopped').iterdir())) == 1
         again, measured = (training.train_and_measure(run, *data, folder / 'stopped') for _ in range(2))
-    same = ('losses', 'accuracy', 'mean', 'gate_contrast', 'decided')
+    same = ('losses', 'accuracy', 'mean', 'gate_contrast', 'decided', 'without_gradient')
     for other in (again, measured):  # the last one is stopped between training and log
         assert [whole[name] for name in same] == [other[name] for name in same] and len(whole['losses']) == 4
 

@@ -1,4 +1,4 @@
-"""Gates behind every norm, where IEBN was published, in each family."""
+"""Gates behind every norm, in each family."""
 
 from __future__ import annotations
 
