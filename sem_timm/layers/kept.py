@@ -9,7 +9,7 @@ norms and layer scales are called as ever, hooks included.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -26,6 +26,9 @@ _PRODUCT, _PERMUTED, _SAME = 'MulBackward0', 'PermuteBackward0', 'AliasBackward0
 
 # Sums over half precision are computed in float32, of so many parts of the batch, one after the other.
 _HALF, _PARTS = (torch.float16, torch.bfloat16), 8
+
+# Numbers in samples that are small enough to be multiplied some at a time: the products stay in the cache.
+_SMALL = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,26 @@ def sums_of(kept: Tensor, other: Tensor, positions: tuple[int, ...]) -> tuple[Te
             sums, products = _gradients(one.view(rows), two.view(rows))
             return products.view(one.shape[:2]), sums.view(one.shape[:2])
         if other.device.type == 'cpu' and all(each.permute(0, 2, 3, 1).is_contiguous() for each in (one, two)):
+            samples = _SMALL // one[0].numel()
+            if samples > 1:
+                return _sums_of_parts(kept.split(samples), other.split(samples), positions)
             sums, products = map(torch.stack, zip(*map(_gradients, one.split(1), two.split(1))))
             return products, sums
-    sums = other.sum(positions, dtype=_sum_type(other))
-    if other.dtype not in _HALF:
-        return (kept * other).sum(positions), sums
-    parts = zip(kept.chunk(_PARTS), other.chunk(_PARTS))
-    return torch.cat([(part.float() * factor).sum(positions) for part, factor in parts]), sums
+    if other.dtype in _HALF:
+        return _sums_of_parts(kept.chunk(_PARTS), other.chunk(_PARTS), positions)
+    return (kept * other).sum(positions), other.sum(positions)
+
+
+def _sums_of_parts(
+    kept: Iterable[Tensor], other: Iterable[Tensor], positions: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """`sums_of` tensors that are split along the batch."""
+    sums = [
+        ((one.to(_sum_type(one)) * two).sum(positions), two.sum(positions, dtype=_sum_type(two)))
+        for one, two in zip(kept, other)
+    ]
+    products, plain = map(torch.cat, zip(*sums))
+    return products, plain
 
 
 def _gradients(other: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:

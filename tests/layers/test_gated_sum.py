@@ -14,6 +14,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from sem_timm.layers import SEM, ChannelGate, Excitation, gate, recomputed
+from sem_timm.layers.kept import sums_of
 from tests.layers.kept_bytes import kept_bytes
 from tests.thorough import first_of_each
 from tests.versions import tells_saved_tensors_hooks
@@ -504,6 +505,26 @@ def test_gradients_in_float32_are_as_exact_as_before(monkeypatch: pytest.MonkeyP
         ]
         assert error[0] <= max(1.5 * error[1], part / 100)
         assert error[0] <= part
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('size', [3, 150])  # samples that are summed up some at a time, and one at a time
+@pytest.mark.parametrize('form', ['contiguous', 'channels_last', 'NHWC', 'tokens', 'strided'])
+def test_sums_of_products(form: str, size: int, dtype: torch.dtype) -> None:
+    """Of every layout, of small and large samples: as exact as sums in double precision that are rounded once."""
+    shape, positions = {'NHWC': ((5, size, size, 4), (1, 2)), 'tokens': ((5, size * size, 4), (1,))}.get(
+        form, ((5, 4, size, size), (2, 3))
+    )
+    one, two = (torch.rand(shape, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (0, 1))
+    if form == 'channels_last':
+        one, two = (each.contiguous(memory_format=torch.channels_last) for each in (one, two))
+    elif form == 'strided':
+        one, two = (torch.stack([each, each], -1)[..., 0] for each in (one, two))
+    with torch.no_grad():
+        products, sums = sums_of(one, two, positions)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    torch.testing.assert_close(products, (one.double() * two.double()).sum(positions).to(exact), rtol=1e-5, atol=0)
+    torch.testing.assert_close(sums, two.double().sum(positions).to(exact), rtol=1e-5, atol=0)
 
 
 def test_nothing_of_the_size_of_the_input_is_kept() -> None:
