@@ -14,13 +14,13 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import torch
-from measuring import Line, Times, options, peak_mib, prepared, record, take_turns
 from rich.progress import track
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sem_timm
+from common.measuring import Line, Times, options, peak_mib, prepared, record, take_turns
 from sem_timm.layers import attention_names
 
 CHANNELS, HEADS = 384, 6

@@ -15,10 +15,10 @@ from typing import Any
 
 import timm
 import torch
-from measuring import Line, options, peak_mib, prepared, record, take_turns
 from torch import nn
 
 import sem_timm
+from common.measuring import Line, options, peak_mib, prepared, record, take_turns
 
 NAME = 'vit_small_patch16_224'
 ORIGINAL = 'original'

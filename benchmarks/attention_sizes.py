@@ -23,13 +23,13 @@ from typing import Any
 
 import timm
 import torch
-from attention_models import forward, training_step
-from measuring import Times, keep_freed_memory, machine, peak_mib
-from run_log import append_record, is_logged, read_log
 from torch import nn
 from torch.utils.benchmark import Timer
 
 import sem_timm
+from attention_models import forward, training_step
+from common.measuring import Times, keep_freed_memory, machine, peak_mib
+from common.run_log import append_record, is_logged, read_log
 
 NAME, PATCH = 'vit_small_patch14_dinov2', 14
 ORIGINAL = 'original'

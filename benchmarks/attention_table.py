@@ -20,11 +20,11 @@ from pathlib import Path
 
 import timm
 import torch
-from meta import create_on_meta, own_architectures
-from run_log import append_record, read_log
 from torch import nn
 
 import sem_timm
+from common.meta import create_on_meta, own_architectures
+from common.run_log import append_record, read_log
 from sem_timm.registry.table import COLUMNS, AttentionTable, read_table, write_table
 from sem_timm.registry.variant_operation import VariantOperation
 

@@ -23,17 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fashion_data import FOLDER, fashion_mnist
-from fashion_models import FAMILIES, check_depth
-from fashion_plot import draw
-from fashion_results import markdown, sections
-from fashion_stopped import kept_file
-from fashion_training import AUGMENTATIONS, Run, Setting, cost, train_and_measure
-from fashion_vit import Recipe
-from measuring import machine
-from run_log import append_record, is_logged, read_log
 
 import sem_timm
+from common.measuring import machine
+from common.run_log import append_record, is_logged, read_log
+from fashion.data import FOLDER, fashion_mnist
+from fashion.models import FAMILIES, check_depth
+from fashion.plot import draw
+from fashion.results import markdown, sections
+from fashion.stopped import kept_file
+from fashion.training import AUGMENTATIONS, Run, Setting, cost, train_and_measure
+from fashion.vit import Recipe
 
 DOCS = Path(__file__).parents[1] / 'docs'
 PRECISIONS = {'resnet': 'bfloat16', 'vit': 'float32'}  # where each is fastest on a CPU

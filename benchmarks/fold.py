@@ -20,11 +20,11 @@ from pathlib import Path
 
 import timm
 import torch
-from meta import create_on_meta, own_architectures
 from rich.progress import track
-from run_log import Record, continued, read_log
 
 import sem_timm
+from common.meta import create_on_meta, own_architectures
+from common.run_log import Record, continued, read_log
 from sem_timm.surgery import factor_places
 
 

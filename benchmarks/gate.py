@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from measuring import Line, options, prepared, record, take_turns
 from timm.layers import SEModule
 from torch import Tensor, nn
 
+from common.measuring import Line, options, prepared, record, take_turns
 from sem_timm.layers import SEM
 
 GOALS = {(8, 256, 56, 56): 0.75, (8, 1024, 14, 14): 0.80}

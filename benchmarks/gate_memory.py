@@ -24,8 +24,8 @@ from rich.progress import track
 from torch import Tensor
 
 import sem_timm
-from benchmarks.meta import create_on_meta, own_architectures
-from benchmarks.run_log import continued, read_log
+from benchmarks.common.meta import create_on_meta, own_architectures
+from benchmarks.common.run_log import continued, read_log
 from benchmarks.zoo import VERSIONS
 from sem_timm.layers import ChannelGate
 from sem_timm.layers.gated_sum import follows

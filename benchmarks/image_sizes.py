@@ -24,8 +24,8 @@ from rich.progress import track
 from torch import nn
 
 import sem_timm
-from benchmarks.meta import create_on_meta, own_architectures
-from benchmarks.run_log import continued, read_log
+from benchmarks.common.meta import create_on_meta, own_architectures
+from benchmarks.common.run_log import continued, read_log
 from benchmarks.zoo import VERSIONS, write_page
 from sem_timm.meta import LayoutMode
 from sem_timm.surgery.cases import has_cases

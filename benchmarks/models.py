@@ -16,10 +16,10 @@ from typing import Any
 
 import timm
 import torch
-from measuring import Line, options, peak_mib, prepared, record, take_turns
 from torch import nn
 
 import sem_timm
+from common.measuring import Line, options, peak_mib, prepared, record, take_turns
 
 NETWORKS = ('resnet50', 'convnext_tiny', 'vit_small_patch16_224')
 MEMORY_ONLY = ('regnety_008', 'efficientnet_b0', 'mobilenetv3_large_100')

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fashion_data import FOLDER, MEAN, STD, fashion_mnist
-from measuring import machine
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sem_timm
+from common.measuring import machine
+from fashion.data import FOLDER, MEAN, STD, fashion_mnist
 from sem_timm import AttentionCore
 
 sys.path.append(str(Path(__file__).parents[1] / 'examples'))

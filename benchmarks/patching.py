@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from measuring import Line, options, prepared, record
+from common.measuring import Line, options, prepared, record
 
 NETWORKS = ('resnet50', 'convnext_tiny', 'vit_small_patch16_224', 'efficientnet_b0')
 FIRST_GOALS = {'resnet50': 0.6}

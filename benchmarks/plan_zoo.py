@@ -24,13 +24,13 @@ from pathlib import Path
 
 import timm
 import torch
-from measuring import Line, record
-from meta import create_on_meta, own_architectures
 from rich.progress import track
-from run_log import Record, continued, read_log
 from torch import nn
 
 import sem_timm
+from common.measuring import Line, record
+from common.meta import create_on_meta, own_architectures
+from common.run_log import Record, continued, read_log
 from sem_timm.layers import attention_names
 
 

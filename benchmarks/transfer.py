@@ -5,7 +5,7 @@
     python benchmarks/transfer.py --log docs/transfer.jsonl --page docs/transfer.md
 
 One row of JSON per swap, seed and stage; a run that was stopped goes on where it was. Model, images and splits are
-those of transfer_vit.py. The page is made of the rows, without running anything.
+those of transferred/vit.py. The page is made of the rows, without running anything.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from typing import Any
 
 import timm
 import torch
-from fashion_data import FOLDER
-from measuring import machine
-from run_log import append_record, is_logged, read_log
 from torch import Tensor, nn
-from transfer_page import page, shown_rows
-from transfer_plot import draw
-from transfer_vit import loader, original, split
 
 import sem_timm
+from common.measuring import machine
+from common.run_log import append_record, is_logged, read_log
+from fashion.data import FOLDER
 from sem_timm import AttentionCore
 from sem_timm.layers.recording import traced_as_leaf
+from transferred.page import page, shown_rows
+from transferred.plot import draw
+from transferred.vit import loader, original, split
 
 
 class MeanOfValues(AttentionCore):

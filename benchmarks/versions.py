@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
-from run_log import Record, append_record, read_log
+from common.run_log import Record, append_record, read_log
 
 DOCS = Path(__file__).parents[1] / 'docs'
 PACKAGES = ('torch', 'torchvision', 'timm', 'numpy')

@@ -23,17 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import machine
-from run_log import append_record, is_logged, read_log
 from torch import Tensor
 from torch.nn import functional as F
-from where_data import NUM_VALIDATION, SETS, Part, parts
-from where_network import Head, block_names, features, frozen_network, in_batches, stem
-from where_page import GRADIENTS, HEAD_ALONE
-from where_scores import Gradients, gradients, scores
-from where_text import page
 
 import sem_timm
+from common.measuring import machine
+from common.run_log import append_record, is_logged, read_log
+from ranking.data import NUM_VALIDATION, SETS, Part, parts
+from ranking.network import Head, block_names, features, frozen_network, in_batches, stem
+from ranking.page import GRADIENTS, HEAD_ALONE
+from ranking.scores import Gradients, gradients, scores
+from ranking.text import page
 
 OPERATION = 'se'
 DECAY = 0.03  # of heads; chosen by the head alone, on validation images of seed 0

@@ -24,8 +24,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import sem_timm
-from benchmarks.meta import own_architectures
-from benchmarks.run_log import Record, append_record, read_log
+from benchmarks.common.meta import own_architectures
+from benchmarks.common.run_log import Record, append_record, read_log
 from tests.zoo_check import Result, check
 from tests.zoo_subject import OPERATIONS, Subject
 

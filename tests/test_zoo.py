@@ -7,7 +7,7 @@ from datetime import date
 
 import pytest
 
-from benchmarks.meta import own_architectures
+from benchmarks.common.meta import own_architectures
 from tests.thorough import first_of_each
 from tests.zoo_check import check
 from tests.zoo_subject import OPERATIONS, Subject

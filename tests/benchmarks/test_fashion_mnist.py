@@ -58,7 +58,7 @@ def records(folder: Path, kind: str) -> list[dict]:
 def test_command_trains_logs_and_writes_the_page(
     load: type[ModuleType], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(load('measuring'), 'SERIES_SECONDS', 0.0)
+    monkeypatch.setattr(load('common.measuring'), 'SERIES_SECONDS', 0.0)
     command = small(folder, 'plain', 'sem-softmax', 'sem-no-decision', 'self-attention', 'external')
     with torch.random.fork_rng(devices=[]):
         load('fashion_mnist').main([*command, '--part', '0/2'])
@@ -91,8 +91,8 @@ def test_command_trains_logs_and_writes_the_page(
 
 
 def test_a_run_is_the_same_when_repeated(load: type[ModuleType], folder: Path) -> None:
-    training, models = load('fashion_training'), load('fashion_models')
-    data = [load('fashion_data').fashion_mnist(folder, part) for part in ('train', 't10k')]
+    training, models = load('fashion.training'), load('fashion.models')
+    data = [load('fashion.data').fashion_mnist(folder, part) for part in ('train', 't10k')]
     setting = training.Setting('resnet', 8, train_images=64, epochs=2, batch_size=16, precision='float32')
     run = training.Run(setting, models.RESNETS[4], 'crop-flip', seed=3)
     with torch.random.fork_rng(devices=[]):
@@ -106,8 +106,8 @@ def test_a_run_is_the_same_when_repeated(load: type[ModuleType], folder: Path) -
 def test_a_run_that_was_stopped_goes_on(
     load: type[ModuleType], folder: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
 ) -> None:
-    training, models, stopped = load('fashion_training'), load('fashion_models'), load('fashion_stopped')
-    data = [load('fashion_data').fashion_mnist(folder, part) for part in ('train', 't10k')]
+    training, models, stopped = load('fashion.training'), load('fashion.models'), load('fashion.stopped')
+    data = [load('fashion.data').fashion_mnist(folder, part) for part in ('train', 't10k')]
     sizes = {'train_images': 64, 'epochs': 4, 'batch_size': 16, 'precision': 'float32'}
     setting = training.Setting('resnet', 11, **sizes, schedule=schedule, bottlenecks=True)
     run = training.Run(setting, models.RESNETS[4], 'crop-flip', seed=3)
@@ -132,8 +132,8 @@ def test_a_run_that_was_stopped_goes_on(
 
 
 def test_the_learning_rate_drops_twice(load: type[ModuleType], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    training, models = load('fashion_training'), load('fashion_models')
-    data = [load('fashion_data').fashion_mnist(folder, part) for part in ('train', 't10k')]
+    training, models = load('fashion.training'), load('fashion.models')
+    data = [load('fashion.data').fashion_mnist(folder, part) for part in ('train', 't10k')]
     setting = training.Setting('resnet', 8, train_images=64, epochs=8, batch_size=16, schedule='drops')
     rates = []
     step = training._step
@@ -149,7 +149,7 @@ def test_the_learning_rate_drops_twice(load: type[ModuleType], folder: Path, mon
 
 
 def test_what_was_put_in_may_learn_faster(load: type[ModuleType]) -> None:
-    training, models = load('fashion_training'), load('fashion_models')
+    training, models = load('fashion.training'), load('fashion.models')
     setting = training.Setting('resnet', 8, train_images=64, epochs=1)
     variant = next(variant for variant in models.RESNETS if variant.new_lr_scale == 10)
     with torch.random.fork_rng(devices=[]):
@@ -163,13 +163,13 @@ def test_what_was_put_in_may_learn_faster(load: type[ModuleType]) -> None:
 
 
 def test_settings_of_before_are_known_by_what_they_were(load: type[ModuleType]) -> None:
-    setting = load('fashion_training').Setting('resnet', 20, 10_240, 4)
+    setting = load('fashion.training').Setting('resnet', 20, 10_240, 4)
     assert 'schedule' not in setting.key and 'bottlenecks' not in setting.key
-    assert load('fashion_training').Setting('resnet', 20, 10_240, 4, schedule='drops').key['schedule'] == 'drops'
+    assert load('fashion.training').Setting('resnet', 20, 10_240, 4, schedule='drops').key['schedule'] == 'drops'
 
 
 def test_variants_differ_in_what_is_inserted_alone(load: type[ModuleType]) -> None:
-    models = load('fashion_models')
+    models = load('fashion.models')
     with torch.random.fork_rng(devices=[]):
         plain = models.create('resnet', models.RESNETS[0], 8, 5).state_dict()
         for variant in models.RESNETS[1:]:
@@ -183,15 +183,15 @@ def test_variants_differ_in_what_is_inserted_alone(load: type[ModuleType]) -> No
 
 def test_resnets_have_the_published_number_of_parameters(load: type[ModuleType]) -> None:
     with torch.device('meta'):
-        model = load('fashion_models').resnet(164)
+        model = load('fashion.models').resnet(164)
     # The published one has three input channels.
     assert sum(parameter.numel() for parameter in model.parameters()) == 1_704_154 - 16 * 2 * 9
     with pytest.raises(SystemExit, match=r'--depth 21.*20 or 56'):
-        load('fashion_models').resnet(21)
+        load('fashion.models').resnet(21)
 
 
 def test_crops_move_and_mirror_each_image_by_itself(load: type[ModuleType]) -> None:
-    data = load('fashion_data')
+    data = load('fashion.data')
     images = torch.arange(1, 785, dtype=torch.float32).view(1, 1, 28, 28).expand(400, -1, -1, -1)
     cropped = data.crop_and_flip(images, torch.Generator().manual_seed(0))
     assert cropped.shape == images.shape
@@ -205,7 +205,7 @@ def test_crops_move_and_mirror_each_image_by_itself(load: type[ModuleType]) -> N
 
 
 def test_reading_calls_noise_noise(load: type[ModuleType]) -> None:
-    reading = load('fashion_reading')
+    reading = load('fashion.reading')
     lines = [
         reading.Line('plain', 'plain', 1, {0: 80.0, 1: 81.0, 2: 82.0}),
         reading.Line('se', 'SE', 1, {0: 80.5, 1: 81.5, 2: 82.5}),
@@ -221,7 +221,7 @@ def test_reading_calls_noise_noise(load: type[ModuleType]) -> None:
 
 
 def test_twice_the_epochs_are_told_beside_the_table(load: type[ModuleType]) -> None:
-    results, setting = load('fashion_results'), load('fashion_training').Setting
+    results, setting = load('fashion.results'), load('fashion.training').Setting
     told = {'kind': 'run', 'augmentation': 'none', 'parameters': 1, 'seconds': 1.0, 'cpu_seconds': 1.0}
     told |= {'machine': dict.fromkeys(('processor', 'threads', 'torch', 'timm'), ''), 'python': '', 'date': ''}
     told |= {'command': 'python', 'sem_timm': ''}

@@ -27,7 +27,7 @@ def test_the_page_is_that_of_the_rows(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_command_is_there_only_if_the_ranking_has_earned_it() -> None:
-    page, text = (importlib.import_module(name) for name in ('where_page', 'where_text'))
+    page, text = (importlib.import_module(name) for name in ('ranking.page', 'ranking.text'))
     rows = [json.loads(line) for line in (ROOT / 'docs/where.jsonl').read_text(encoding='utf-8').splitlines()]
     choosing, checking = (page.trained(rows, text.MAIN_SETTING, name) for name in (text.CHOOSING, text.CHECKING))
     names = (page.LITERAL, page.best_score(choosing))
@@ -41,7 +41,7 @@ def row_of(site: str, loss: float, **values: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(('losses', 'earned'), [([2, 8, 1, 5, 3, 7, 4, 6, 0, 9, 5.5], True), (range(11), False)])
 def test_the_rule_wants_more_than_depth_tells(losses: Any, earned: bool) -> None:
-    page = importlib.import_module('where_page')
+    page = importlib.import_module('ranking.page')
     sites = [f'block{number:02}' for number in range(11)]
     scores = {'oracle': {site: -float(loss) for site, loss in zip(sites, losses)}}
     rows = [row_of(page.HEAD_ALONE, 5.0), row_of(page.GRADIENTS, 0.0, scores=scores)]
@@ -52,7 +52,7 @@ def test_the_rule_wants_more_than_depth_tells(losses: Any, earned: bool) -> None
 
 
 def test_agreement_of_an_order_with_itself_and_its_reverse() -> None:
-    statistics = importlib.import_module('where_statistics')
+    statistics = importlib.import_module('ranking.statistics')
     gain = np.array([0.3, 0.1, 0.5, 0.2, 0.4, 0.0])
     same, reverse = statistics.agreement(gain, gain), statistics.agreement(-gain, gain)
     assert (same.spearman, same.kendall, same.of_best) == pytest.approx((1, 1, 1)) and same.p < 0.01
@@ -60,7 +60,7 @@ def test_agreement_of_an_order_with_itself_and_its_reverse() -> None:
 
 
 def test_a_step_is_judged_on_images_that_it_was_not_made_of() -> None:
-    module = importlib.import_module('where_scores')
+    module = importlib.import_module('ranking.scores')
     generator = torch.Generator().manual_seed(0)
     pooled, noise = torch.randn(2, 800, 6, generator=generator).unbind()
     folds = module.fold_of(800)

@@ -15,7 +15,7 @@ from sem_timm.errors import OptionError, closest
 
 # The package lies in a clone, or the command is run in one; any package may install a folder of that name.
 _ROOTS = (Path(sem_timm.__file__).parents[1], Path.cwd())
-_FOLDERS = [root / 'benchmarks' for root in _ROOTS if (root / 'benchmarks' / 'measuring.py').is_file()]
+_FOLDERS = [root / 'benchmarks' for root in _ROOTS if (root / 'benchmarks' / 'everything.py').is_file()]
 
 
 _ALL = 'everything'

@@ -7,8 +7,9 @@ from typing import Any
 
 import timm
 import torch
-from fashion_data import MEAN, STD
 from torch import nn
+
+from fashion.data import MEAN, STD
 
 
 @dataclass(frozen=True)

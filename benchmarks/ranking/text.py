@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from run_log import Record
-from where_page import (
+
+from common.run_log import Record
+from ranking.page import (
     LITERAL,
     MAIN,
     OUTCOMES,

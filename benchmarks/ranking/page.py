@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
-from run_log import Record
-from where_statistics import Values, advantage, agreement, spearman
+
+from common.run_log import Record
+from ranking.statistics import Values, advantage, agreement, spearman
 
 HEAD_ALONE, GRADIENTS = 'head alone', 'gradients'
 

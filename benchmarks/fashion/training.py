@@ -10,10 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fashion_data import crop_and_flip
-from fashion_models import FAMILIES, Variant, create, has_bottlenecks
-from fashion_stopped import Kept
-from measuring import take_turns
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
@@ -21,6 +17,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 import sem_timm
+from common.measuring import take_turns
+from fashion.data import crop_and_flip
+from fashion.models import FAMILIES, Variant, create, has_bottlenecks
+from fashion.stopped import Kept
 from sem_timm.finetuning.models import inserted_parameters
 
 AUGMENTATIONS = ('crop-flip', 'none')

@@ -6,8 +6,8 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping
 
-from piped import piped
-from run_log import Record
+from common.piped import piped
+from common.run_log import Record
 
 _COLUMNS = {'mean': 'decision', 'gate_mean': 'factor', 'gate_contrast': 'spread over channels'}
 

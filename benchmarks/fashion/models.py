@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fashion_vit import Recipe
 from timm.models.resnet import BasicBlock, Bottleneck, downsample_conv
 from torch import nn
 
 import sem_timm
+from fashion.vit import Recipe
 
 INPUT_SIZE = (1, 28, 28)
 

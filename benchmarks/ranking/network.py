@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import fuse_conv_bn_eval
-from where_data import Part
 
+from ranking.data import Part
 from sem_timm.finetuning.options import FinetuneOptions
 from sem_timm.finetuning.packaged import with_packaged_weights
 

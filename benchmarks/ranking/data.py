@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from fashion_data import FOLDER, MEAN, STD, fashion_mnist
 from torch import Tensor
 from torch.nn import functional as F
+
+from fashion.data import FOLDER, MEAN, STD, fashion_mnist
 
 IMAGE_SIZE = 64
 NUM_VALIDATION = 800

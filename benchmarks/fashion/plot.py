@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fashion_reading import Line
-from fashion_results import Section
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from fashion.reading import Line
+from fashion.results import Section
 
 COLORS = {'crop-flip': '#2667b5', 'none': '#d98314'}
 _OFFSETS = {1: (0.0,), 2: (-0.17, 0.17)}  # of the augmentations from the middle of a row

@@ -1,0 +1,1 @@
+"""What scripts of this folder share: paired timings, logs that go on, networks on the meta device, tables."""

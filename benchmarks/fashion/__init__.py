@@ -1,0 +1,1 @@
+"""The parts of `fashion_mnist.py`: data, models, one training, and the page of all of them."""
