@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -17,12 +16,14 @@ class Line:
         title: What it is.
         parameters: Number of parameters that are trained.
         accuracies: Percent by seed.
+        train_loss: Mean cross entropy of the last epoch, over the seeds; None where it was not finite.
     """
 
     name: str
     title: str
     parameters: int
     accuracies: dict[int, float]
+    train_loss: float | None = None
 
     @property
     def mean(self) -> float:
@@ -40,46 +41,44 @@ class Line:
         return statistics.mean(self.accuracies[s] - other.accuracies[s] for s in seeds) if seeds else None
 
 
-def noise(lines: list[Line]) -> tuple[float, float] | None:
-    """The standard deviation over seeds, pooled over the variants, and twice the standard error of a difference.
-
-    None where no variant has two seeds.
-    """
+def noise(lines: list[Line]) -> float | None:
+    """The standard deviation over seeds, pooled over the variants; None where no variant has two seeds."""
     repeated = [line for line in lines if line.spread is not None]
     if not repeated:
         return None
     weights = [len(line.accuracies) - 1 for line in repeated]
-    pooled = math.sqrt(sum(w * line.spread**2 for w, line in zip(weights, repeated)) / sum(weights))
-    seeds = min(len(line.accuracies) for line in lines)
-    return pooled, 2 * pooled * math.sqrt(2 / seeds)
+    return math.sqrt(sum(w * line.spread**2 for w, line in zip(weights, repeated)) / sum(weights))
+
+
+def threshold(pooled: float, seeds: int) -> float:
+    """Twice the standard error of a difference between two means of so many seeds."""
+    return 2 * pooled * math.sqrt(2 / seeds)
 
 
 def reading(original: str, lines: list[Line]) -> str:
     """What a table allows to say, differences within the noise being called so."""
-    measured = noise(lines)
+    pooled = noise(lines)
     base = next((line for line in lines if line.name == original), None)
-    if measured is None:
+    if pooled is None:
         return 'One seed: how much a repetition would differ is not known, so no difference here means anything.'
-    pooled, threshold = measured
-    counts = sorted({len(line.accuracies) for line in lines})
+    counts = sorted({len(line.accuracies) for line in lines}, reverse=True)
+    thresholds = ', '.join(f'of {n} seed{"s" * (n > 1)}, by more than {threshold(pooled, n):.2f}' for n in counts)
     text = (
         f'Repetitions differ: the standard deviation over seeds, pooled over the {len(lines)} variants, is '
-        f'{pooled:.2f} points. Two means of {counts[0]} seed{"s" * (counts[0] > 1)} are told apart here only if they '
-        f'differ by more than {threshold:.2f} points, two standard errors of a difference.'
+        f'{pooled:.2f} points. Two means are told apart here if they differ, {thresholds} points, two '
+        'standard errors of a difference.'
     )
-    if len(counts) > 1:
-        text += f' Not all variants have {counts[-1]} seeds yet.'
-    return text if base is None else f'{text} {_comparison(base, lines, threshold)}'
+    return text if base is None else f'{text} {_comparison(base, lines, pooled)}'
 
 
-def _comparison(base: Line, lines: list[Line], threshold: float) -> str:
-    differences = {line.title: line.against(base) for line in lines if line is not base}
-    known: dict[str, Any] = {title: value for title, value in differences.items() if value is not None}
-    groups = {
-        'better': [title for title, value in known.items() if value > threshold],
-        'worse': [title for title, value in known.items() if value < -threshold],
-        'not told apart from it': [title for title, value in known.items() if abs(value) <= threshold],
-    }
+def _comparison(base: Line, lines: list[Line], pooled: float) -> str:
+    groups: dict[str, list[str]] = {'better': [], 'worse': [], 'not told apart from it': []}
+    for line in lines:
+        difference = line.against(base)
+        if line is base or difference is None:
+            continue
+        is_noise = abs(difference) <= threshold(pooled, len(line.accuracies.keys() & base.accuracies.keys()))
+        groups['not told apart from it' if is_noise else 'better' if difference > 0 else 'worse'].append(line.title)
     clauses = [
         f'- {verdict}: {"; ".join(f"*{title}*" for title in titles)}.' for verdict, titles in groups.items() if titles
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -21,7 +22,8 @@ classes. Accuracy is that on the test images **after the last epoch**; neither a
 in this comparison. All variants of a seed start with the same weights but for what is new, and see the same images in
 the same order with the same crops. Variants are made by `sem_timm.patch_model`, gates with `init='paper'` but in the
 lines that say otherwise. Augmentation *crop-flip* is a random crop of 28 x 28 after padding by 4, and a random mirror
-image. ± is the standard deviation over seeds; *against* is the mean difference of runs with the same seed.
+image. Training loss is the mean cross entropy of the last epoch, on the images as they are trained on. ± is the
+standard deviation over seeds; *against* is the mean difference of runs with the same seed.
 
 ![Accuracy of every run, and the mean over seeds](results.png)
 """
@@ -117,7 +119,9 @@ def _section(setting: Setting, group: list[Record]) -> Section:
             own = [run for run in runs if (run['variant'], run['augmentation']) == (variant.name, augmentation)]
             if own:
                 accuracies = {run['seed']: run['accuracy'] for run in sorted(own, key=lambda run: run['seed'])}
-                line = Line(variant.name, variant.title, own[0]['parameters'], accuracies)
+                losses = [run.get('train_loss') for run in own]
+                loss = None if None in losses else statistics.fmean(losses)
+                line = Line(variant.name, variant.title, own[0]['parameters'], accuracies, loss)
                 tables.setdefault(augmentation, []).append(line)
     return Section(setting, tables, ratios, runs)
 
@@ -179,11 +183,20 @@ def _table(section: Section, lines: list[Line]) -> list[str]:
             line.title,
             f'{line.parameters:,}',
             '' if ratio is None else f'{ratio:.2f}',
+            '' if line.train_loss is None else f'{line.train_loss:.3f}',
             f'{line.mean:.2f}' + ('' if line.spread is None else f' ± {line.spread:.2f}'),
             '' if difference is None else f'{difference:+.2f}',
             ', '.join(f'{accuracy:.2f}' for accuracy in line.accuracies.values()),
         ])  # fmt: skip
-    header = ['variant', 'parameters', 'time of a step', 'accuracy, %', f'against {original}', 'each seed']
+    header = [
+        'variant',
+        'parameters',
+        'time of a step',
+        'training loss',
+        'accuracy, %',
+        f'against {original}',
+        'each seed',
+    ]
     return piped(header, rows)
 
 

@@ -212,10 +212,12 @@ def test_reading_calls_noise_noise(load: type[ModuleType]) -> None:
         reading.Line('sem', 'SEM', 1, {0: 90.0, 1: 91.0, 2: 92.0}),
         reading.Line('ie', 'IE', 1, {0: 70.0, 1: 71.0, 2: 72.0}),
     ]
-    pooled, threshold = reading.noise(lines)
-    assert pooled == pytest.approx(1) and threshold == pytest.approx(2 * (2 / 3) ** 0.5)
+    assert reading.noise(lines) == pytest.approx(1)
+    assert reading.threshold(1.0, 3) == pytest.approx(2 * (2 / 3) ** 0.5)
     text = reading.reading('plain', lines)
     assert '- better: *SEM*.' in text and '- worse: *IE*.' in text and '- not told apart from it: *SE*.' in text
+    once = reading.Line('eca', 'ECA', 1, {0: 77.5})  # below by more than three seeds have to differ, and one has not
+    assert 'not told apart from it: *SE*; *ECA*.' in reading.reading('plain', [*lines, once])
     alone = [reading.Line('plain', 'plain', 1, {0: 80.0}), reading.Line('se', 'SE', 1, {0: 99.0})]
     assert 'no difference here means anything' in reading.reading('plain', alone)
 
@@ -228,7 +230,8 @@ def test_twice_the_epochs_are_told_beside_the_table(load: type[ModuleType]) -> N
     long, short = (setting('resnet', 20, 60_000, epochs).key for epochs in (8, 4))
     runs = [('plain', 0, short, 90.0), ('se', 0, short, 91.0), ('plain', 0, long, 90.5), ('plain', 1, long, 70.0)]
     names = ('variant', 'seed', 'setting', 'accuracy')
-    found = results.sections({**told, **dict(zip(names, run))} for run in runs)
+    found = results.sections({**told, **dict(zip(names, run)), 'train_loss': 0.25} for run in runs)
+    assert all(line.train_loss == 0.25 for line in found[0].tables['none'])
     assert [section.setting.epochs for section in found] == [4]
     assert 'twice as many epochs *plain* reaches 90.50 (seed 0), +0.50 points' in results.markdown(found)
 
