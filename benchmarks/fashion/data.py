@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import TensorDataset
 
-FOLDER = Path('/usr/share/datasets/fashion-mnist')
-MEAN, STD = 0.2860, 0.3530  # of the training images, scaled to 0 … 1
+from sem_timm.finetuning.builtin import FASHION_FOLDER, FashionMnist
+from sem_timm.finetuning.errors import DataError
 
-_HEADERS = {'images-idx3': 16, 'labels-idx1': 8}  # bytes before the numbers
+FOLDER = FASHION_FOLDER
+MEAN, STD = 0.2860, 0.3530  # of the training images, scaled to 0 … 1
 
 
 def fashion_mnist(folder: Path, part: str) -> TensorDataset:
@@ -23,9 +22,12 @@ def fashion_mnist(folder: Path, part: str) -> TensorDataset:
     Raises:
         SystemExit: If the files are not in the folder; the message says where to get them.
     """
-    images, labels = (_numbers(folder / f'{part}-{kind}-ubyte.gz', header) for kind, header in _HEADERS.items())
-    scaled = images.view(-1, 1, 28, 28).float().div_(255).sub_(MEAN).div_(STD)
-    return TensorDataset(scaled, labels.long())
+    try:
+        data = FashionMnist(folder, train=part == 'train')
+    except DataError as error:
+        raise SystemExit(f'--data {folder}: {error}') from error
+    images = torch.tensor(data.images).unsqueeze(1).float().div_(255).sub_(MEAN).div_(STD)
+    return TensorDataset(images, torch.tensor(data.labels).long())
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -38,16 +40,3 @@ def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     columns = left + torch.where(mirrored, torch.arange(width).flip(0), torch.arange(width))
     sample = torch.arange(count).view(-1, 1, 1)
     return padded[sample, 0, rows.unsqueeze(2), columns.unsqueeze(1)].unsqueeze(1)
-
-
-def _numbers(path: Path, header: int) -> Tensor:
-    if not path.is_file():
-        raise SystemExit(
-            f'{path} does not exist. Fashion-MNIST is in the Debian package dataset-fashion-mnist:\n'
-            '  apt-get install dataset-fashion-mnist\n'
-            'or, without being root,\n'
-            '  apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist*.deb data\n'
-            'and then --data data/usr/share/datasets/fashion-mnist'
-        )
-    with gzip.open(path) as file:
-        return torch.from_numpy(np.frombuffer(file.read(), np.uint8, offset=header).copy())

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from sem_timm.finetuning.errors import DataError
 from sem_timm.finetuning.options import BUILT_IN, FASHION, FinetuneOptions
 
-_FASHION_PLACE = '/usr/share/datasets/fashion-mnist'  # of Debian's package dataset-fashion-mnist
+FASHION_FOLDER = Path('/usr/share/datasets/fashion-mnist')  # of Debian's package dataset-fashion-mnist
 
 _NUM_TEST = 360  # one in five
 _SEED = 0
@@ -50,6 +50,10 @@ class FashionMnist:
         folder: Where the four idx files are, packed by gzip or not.
         train: Whether to take the part for training or that for validation.
 
+    Attributes:
+        images: (N, 28, 28) of bytes.
+        labels: (N,) of bytes, the number of the class.
+
     Raises:
         DataError: If they are not there, or are damaged.
     """
@@ -58,16 +62,16 @@ class FashionMnist:
 
     def __init__(self, folder: Path, train: bool) -> None:
         part = 'train' if train else 't10k'
-        self._images = _read_idx(folder, f'{part}-images-idx3-ubyte')
-        self._labels = _read_idx(folder, f'{part}-labels-idx1-ubyte')
-        if self._images.ndim != 3 or len(self._images) != len(self._labels):
+        self.images = _read_idx(folder, f'{part}-images-idx3-ubyte')
+        self.labels = _read_idx(folder, f'{part}-labels-idx1-ubyte')
+        if self.images.ndim != 3 or len(self.images) != len(self.labels):
             raise DataError(f'{folder} holds no images with as many labels; get its files anew.')
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self._images[index]), int(self._labels[index])
+        return Image.fromarray(self.images[index]), int(self.labels[index])
 
 
 def _read_idx(folder: Path, name: str) -> np.ndarray:
@@ -93,4 +97,4 @@ def open_built_in(options: FinetuneOptions, train: bool) -> Digits | FashionMnis
     if options.data == BUILT_IN:
         return Digits(train)
     assert options.data == FASHION
-    return FashionMnist(Path(options.data_root or _FASHION_PLACE), train)
+    return FashionMnist(Path(options.data_root or FASHION_FOLDER), train)
