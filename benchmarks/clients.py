@@ -33,7 +33,7 @@ HEAD = """# Programs that take a patched model
 Each row is a test in `tests/clients/`: the program is given a plain model, the patched one with gates that are
 identities, and the same with gates that do something. What comes of the second is what comes of the first; the third
 differs from it, so that the comparison could fail. Where attention was swapped, the program computes what the model
-computes by itself. `benchmarks/clients.py` makes this page; `pip install 'sem_timm[clients]'` brings the programs.
+computes by itself. `benchmarks/clients.py` makes this page; `pip install -e '.[clients]'` brings the programs.
 
 """
 

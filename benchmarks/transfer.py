@@ -1,6 +1,6 @@
 """Attention transfer on a trained ViT-S: what a swap of all its attention loses, and what each stage wins back.
 
-    pip install 'sem_timm[transformer]'
+    pip install -e '.[transformer]'
     python benchmarks/transfer.py --log docs/transfer.jsonl
     python benchmarks/transfer.py --log docs/transfer.jsonl --page docs/transfer.md
 

@@ -1,6 +1,6 @@
 """Does a gradient tell where a gate helps? The gate of each block trained alone, and what could be known before.
 
-    pip install 'sem_timm[demo]'
+    pip install -e '.[demo]'
     python benchmarks/where.py --log docs/where.jsonl
     python benchmarks/where.py --log docs/where.jsonl --page docs/where.md
 

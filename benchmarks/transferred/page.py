@@ -20,7 +20,7 @@ that `benchmarks/solar_cells.py` sets aside. A seed draws the order of the image
 memories of external attention. All rows, with options, versions and the machine: [transfer.jsonl](transfer.jsonl). To
 repeat them:
 
-    pip install 'sem_timm[transformer]' elpv-dataset
+    pip install -e '.[transformer]' elpv-dataset
     python benchmarks/solar_cells.py solar-cells --size 112
     python benchmarks/transfer.py --log docs/transfer.jsonl
     python benchmarks/transfer.py --log docs/transfer.jsonl --data solar-cells --images 1324 --head build/solar_head.pt
