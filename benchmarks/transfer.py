@@ -132,6 +132,7 @@ def run(
 ) -> None:
     """Runs what of a chain is not logged, and logs each stage."""
     common = {'data': given.data.name, 'swap': steps.swap, 'seed': seed, 'images': given.images, 'split': given.split}
+    common['amp'] = given.amp
     names = steps.names() or ['']
     known = read_log(log)
     if all(is_logged(known, {**common, 'stages': name}) for name in names):

@@ -34,7 +34,9 @@ def append_record(path: Path, record: Record) -> None:
     line = ('\n' if cut_off else '') + json.dumps(record) + '\n'
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(file, line.encode())
+        if os.write(file, line.encode()) != len(line.encode()):
+            raise OSError(f'{path}: the disk is full')
+        os.fsync(file)
     finally:
         os.close(file)
 

@@ -166,8 +166,9 @@ def _conditions(section: Section) -> str:
     return (
         f'The first {setting.train_images:,} training images, {setting.epochs} epochs in batches of '
         f'{setting.batch_size}, {steps:,} steps; {recipe}; {precision}.{stem}\n\n{commands}\n\n'
-        f'`--only`, `--augmentation` and `--seeds` choose which of its runs. {len(runs)} runs took {seconds / 3600:.2f} hours in all, and {cpu / 3600:.2f} hours of processor time, on a '
-        f'machine that other work may have shared. {"; ".join(sorted(machines))}.'
+        f'`--only`, `--augmentation` and `--seeds` choose which of its runs. {len(runs)} runs took '
+        f'{seconds / 3600:.2f} hours in all, and {cpu / 3600:.2f} hours of processor time, on a machine that other '
+        f'work may have shared. {"; ".join(sorted(machines))}.'
     )
 
 
@@ -207,9 +208,10 @@ _REMARKS = """\
   threshold of two standard errors by chance, and each table has several.
 - The seeds share the test images and the training images; other images could order the variants otherwise.
 - The recipe was not tuned for each variant, and may suit some better than others. The learning rate of
-  ResNets is the one published for SEM, that of the transformer our own choice. Two defaults for short trainings were chosen by single runs of plain,
-  SEM and self-attention, measured on training images that are not among the first 10,240: the batch size of 64, where
-  128 is published, and no augmentation for the transformer, which with it had learned little.
+  ResNets is the one published for SEM, that of the transformer our own choice. Two defaults for short trainings were
+  chosen by single runs of plain, SEM and self-attention, measured on training images that are not among the first
+  10,240: the batch size of 64, where 128 is published, and no augmentation for the transformer, which with it had
+  learned little.
 - A short training on few images, 4 epochs on 10,240, shows how variants *start* to learn. The published initial values
   of the gates make each residual branch smaller (three operators to about 0.09 of it on average), from which a network
   has to recover first. The published gains are for 164 epochs on CIFAR in networks of 83 and 164 layers. Others print

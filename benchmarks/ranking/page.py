@@ -77,6 +77,8 @@ def trained(records: Sequence[Record], setting: str, name: str) -> Trained:
     sites = tuple(sorted({site for _, site in rows} - {HEAD_ALONE, GRADIENTS}))
     seeds = sorted({seed for seed, _ in rows})
     whole = tuple(s for s in seeds if all((s, site) in rows for site in (*sites, HEAD_ALONE, GRADIENTS)))
+    if not whole:
+        raise SystemExit(f'{name}, {setting}: no seed is finished yet.')
     parameters = np.array([float(rows[whole[0], site]['parameters']) for site in sites])
     scores = {seed: rows[seed, GRADIENTS]['scores'] for seed in whole}
     return Trained(name, setting, sites, whole, parameters, rows, scores)

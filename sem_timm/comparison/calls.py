@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import timm
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+import sem_timm
 from sem_timm.comparison.costs import Costs, StepMeter, build_model, count_costs
-from sem_timm.comparison.display import ComparisonDisplay
-from sem_timm.comparison.log import Log, Record, RunKey, claimed
+from sem_timm.comparison.display import ComparisonDisplay, label
+from sem_timm.comparison.log import Entry, Log, Record, RunKey, claimed, way_on
 from sem_timm.comparison.picture import draw
 from sem_timm.comparison.result import ComparisonResult, row_results
 from sem_timm.comparison.rows import Row
-from sem_timm.comparison.runs import RUNS, do_run, folder_of, options_of_run, pending_runs, total_runs
+from sem_timm.comparison.runs import (
+    RUNS,
+    do_run,
+    folder_of,
+    left_runs,
+    lock_of,
+    options_of_run,
+    pending_runs,
+    total_runs,
+)
 from sem_timm.comparison.setting import Setting, open_setting
 from sem_timm.comparison.tables import as_csv, as_latex, as_markdown
-from sem_timm.errors import OptionError, SemTimmError
+from sem_timm.errors import MissingPackageError, OptionError, SemTimmError
 from sem_timm.finetuning import StoppedError
 from sem_timm.finetuning.files import write_text, write_whole
 from sem_timm.finetuning.parts import create_accelerator
@@ -67,12 +80,12 @@ def run_comparison(given: dict[str, Any], command: str | None = None) -> Compari
         if accelerator.is_main_process:
             _prepare(setting, log, accelerator, display, command)
         record = _agreed(accelerator, log.read)
-        display.begin(len(pending_runs(record, setting.search, setting.base.lr, setting.seeds)))
+        display.begin(left_runs(record, setting.search, setting.seeds))
         with _stops_told(setting):
-            _do_runs(setting, log, accelerator, display)
+            too_large = _do_runs(setting, log, accelerator, display)
     record = _agreed(accelerator, log.read)
-    result = _result(setting, record)
-    if accelerator.is_main_process:
+    result = _result(setting, record, too_large)
+    if accelerator.is_main_process and os.access(setting.folder, os.W_OK):  # else it was finished, and is only read
         write_files(result)
     accelerator.wait_for_everyone()
     return result
@@ -103,22 +116,15 @@ def _prepare(
     if len(setting.rows) > 1 and len(setting.rows) - len({**known.refused, **refused}) < 2:
         reasons = '; '.join(f'{name}: {reason}' for name, reason in {**known.refused, **refused}.items())
         raise OptionError(f'nothing is left to compare {setting.baseline} with. {reasons}')
+    new = [row for row in setting.rows if row.name not in known.rows]
+    entries: list[Entry] = [('row', {'row': row.to_dict(), 'refused': refused.get(row.name)}) for row in new]
+    entries += [('costs', {'row': name, 'costs': found.to_dict()}) for name, found in costs.items()]
     if setting.record is None:
-        log.begin(
-            setting.recipe,
-            setting.data,
-            machine=setting.machine,
-            seeds=setting.seeds,
-            baseline=setting.baseline,
-            command=command,
-        )
-    else:
+        told = {'machine': setting.machine, 'seeds': setting.seeds, 'baseline': setting.baseline, 'command': command}
+        log.begin(setting.recipe, setting.data, entries, **told)
+    elif entries:
         log.read()
-    for row in setting.rows:
-        if row.name not in known.rows:
-            log.append('row', row=row.to_dict(), refused=refused.get(row.name))
-        if row.name in costs:
-            log.append('costs', row=row.name, costs=costs[row.name].to_dict())
+        log.append_all(entries)
 
 
 def _costs_of(
@@ -144,34 +150,49 @@ def _costs_of(
             if is_base and meter is not None:  # what it takes over itself is noise
                 measured = replace(measured, step_ratio=1.0, peak_ratio=1.0)
             costs[row.name] = measured
+        except MissingPackageError:  # with it the row can be run
+            raise
         except SemTimmError as error:
             refused[row.name] = ' '.join(str(error).split())
     return costs, refused
 
 
-def _do_runs(setting: Setting, log: Log, accelerator: Accelerator, display: ComparisonDisplay) -> None:
-    """Does all runs of this process, one after the other."""
-    rows = {row.name: row for row in setting.rows}
+def _do_runs(setting: Setting, log: Log, accelerator: Accelerator, display: ComparisonDisplay) -> dict[RunKey, str]:
+    """Does all runs of this process, one after the other; tells those for which the memory was too small."""
+    too_large: dict[RunKey, str] = {}
+    base = replace(setting.base, progress=setting.options.progress)
     while True:
-        with _next_run(setting, log, accelerator) as key:
-            if key is None:
-                return
+        with _next_run(setting, log, accelerator, too_large) as found:
+            if found is None:
+                return too_large
+            key, row = found
             run = folder_of(setting.folder, key)
-            base = replace(setting.base, progress=setting.options.progress)
-            options = options_of_run(base, rows[key.row], key, setting.search, run)
-            outcome = do_run(options, display.for_run(key))
+            options = options_of_run(base, row, key, setting.search, run)
+            try:
+                outcome = do_run(options, display.for_run(key))
+            except torch.cuda.OutOfMemoryError as error:
+                if accelerator.num_processes > 1:  # of which the others wait
+                    raise
+                too_large[key] = str(error).partition('.')[0]
+                display.say(f'{label(key)}: {too_large[key]}')
+                continue
             if accelerator.is_main_process:
-                log.append('run', row=key.row, seed=key.seed, lr=key.lr, is_try=key.is_try, **outcome)
+                made = {'versions': _versions(), 'date': time.strftime('%Y-%m-%d')}
+                log.append('run', row=key.row, seed=key.seed, lr=key.lr, is_try=key.is_try, **outcome, **made)
                 if not setting.options.keep_runs:
                     shutil.rmtree(run, ignore_errors=True)
                 display.finish(key, outcome)
             accelerator.wait_for_everyone()
 
 
+def _versions() -> str:
+    return ', '.join(f'{package.__name__} {package.__version__}' for package in (sem_timm, timm, torch))
+
+
 @contextmanager
 def _stops_told(setting: Setting) -> Iterator[None]:
     """Says how a comparison goes on that a signal stops, be it between two runs."""
-    way = f'finished runs are in the log, and it goes on with: sem-timm compare --resume {setting.folder}'
+    way = f'finished runs are in the log, and it goes on with: sem-timm compare {way_on(setting.folder)}'
     try:
         yield
     except StoppedError as error:
@@ -185,29 +206,38 @@ def _stops_told(setting: Setting) -> Iterator[None]:
 
 
 @contextmanager
-def _next_run(setting: Setting, log: Log, accelerator: Accelerator) -> Iterator[RunKey | None]:
-    """The next run, claimed by this process as long as it lasts; None if there is none left for it."""
+def _next_run(
+    setting: Setting, log: Log, accelerator: Accelerator, left_out: Collection[RunKey]
+) -> Iterator[tuple[RunKey, Row] | None]:
+    """The next run and its row, which another process may have added; None if there is none left for this one.
+
+    It is claimed as long as the context lasts.
+    """
     with ExitStack() as claims:
-        yield _agreed(accelerator, lambda: _claim(setting, log, claims))
+        yield _agreed(accelerator, lambda: _claim(setting, log, claims, left_out))
 
 
-def _claim(setting: Setting, log: Log, claims: ExitStack) -> RunKey | None:
+def _claim(setting: Setting, log: Log, claims: ExitStack, left_out: Collection[RunKey]) -> tuple[RunKey, Row] | None:
     while True:
-        pending = pending_runs(log.read(), setting.search, setting.base.lr, setting.seeds)
+        record = log.read()
+        runs = pending_runs(record, setting.search, setting.base.lr, setting.seeds)
+        pending = [key for key in runs if key not in left_out]
         for key in pending:
-            file = folder_of(setting.folder, key).with_suffix('.lock')
+            file = lock_of(setting.folder, key)
             with ExitStack() as stack:
+                if not stack.enter_context(claimed(file)):
+                    continue
+                stack.callback(file.unlink, missing_ok=True)
                 # Between reading the log and claiming it, another process may have finished it.
-                if stack.enter_context(claimed(file)) and key not in log.read().runs:
+                if key not in log.read().runs:
                     claims.push(stack.pop_all())
-                    claims.callback(file.unlink, missing_ok=True)
-                    return key
+                    return key, record.rows[key.row]
         if not any(key.is_try for key in pending):
             return None
         time.sleep(_WAIT)  # others are about the tries that our runs depend on
 
 
-def _result(setting: Setting, record: Record) -> ComparisonResult:
+def _result(setting: Setting, record: Record, too_large: Mapping[RunKey, str]) -> ComparisonResult:
     base, search = setting.base, setting.search
     seeds = {*setting.seeds, *record.begun['seeds'], *(key.seed for key in record.runs if not key.is_try)}
     rows = row_results(record, search, base.lr, setting.baseline, setting.num_images[1])
@@ -229,6 +259,8 @@ def _result(setting: Setting, record: Record) -> ComparisonResult:
         search=search,
         num_pending=max(0, total_runs(record, search, len(seeds)) - done),
         num_damaged=record.num_damaged,
+        versions=tuple(sorted(record.versions)),
+        too_large={label(key): why for key, why in too_large.items()},
     )
 
 
@@ -239,8 +271,8 @@ def write_files(result: ComparisonResult) -> None:
         WriteError: If one cannot be written.
     """
     folder = result.folder
-    if not any((folder / RUNS).glob('*')):
-        shutil.rmtree(folder / RUNS, ignore_errors=True)
+    with suppress(OSError):  # unless a process is about a run
+        (folder / RUNS).rmdir()
     write_text(folder / 'results.json', json.dumps(result.to_dict(), indent=1))
     write_text(folder / 'results.csv', as_csv(result))
     write_text(folder / 'results.md', as_markdown(result))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from sem_timm.comparison.log import way_on
 from sem_timm.comparison.result import ComparisonResult, RowResult
-from sem_timm.comparison.statistics import MOST_SEEDS, Difference
+from sem_timm.comparison.runs import Search
+from sem_timm.comparison.statistics import MOST_SEEDS, Difference, told_together
 
 
 def points(value: float) -> str:
@@ -65,12 +67,15 @@ def _best(result: ComparisonResult) -> Iterator[str]:
     if len(ranked) < 3:
         return
     best = max(ranked, key=lambda row: row.mean or 0.0)
-    others = [row.name for row in ranked if row is not best]
-    apart = [name for name in others if result.difference(best.name, name).is_told]
-    close = [name for name in others if name not in apart]
-    told = f'told apart from {", ".join(apart)}' if apart else 'told apart from none of the others'
+    others = [result.difference(best.name, row.name) for row in ranked if row is not best]
+    told = {difference.other for difference in told_together(others)}
+    apart, close = ([one.other for one in others if (one.other in told) is wanted] for wanted in (True, False))
+    from_which = f'told apart from {", ".join(apart)}' if apart else 'told apart from none of the others'
     rest = f'; not from {", ".join(close)}' if apart and close else ''
-    yield f'The highest mean is that of {best.name}, {told}{rest}.'
+    yield (
+        f'The highest mean is that of {best.name}, {from_which}{rest}. As it is the highest of {len(ranked)}, '
+        "this asks for more than an interval without zero: Holm's procedure."
+    )
 
 
 def _provisos(result: ComparisonResult, compared: list[RowResult]) -> Iterator[str]:
@@ -100,19 +105,30 @@ def _failures(result: ComparisonResult) -> Iterator[str]:
             total = len(row.diverged) + len(row.accuracies)
             yield (
                 f'{row.name} diverged in {len(row.diverged)} of {total} runs, which are in no mean: seed {seed}, '
-                f'{reason}. A lower --lr, or --clip 1, may help all rows alike.'
+                f'{reason}. In a new comparison a lower --lr, or --clip 1, may help all rows alike.'
             )
         if row.diverged_tries:
             yield f'{row.name} diverged in {row.diverged_tries} tries of the search.'
         if result.search is not None and row.lr is not None:
-            yield from _at_an_end(row, result.search.lrs)
+            yield from _at_an_end(row, result.search)
+    bad_images = max((row.bad_images for row in result.rows), default=0)
+    if bad_images:
+        yield f'Images that could not be read and were left out: up to {bad_images} in a run.'
+    if len(result.versions) > 1:
+        versions = '; '.join(result.versions)
+        yield f'Runs were made with different versions, {versions}: those of one seed may differ in more than the row.'
+    for run, why in result.too_large.items():
+        yield f'{run} was left out: {why}. It is tried again wherever the comparison goes on.'
     if result.num_pending:
-        yield f'Runs that are still to be done: {result.num_pending}; sem-timm compare --resume {result.folder}'
+        yield f'Runs that are still to be done: {result.num_pending}; sem-timm compare {way_on(result.folder)}'
     if result.num_damaged:
-        yield f'Lines of the log that could not be read, and whose runs were done again: {result.num_damaged}.'
+        yield f'Lines of the log that could not be read: {result.num_damaged}. Runs among them were done again.'
 
 
-def _at_an_end(row: RowResult, lrs: tuple[float, ...]) -> Iterator[str]:
+def _at_an_end(row: RowResult, search: Search) -> Iterator[str]:
+    lrs = search.lrs
+    if row.diverged_tries == len(lrs) * len(search.seeds):  # none did best
+        return
     if len(lrs) > 1 and row.lr in (min(lrs), max(lrs)):
         way = 'lowest' if row.lr == min(lrs) else 'highest'
         yield f'{row.name} does best with the {way} learning rate that was tried, {row.lr:g}; others may be better.'

@@ -6,11 +6,12 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from sem_timm.comparison.rows import Row
 from sem_timm.errors import OptionError
@@ -21,6 +22,8 @@ FORMAT = 1
 NAME = 'log.jsonl'
 
 FINISHED, DIVERGED = 'finished', 'diverged'
+
+Entry: TypeAlias = tuple[str, dict[str, Any]]  # the kind of a line, and what it says
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Record:
         refused: Why rows are not run, by their names.
         costs: What rows cost, by their names, as measured against the baseline that the entry names.
         runs: What came of runs, the first of each.
+        versions: Those of sem_timm, timm and torch that runs were made with.
         num_damaged: Lines that could not be read, such as of a process that was killed while it wrote.
     """
 
@@ -58,7 +62,13 @@ class Record:
     refused: dict[str, str] = field(default_factory=dict)
     costs: dict[str, dict[str, Any]] = field(default_factory=dict)
     runs: dict[RunKey, dict[str, Any]] = field(default_factory=dict)
+    versions: set[str] = field(default_factory=set)
     num_damaged: int = 0
+
+
+def way_on(folder: Path) -> str:
+    """How to go on with the comparison in a folder, as it is typed."""
+    return f'--resume {shlex.quote(str(folder))}'
 
 
 def identity_of(recipe: dict[str, Any], data: dict[str, Any]) -> str:
@@ -78,27 +88,33 @@ class Log:
         self.file = folder / NAME
         self.identity = ''
 
-    def begin(self, recipe: dict[str, Any], data: dict[str, Any], **told: Any) -> None:
-        """Writes the first line of a new log.
+    def begin(self, recipe: dict[str, Any], data: dict[str, Any], entries: Sequence[Entry] = (), **told: Any) -> None:
+        """Writes the first line of a new log, and other entries with it, all of them or nothing.
 
         Raises:
             OptionError: If there is a log already.
             WriteError: If it cannot be written.
         """
         if self.file.exists():
-            raise OptionError(f'{self.file.parent} has a log already; go on with it: --resume {self.file.parent}')
+            raise OptionError(f'{self.file.parent} has a log already; go on with it: {way_on(self.file.parent)}')
         with explained(self.file):
             self.file.parent.mkdir(parents=True, exist_ok=True)
         self.identity = identity_of(recipe, data)
-        self.append('comparison', format=FORMAT, recipe=recipe, data=data, **told)
+        first = {'format': FORMAT, 'recipe': recipe, 'data': data, **told}
+        self.append_all([('comparison', first), *entries])
 
     def append(self, kind: str, **values: Any) -> None:
-        """Appends one line, down to the disk.
+        """Appends one entry, as `append_all` does."""
+        self.append_all([(kind, values)])
+
+    def append_all(self, entries: Sequence[Entry]) -> None:
+        """Appends entries, each a line, in one write and down to the disk.
 
         Raises:
-            WriteError: If it cannot be written; the log is then as it was.
+            WriteError: If they cannot be written; the log is then as it was.
         """
-        line = json.dumps({'kind': kind, 'of': self.identity, **values}, allow_nan=False).encode() + b'\n'
+        told = [{'kind': kind, 'of': self.identity, **values} for kind, values in entries]
+        line = b''.join(json.dumps(entry, allow_nan=False).encode() + b'\n' for entry in told)
         with explained(self.file), self.file.open('ab+') as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
             size = stream.seek(0, os.SEEK_END)
@@ -112,6 +128,8 @@ class Log:
                 os.fsync(stream.fileno())
             except OSError:
                 os.ftruncate(stream.fileno(), size)
+                if not size:
+                    self.file.unlink(missing_ok=True)
                 raise
 
     def read(self) -> Record:
@@ -151,7 +169,7 @@ class Log:
             )
         try:
             if entry['kind'] == 'row':
-                row = _row(entry['row'])
+                row = Row(**entry['row'])
                 self._check_same(record.rows.setdefault(row.name, row), row)
                 if entry.get('refused'):
                     record.refused[row.name] = str(entry['refused'])
@@ -161,7 +179,8 @@ class Log:
                 key = RunKey(entry['row'], int(entry['seed']), float(entry['lr']), bool(entry['is_try']))
                 if entry['outcome'] == FINISHED:
                     float(entry['accuracy'])
-                record.runs.setdefault(key, entry)
+                if record.runs.setdefault(key, entry) is entry and 'versions' in entry:
+                    record.versions.add(entry['versions'])
         except OptionError:  # such as of an operator that is registered where the log was begun, and not here
             raise
         except (KeyError, TypeError, ValueError):
@@ -171,16 +190,8 @@ class Log:
         if known != row:
             raise CheckpointError(
                 f'{self.file} has two rows {row.name!r} that are not the same; give the one that is added another '
-                f'name, such as {row.operation}:name=again.'
+                'name, with :name=again behind it.'
             )
-
-
-def _row(values: dict[str, Any]) -> Row:
-    """A row from JSON, which knows only lists."""
-    tuples: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    options = values.get('options') or {}
-    tuples['options'] = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-    return Row(**tuples)
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
@@ -196,13 +207,17 @@ def _entry(line: bytes) -> dict[str, Any] | None:
 @contextmanager
 def claimed(file: Path) -> Iterator[bool]:
     """Claims a run for this process; says whether no other one has it. A process that ends in any way lets go of it."""
-    with explained(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        stream = file.open('ab')
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+    with ExitStack() as stack:
+        has_it = False
+        while not has_it:
+            with explained(file):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                stream = stack.enter_context(file.open('ab'))
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    break
+            # The one that had it may have removed the file since it was opened; then the lock is of no file.
+            with suppress(FileNotFoundError):
+                has_it = os.path.samestat(os.fstat(stream.fileno()), file.stat())
+        yield has_it

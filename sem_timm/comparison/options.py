@@ -16,7 +16,17 @@ OF_ROWS = ('operation', 'target', 'exclude', 'operation_options', 'train', 'free
 OF_RUNS = ('seed', 'output', 'resume', 'checkpoint_every', 'keep', 'stop_at', 'trackers', 'progress')
 
 # Options that may differ from one machine to another: with them the figures are the same, but for rounding.
-OF_MACHINES = ('data', 'data_root', 'download', 'workers', 'weights', 'cpu', 'compile', 'channels_last')
+OF_MACHINES = (
+    'data',
+    'data_root',
+    'download',
+    'workers',
+    'skip_bad_images',
+    'weights',
+    'cpu',
+    'compile',
+    'channels_last',
+)
 
 
 @dataclass(frozen=True, kw_only=True)

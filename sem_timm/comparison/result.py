@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from sem_timm.comparison.log import FINISHED, Record, RunKey
 from sem_timm.comparison.rows import Row
 from sem_timm.comparison.runs import Search, chosen_lr
 from sem_timm.comparison.statistics import Difference, compare_pairs
+from sem_timm.errors import NoMatchError, closest
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class RowResult:
         losses: Mean cross entropy at that point, likewise.
         diverged: Why runs diverged, by their seeds.
         diverged_tries: How many tries of the search diverged.
+        bad_images: The most images that one of its runs could not read and left out.
         refused: Why the model refuses the operation; None if it does not.
         costs: What it costs; None if the row was refused.
         difference: How it compares with the baseline; None for the baseline itself and for what was refused.
@@ -38,6 +40,7 @@ class RowResult:
     losses: Mapping[int, float]
     diverged: Mapping[int, str]
     diverged_tries: int = 0
+    bad_images: int = 0
     refused: str | None = None
     costs: Costs | None = None
     difference: Difference | None = None
@@ -75,7 +78,9 @@ class ComparisonResult:
         num_images: Images for training and for validation.
         search: The search for learning rates, or None.
         num_pending: Runs that are still to be done, such as by another machine.
-        num_damaged: Lines of the log that could not be read; their runs were done again.
+        num_damaged: Lines of the log that could not be read; runs among them were done again.
+        versions: Those of sem_timm, timm and torch that runs were made with, as far as the log tells.
+        too_large: Runs for which the memory of this machine was too small, and what was said of it.
     """
 
     rows: tuple[RowResult, ...]
@@ -86,10 +91,19 @@ class ComparisonResult:
     search: Search | None = None
     num_pending: int = 0
     num_damaged: int = 0
+    versions: tuple[str, ...] = ()
+    too_large: Mapping[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> RowResult:
-        """A row by its name."""
-        return next(row for row in self.rows if row.name == name)
+        """A row by its name.
+
+        Raises:
+            NoMatchError: If there is none of that name.
+        """
+        found = next((row for row in self.rows if row.name == name), None)
+        if found is None:
+            raise NoMatchError(f'there is no row {name!r}. {closest(name, [row.name for row in self.rows])}')
+        return found
 
     def difference(self, row: str, other: str) -> Difference:
         """How much higher the accuracy of one row is than that of another, over the seeds that both have finished."""
@@ -151,7 +165,7 @@ def _difference(
 
 def row_results(record: Record, search: Search | None, lr: float, baseline: str, num_images: int) -> list[RowResult]:
     """The rows of a log."""
-    found = {name: _row_result(record, search, lr, name) for name in record.rows}
+    found = {name: _row_result(record, search, lr, baseline, name) for name in record.rows}
     against = found[baseline].accuracies
     rows = []
     for name, row in found.items():
@@ -161,19 +175,22 @@ def row_results(record: Record, search: Search | None, lr: float, baseline: str,
     return rows
 
 
-def _row_result(record: Record, search: Search | None, lr: float, name: str) -> RowResult:
+def _row_result(record: Record, search: Search | None, lr: float, baseline: str, name: str) -> RowResult:
     refused = record.refused.get(name)
     rate = None if refused else chosen_lr(record, search, lr, name)
     runs = {key: entry for key, entry in record.runs.items() if key.row == name}
     own = {key.seed: entry for key, entry in sorted(runs.items(), key=_by_seed) if not key.is_try and key.lr == rate}
     finished = {seed: entry for seed, entry in own.items() if entry['outcome'] == FINISHED}
     costs = record.costs.get(name)
+    if costs is not None and costs['baseline'] != baseline:  # as another process measured them, against another row
+        costs = {**costs, 'step_ratio': None, 'peak_ratio': None}
     return RowResult(
         row=record.rows[name],
         lr=rate,
         accuracies={seed: entry['accuracy'] for seed, entry in finished.items()},
         losses={seed: entry['loss'] for seed, entry in finished.items()},
         diverged={seed: str(entry.get('reason')) for seed, entry in own.items() if seed not in finished},
+        bad_images=max((entry.get('bad_images', 0) for entry in runs.values()), default=0),
         diverged_tries=sum(key.is_try and entry['outcome'] != FINISHED for key, entry in runs.items()),
         refused=refused,
         costs=None if costs is None else Costs(**costs),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
 
 from sem_timm.errors import OptionError
-from sem_timm.finetuning.options import ALL, HEAD, NEW, NO_OPERATION, FinetuneOptions
+from sem_timm.finetuning.options import ALL, HEAD, NEW, NO_OPERATION, FinetuneOptions, as_tuples
 from sem_timm.operations import AttentionConfig, resolve_operation
 from sem_timm.typed_values import parse_pairs
 
@@ -25,11 +26,11 @@ class Row:
         operation: Short name of an operation, or 'none'.
         target: Where it is put, see `plan_model`.
         exclude: Where not.
-        options: Options of the operation.
-        train: What is trained, as in `FinetuneOptions`.
+        options: Options of the operation; numbers, texts and lists of them, as a log holds them.
+        train: What is trained, as in `FinetuneOptions`; None for what the comparison says, by default all.
 
     Raises:
-        OptionError: If the operation, an option or what is to be trained is unknown.
+        OptionError: If the operation, an option or what is to be trained is unknown, or no log could hold it.
     """
 
     name: str = ''
@@ -37,7 +38,7 @@ class Row:
     target: str | tuple[str, ...] | None = None
     exclude: str | tuple[str, ...] | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    train: str = ALL
+    train: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.operation, str):
@@ -45,7 +46,13 @@ class Row:
                 f'operation={self.operation!r} has no name that a log could hold. An excitation operator of your own '
                 "gets one by sem_timm.register_excitation('name', Class)."
             )
+        for name in ('target', 'exclude', 'options'):
+            object.__setattr__(self, name, as_tuples(getattr(self, name)))
         object.__setattr__(self, 'name', self.name or self._made_name())
+        try:
+            json.dumps(self.to_dict())
+        except TypeError as error:
+            raise OptionError(f'row {self.name!r} has what a log cannot hold: {error}.') from error
         try:
             self.applied_to(FinetuneOptions())
             if self.operation != NO_OPERATION:
@@ -57,7 +64,7 @@ class Row:
         parts = [f'{key}={_typed(value)}' for key, value in self.options.items()]
         where = '' if self.target is None else f' @ {_typed(self.target)}'
         kept = '' if self.exclude is None else f' but {_typed(self.exclude)}'
-        trained = '' if self.train == ALL else f' ({self.train})'
+        trained = '' if self.train in (None, ALL) else f' ({self.train})'
         return ' '.join([self.operation, *parts]) + where + kept + trained
 
     def applied_to(self, options: FinetuneOptions) -> FinetuneOptions:
@@ -68,7 +75,7 @@ class Row:
             target=self.target,
             exclude=self.exclude,
             operation_options=self.options,
-            train=self.train,
+            train=self.train or ALL,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,7 +144,7 @@ def make_rows(
     rows: list[Row] = []
     for entry in operations:
         if isinstance(entry, Row):
-            rows.append(entry)
+            rows.append(replace(entry, train=entry.train or ALL))
             continue
         for row in parse_rows(entry):
             rows += _spread(row, targets, positions, train)
@@ -146,18 +153,19 @@ def make_rows(
     names = [row.name for row in rows]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise OptionError(f'row {twice!r} is there twice; give one of them another name, such as {twice}:name=again.')
+        raise OptionError(f'row {twice!r} is there twice; give one of them another name, with :name=again behind it.')
     return rows
 
 
 def _spread(row: Row, targets: Sequence[str], positions: Sequence[str], train: Sequence[str]) -> list[Row]:
     is_base = row.operation == NO_OPERATION
-    ways = [row.train] if row.train != ALL else list(dict.fromkeys(_trained(way, is_base) for way in train))
+    ways = [row.train] if row.train is not None else list(dict.fromkeys(_trained(way, is_base) for way in train))
     if is_base:
         return [_renamed(row, train=way) for way in ways]
     places = [row.target] if row.target is not None or not targets else list(targets)
     is_inserted = not isinstance(resolve_operation(row.operation, **row.options), AttentionConfig)
-    where: Sequence[str | None] = positions if positions and is_inserted else [None]
+    is_free = is_inserted and 'position' not in row.options
+    where: Sequence[str | None] = positions if positions and is_free else [None]
     made = []
     for place, position, way in product(places, where, ways):
         options = row.options if position is None else {'position': position, **row.options}

@@ -7,15 +7,17 @@ import math
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sem_timm.comparison.log import DIVERGED, FINISHED, Record, RunKey
 from sem_timm.comparison.rows import Row
-from sem_timm.finetuning import CheckpointError, DataError, DivergedError, FinetuneOptions
+from sem_timm.finetuning import CheckpointError, DivergedError, FinetuneOptions, FinetuneResult
 from sem_timm.finetuning.calls import OpenDisplay, run_finetuning
 from sem_timm.finetuning.checkpoints import Checkpoints
+from sem_timm.finetuning.files import OPTIONS, write_text
 
 RUNS = 'runs'
 
@@ -81,12 +83,24 @@ def total_runs(record: Record, search: Search | None, num_seeds: int) -> int:
     return (len(record.rows) - len(record.refused)) * (tries + num_seeds)
 
 
+def left_runs(record: Record, search: Search | None, seeds: Sequence[int]) -> int:
+    """How many runs some seeds have still to do, those that are not known yet because tries are missing included."""
+    done = sum(key.is_try or key.seed in seeds for key in record.runs)
+    return max(0, total_runs(record, search, len(seeds)) - done)
+
+
 def folder_of(folder: Path, key: RunKey) -> Path:
     """The folder of a run in that of a comparison; of unlike runs they are unlike."""
     label = re.sub(r'[^\w.+-]+', '-', key.row).strip('-')[:40]
     digest = hashlib.sha256(key.row.encode()).hexdigest()[:6]
     kind = '-try' if key.is_try else ''
     return folder / RUNS / f'{label}-{digest}-seed{key.seed}-lr{key.lr:g}{kind}'
+
+
+def lock_of(folder: Path, key: RunKey) -> Path:
+    """The file by which a process claims a run."""
+    run = folder_of(folder, key)
+    return run.with_name(f'{run.name}.lock')
 
 
 def options_of_run(base: FinetuneOptions, row: Row, key: RunKey, search: Search | None, run: Path) -> FinetuneOptions:
@@ -130,12 +144,11 @@ def do_run(options: FinetuneOptions, open_display: OpenDisplay) -> dict[str, Any
     }
 
 
-def _resumed(options: FinetuneOptions, run: Path, open_display: OpenDisplay) -> Any:
+def _resumed(options: FinetuneOptions, run: Path, open_display: OpenDisplay) -> FinetuneResult:
     if Checkpoints(run).all():
-        given: dict[str, Any] = {'resume': str(run), 'progress': options.progress, 'workers': options.workers}
-        try:
+        write_text(run / OPTIONS, options.to_json())  # as told here: data and weights may lie elsewhere by now
+        given: dict[str, Any] = {'resume': str(run), 'progress': options.progress}
+        with suppress(CheckpointError):  # damaged: then from the start
             return run_finetuning(FinetuneOptions(**given), given, None, open_display)
-        except (CheckpointError, DataError):  # damaged, or begun on another machine: then from the start
-            pass
     shutil.rmtree(run, ignore_errors=True)
     return run_finetuning(options, {}, None, open_display)

@@ -10,13 +10,13 @@ from typing import Any
 
 from sem_timm.comparison.data import check_splits, data_identity, differences
 from sem_timm.comparison.demonstration import demonstration
-from sem_timm.comparison.log import Log, Record
+from sem_timm.comparison.log import Log, Record, way_on
 from sem_timm.comparison.options import OF_MACHINES, OF_ROWS, RECIPE, CompareOptions
 from sem_timm.comparison.rows import Row, make_rows
 from sem_timm.comparison.runs import Search
 from sem_timm.errors import OptionError, closest
 from sem_timm.finetuning.errors import CheckpointError
-from sem_timm.finetuning.options import NO_OPERATION, FinetuneOptions
+from sem_timm.finetuning.options import NO_OPERATION, FinetuneOptions, as_tuples
 
 _DEFAULT_TUNING = 0.2
 
@@ -104,12 +104,19 @@ def _new(options: CompareOptions, ours: dict[str, Any], given: dict[str, Any]) -
     if folder.exists() and not folder.is_dir():
         raise OptionError(f'{folder} is a file; name a new folder for the comparison: --output FOLDER.')
     if folder.exists() and any(folder.iterdir()):
-        way = f'go on with it by --resume {folder}, or name' if Log(folder).file.exists() else 'name'
+        way = f'go on with it by {way_on(folder)}, or name' if Log(folder).file.exists() else 'name'
         raise OptionError(f'{folder} exists and is not empty; {way} another --output.')
     rows = make_rows(options.operations, options.target, options.position, options.train)
     seeds = options.seed_numbers
     search = None
-    if options.search is not None:
+    if options.search is None:
+        idle = [
+            *sorted({*ours} & {'lr_factors', 'search_seeds'}),
+            *(['tuning_fraction'] if base.tuning_fraction else []),
+        ]
+        if idle:
+            raise OptionError(f"{', '.join(idle)}: without search='lr' there are no tries that this would be for.")
+    else:
         lrs = tuple(sorted({float(f'{base.lr * factor:.3g}') for factor in options.lr_factors}))
         search = Search(lrs, seeds[: options.search_seeds], base.tuning_fraction or _DEFAULT_TUNING)
     numbers = check_splits(base, 0.0 if search is None else search.fraction)
@@ -125,10 +132,17 @@ def _going_on(options: CompareOptions, ours: dict[str, Any], given: dict[str, An
     try:
         told = dict(record.begun['recipe'])
         search = _search(told.pop('search'))
-        base = _base({**told, **record.begun['machine'], **given})
+        machine = dict(record.begun['machine'])
         begun_seeds, baseline = tuple(record.begun['seeds']), str(record.begun['baseline'])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f'the first line of {Log(folder).file} is damaged: {str(error).rstrip(".")}.') from error
+    unknown = sorted({*told, *machine} - {*RECIPE, *OF_MACHINES})
+    if unknown:
+        raise CheckpointError(
+            f'{Log(folder).file} says {", ".join(unknown)}, which this version of sem_timm does not know. Go on with '
+            'the version that began it.'
+        )
+    base = _base({**told, **machine, **given})
     fixed = sorted({*ours} & {*_OF_SEARCH})
     if fixed:
         raise OptionError(f'the search is that of the comparison that goes on; leave out {", ".join(fixed)}.')
@@ -153,8 +167,8 @@ def _added(options: CompareOptions, ours: dict[str, Any], record: Record) -> lis
     for row in asked:
         if row.name in record.rows and record.rows[row.name] != row:
             raise OptionError(
-                f'the comparison has another row {row.name!r} already; give this one another name, such as '
-                f'{row.operation}:name=again.'
+                f'the comparison has another row {row.name!r} already; give this one another name, with :name=again '
+                'behind it.'
             )
     return [row for row in asked if row.name not in record.rows]
 
@@ -164,7 +178,8 @@ def _check_same(setting: Setting, record: Record) -> None:
     file = Log(setting.folder).file
     # What options that a log is older than do by default is what was done without them.
     later = {f.name: f.default for f in fields(FinetuneOptions) if f.name in RECIPE and f.default is not MISSING}
-    recipe = differences({**_as_json(later), **record.begun['recipe']}, setting.recipe)
+    begun = {name: value for name, value in record.begun['recipe'].items() if name not in OF_MACHINES}
+    recipe = differences({**_as_json(later), **begun}, setting.recipe)
     if recipe:
         raise OptionError(
             f'{file} was made with another recipe: {"; ".join(recipe)}. Leave that out to go on with it, or name '
@@ -180,7 +195,7 @@ def _check_same(setting: Setting, record: Record) -> None:
 
 def _base(given: Mapping[str, Any]) -> FinetuneOptions:
     """The options of all runs: what is held out is the same for all seeds, and accuracy is measured at the end."""
-    base = FinetuneOptions(**_tuples({'split_seed': 0, **given}))
+    base = FinetuneOptions(**as_tuples({'split_seed': 0, **given}))
     return replace(base, operation=NO_OPERATION, measure_every=given.get('measure_every') or base.epochs)
 
 
@@ -206,9 +221,3 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _as_json(entry) for key, entry in value.items()}
     return [_as_json(entry) for entry in value] if isinstance(value, (tuple, list)) else value
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _tuples(entry) for key, entry in value.items()}
-    return tuple(_tuples(entry) for entry in value) if isinstance(value, (tuple, list)) else value

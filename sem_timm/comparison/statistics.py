@@ -6,8 +6,9 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
-from scipy.special import nctdtr, stdtrit
+from scipy.special import nctdtr, stdtr, stdtrit
 
 CONFIDENCE = 0.95
 POWER = 0.8
@@ -44,6 +45,14 @@ class Difference:
         """Whether the interval leaves out zero."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
+    @property
+    def p_value(self) -> float:
+        """That of the two-sided paired t test; 1 where there is none."""
+        if self.mean is None or not self.spread:
+            return 1.0
+        statistic = abs(self.mean) / self.spread * math.sqrt(self.num_pairs)
+        return 2 * float(stdtr(self.num_pairs - 1, -statistic))
+
 
 def compare_pairs(row: str, other: str, first: Sequence[float], second: Sequence[float], num_images: int) -> Difference:
     """The difference of two rows from accuracies of the same seeds.
@@ -66,6 +75,14 @@ def compare_pairs(row: str, other: str, first: Sequence[float], second: Sequence
     spread = max(statistics.stdev(differences), math.sqrt(2 / 12) / num_images)
     half = half_width(spread, number)
     return Difference(row, other, number, mean, spread, mean - half, mean + half, needed_pairs(mean, spread))
+
+
+def told_together(differences: Sequence[Difference]) -> list[Difference]:
+    """Those that are told with 5 % for a mistake in all of them together, by Holm's procedure."""
+    ordered = sorted(differences, key=lambda difference: difference.p_value)
+    limits = [(1 - CONFIDENCE) / (len(ordered) - number) for number in range(len(ordered))]
+    pairs = zip(ordered, limits)
+    return [difference for difference, _ in takewhile(lambda pair: pair[0].p_value <= pair[1], pairs)]
 
 
 def half_width(spread: float, number: int) -> float:

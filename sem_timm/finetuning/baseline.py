@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import replace
 
 from timm.models import split_model_name_tag
@@ -57,4 +59,6 @@ def finetune_without(result: FinetuneResult) -> FinetuneResult:
         )
     if Checkpoints(folder).all():
         return finetune(FinetuneOptions(resume=str(folder), progress=result.options.progress))
+    if int(os.environ.get('RANK', 0)) == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped before its first checkpoint
     return finetune(options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from inspect import cleandoc
 from pathlib import Path
@@ -222,7 +223,7 @@ class FinetuneOptions:
             raise OptionError(f'these are no options of a run: {error}.') from error
         if unknown:
             raise OptionError(f'option {unknown[0]!r} is unknown. {closest(unknown[0], known)}')
-        made: dict[str, Any] = {name: _tuples(value) for name, value in values.items()}
+        made: dict[str, Any] = {name: as_tuples(value) for name, value in values.items()}
         return cls(**made)
 
     def given(self) -> dict[str, Any]:
@@ -232,11 +233,11 @@ class FinetuneOptions:
         return {name: value for name, value in pairs if value != getattr(default, name)}
 
 
-def _tuples(value: Any) -> Any:
+def as_tuples(value: Any) -> Any:
     """A value from JSON, which knows only lists, with tuples in place of them."""
-    if isinstance(value, dict):
-        return {key: _tuples(entry) for key, entry in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+    if isinstance(value, Mapping):
+        return {key: as_tuples(entry) for key, entry in value.items()}
+    return tuple(map(as_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 _LOWEST = {

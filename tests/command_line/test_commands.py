@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,6 +184,8 @@ def test_finetune_prints_what_was_gained(tmp_path: Path, capsys: pytest.CaptureF
         main(['finetune', '--resume', str(tmp_path / 'run'), '--epochs', '12']) == 2
     )  # typed, though it is the default
     assert 'leave out epochs' in capsys.readouterr().err
+    # As if the comparison had been stopped before its first checkpoint.
+    shutil.rmtree(tmp_path / 'run' / 'without_operation' / 'checkpoints')
     assert main(['finetune', '--resume', str(tmp_path / 'run'), '--json', '--compare', '--no-progress']) == 0
     result = json.loads(capsys.readouterr().out)
     assert result['num_steps'] == 6 and result['without_operation']['num_new_parameters'] == 0

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
 
 import sem_timm.comparison.calls as calls
-from sem_timm import OptionError
+from sem_timm import NoMatchError, OptionError
 from sem_timm.comparison import ComparisonResult, Row, compare
 from sem_timm.comparison.log import Log, claimed
-from sem_timm.comparison.runs import folder_of
+from sem_timm.comparison.result import row_results
+from sem_timm.comparison.runs import lock_of
+from sem_timm.errors import MissingPackageError
 from sem_timm.finetuning import CheckpointError, DataError, StoppedError
 from sem_timm.finetuning.stopping import StopRequest
 from tests.comparison.small_comparisons import compare_small, lines, options
@@ -131,7 +135,7 @@ def test_a_run_that_another_process_is_about_is_left_to_it(images: Path, tmp_pat
     record = log.read()
     (key,) = record.runs
     other = type(key)('none', 1, key.lr)
-    with claimed(folder_of(folder, other).with_suffix('.lock')) as mine:
+    with claimed(lock_of(folder, other)) as mine:
         assert mine
         result = compare(resume=str(folder), seeds=3, progress=False)
     assert sorted(result['none'].accuracies) == [0, 2]
@@ -290,3 +294,111 @@ def test_without_a_picture_library_the_rest_is_written(
     monkeypatch.setattr(calls, 'draw', draw)
     compare(resume=str(folder), progress=False)
     assert (folder / 'results.md').is_file()
+
+
+def test_rows_that_another_process_adds_meanwhile_are_done(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, do_run = tmp_path / 'run', calls.do_run
+
+    def adding(*given: Any) -> dict[str, Any]:
+        log = Log(folder)
+        if 'eca' not in log.read().rows:
+            log.append('row', row=Row(operation='eca', train='all').to_dict(), refused=None)
+        return do_run(*given)
+
+    monkeypatch.setattr(calls, 'do_run', adding)
+    result = compare_small(images, folder, operations='none', seeds=1)
+    assert [*result['eca'].accuracies] == [0] and result.num_pending == 0
+
+
+def test_what_may_differ_from_one_start_to_the_next(images: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(images, tmp_path / 'images')
+    folder, broken = tmp_path / 'run', data / 'train' / 'cross' / '0.png'
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:60])
+    with pytest.raises(DataError, match='--skip-bad-images'):
+        compare_small(data, folder, operations='none', seeds=1)
+    result = compare(resume=str(folder), skip_bad_images=True, progress=False)
+    assert result.num_pending == 0 and 'could not be read and were left out: up to 1 in a run.' in str(result)
+    with pytest.raises(OptionError, match='workers=-1 is out of range'):
+        compare(resume=str(folder), workers=-1)
+    log = folder / 'log.jsonl'
+    log.write_text(log.read_text().replace('"recipe": {', '"recipe": {"warp": 1, ', 1))
+    with pytest.raises(CheckpointError, match='says warp, which this version of sem_timm does not know'):
+        compare(resume=str(folder))
+
+
+def test_options_that_would_do_nothing_are_refused(images: Path, tmp_path: Path) -> None:
+    for given in ({'tuning_fraction': 0.3}, {'lr_factors': (1.0, 3.0)}, {'search_seeds': 2}):
+        with pytest.raises(OptionError, match=f"{next(iter(given))}: without search='lr'"):
+            compare_small(images, tmp_path / 'run', **given)
+
+
+def test_a_missing_package_is_no_refusal(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = calls.build_model
+
+    def without_peft(asked: Any, num_classes: int) -> Any:
+        if asked.operation == 'sem':
+            raise MissingPackageError('needs peft. Do: pip install peft')
+        return build(asked, num_classes)
+
+    monkeypatch.setattr(calls, 'build_model', without_peft)
+    with pytest.raises(MissingPackageError, match='pip install peft'):
+        compare_small(images, tmp_path / 'run', operations='none,eca,sem')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_run_that_is_too_large_for_the_memory_leaves_the_others_alone(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, do_run = tmp_path / 'run', calls.do_run
+
+    def failing(asked: Any, display: Any) -> dict[str, Any]:
+        if asked.operation == 'none':
+            raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 1 GiB.')
+        return do_run(asked, display)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calls, 'do_run', failing)
+        result = compare_small(images, folder, operations='none,eca', seeds=1, search='lr', lr_factors=(1.0,))
+    assert result.num_pending == 2 and [*result['eca'].accuracies] == [0]
+    assert 'none, seed 0, try of learning rate 0.001 was left out: CUDA out of memory. It is tried again' in str(result)
+    assert compare(resume=str(folder), progress=False).num_pending == 0
+
+
+def test_a_stopped_run_goes_on_where_weights_and_data_lie_by_now(
+    images: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = compare_small(images, tmp_path / 'whole', operations='none', seeds=1, weights=str(weights))
+    data, file = shutil.copytree(images, tmp_path / 'images'), shutil.copy(weights, tmp_path / 'here.pth')
+    folder, asked = tmp_path / 'run', 0
+
+    def signal_number(stop: StopRequest) -> int | None:
+        nonlocal asked
+        asked += 1
+        return 2 if asked > 8 else None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, 'signal_number', property(signal_number, lambda *given: None), raising=False)
+        with pytest.raises(StoppedError):
+            compare_small(data, folder, operations='none', seeds=1, weights=str(file))
+    assert list(folder.glob('runs/none*/checkpoints/step-*'))
+    data, file = data.rename(tmp_path / 'moved'), Path(file).rename(tmp_path / 'there.pth')
+    result = compare(resume=str(folder), data=str(data), weights=str(file), progress=False)
+    assert result['none'].losses == whole['none'].losses
+
+
+def test_the_log_tells_versions_and_ratios_to_another_row_are_not_shown(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / 'run'
+    compare_small(images, folder, operations='none,eca', seeds=1, costs=True)
+    (first, second), log = lines(folder, 'run'), Log(folder)
+    assert first['versions'] == second['versions'] and f'timm {timm.__version__}' in first['versions']
+    record = log.read()
+    found = {row.name: row.costs for row in row_results(record, None, 0.001, 'eca', 15)}
+    assert found['none'] is not None and found['none'].step_ratio is None and found['none'].macs
+    log.append_all([('run', {**first, 'seed': 1, 'versions': 'sem_timm 9'})])
+    result = compare(resume=str(folder), seeds=(0, 1), progress=False)
+    assert 'Runs were made with different versions, sem_timm 0.2.0, timm ' in str(result)
+    with pytest.raises(NoMatchError, match=r"there is no row 'ecca'\. Close: eca"):
+        result['ecca']

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from sem_timm.comparison import Row
 from sem_timm.comparison.log import Log, RunKey, claimed, identity_of
+from sem_timm.comparison.runs import folder_of, lock_of
 from sem_timm.errors import OptionError
 from sem_timm.finetuning import CheckpointError, WriteError
 
@@ -121,3 +123,47 @@ def test_a_run_is_claimed_by_one(tmp_path: Path) -> None:
         assert first and not second
     with claimed(file) as third:
         assert third
+
+
+def test_a_run_whose_claim_was_removed_meanwhile_is_claimed_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, lock, asked = tmp_path / 'a.lock', fcntl.flock, 0
+
+    def flock(stream: Any, how: int) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            file.unlink()  # by the process that had it, between opening and locking
+        lock(stream, how)
+
+    monkeypatch.setattr(fcntl, 'flock', flock)
+    with claimed(file) as mine:
+        assert mine and file.exists() and asked == 2
+        with claimed(file) as other:
+            assert not other
+
+
+def test_a_log_begins_with_all_of_its_rows_or_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, write = Log(tmp_path / 'new'), os.write
+    rows = [('row', {'row': Row(operation=name).to_dict(), 'refused': None}) for name in ('none', 'se')]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'write', lambda file, data: write(file, data[: len(data) // 2]))
+        with pytest.raises(WriteError, match='the disk is full'):
+            log.begin({}, {}, rows)
+    assert not log.file.exists()
+    written = []
+    monkeypatch.setattr(os, 'write', lambda file, data: written.append(data) or write(file, data))
+    log.begin({}, {}, rows)
+    assert len(written) == 1 and [*log.read().rows] == ['none', 'se']
+
+
+def test_unlike_runs_have_unlike_claims(tmp_path: Path) -> None:
+    keys = [
+        RunKey(row, seed, lr, is_try)
+        for row in ('se', 'se @ layer4.1', 'se @ layer4.2')
+        for seed in (0, 3)
+        for lr in (0.001, 0.003, 5e-05, 3e-05, 1.0)
+        for is_try in (False, True)
+    ]
+    assert len({lock_of(tmp_path, key) for key in keys} | {folder_of(tmp_path, key) for key in keys}) == 2 * len(keys)

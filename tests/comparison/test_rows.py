@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 from torch import nn
 
@@ -37,7 +40,7 @@ def test_rows_are_read_as_typed() -> None:
         ('none:target=layer4', "operation='none' takes no target"),
         (':target=a', 'names no operation'),
         ('', 'there is nothing to compare'),
-        ('none,sem,none', "row 'none' is there twice; give one of them another name, such as none:name=again"),
+        ('none,sem,none', "row 'none' is there twice; give one of them another name, with :name=again behind it"),
     ],
 )
 def test_errors_say_what_to_type(text: str, part: str) -> None:
@@ -67,4 +70,21 @@ def test_operations_without_a_name_are_refused() -> None:
 
 def test_rows_of_python_are_taken_as_they_are() -> None:
     row = Row(name='mine', operation='sem', target=('layer3.0', 'layer4.0'), options={'reduction': 8})
-    assert make_rows([row, 'none'], ['layer1.*'], [], ['all'])[0] is row
+    assert make_rows([row, 'none'], ['layer1.*'], [], ['all'])[0] == replace(row, train='all')
+
+
+def test_what_is_typed_goes_before_what_is_crossed() -> None:
+    rows = make_rows(['none se:train=all:position=output eca'], [], ['residual', 'output'], ['new'])
+    assert [(row.operation, row.train, row.options.get('position')) for row in rows] == [
+        ('none', 'head', None),
+        ('se', 'all', 'output'),
+        ('eca', 'new', 'residual'),
+        ('eca', 'new', 'output'),
+    ]
+
+
+def test_a_row_is_what_a_log_gives_back_or_none_at_all() -> None:
+    row = Row(operation='sem', target=['layer3.0'], options={'operators': ['eca', 'ie']})  # type: ignore[arg-type]
+    assert Row(**json.loads(json.dumps(row.to_dict()))) == row
+    with pytest.raises(OptionError, match='has what a log cannot hold'):
+        Row(operation='sem', options={'operators': ('se', nn.Identity)})

@@ -7,8 +7,9 @@ import statistics
 
 import pytest
 import torch
+from scipy.stats import ttest_rel
 
-from sem_timm.comparison.statistics import MOST_SEEDS, compare_pairs, half_width, needed_pairs
+from sem_timm.comparison.statistics import MOST_SEEDS, compare_pairs, half_width, needed_pairs, told_together
 
 
 @pytest.mark.parametrize(
@@ -60,3 +61,25 @@ def test_without_two_pairs_there_is_no_interval() -> None:
     one = compare_pairs('a', 'b', [0.9], [0.8], 10)
     assert (one.mean, one.low, one.is_told) == (pytest.approx(0.1), None, False)
     assert compare_pairs('a', 'b', [], [], 10).mean is None
+
+
+def test_p_values_are_those_of_paired_t_tests() -> None:
+    first, second = [0.91, 0.85, 0.88, 0.93], [0.90, 0.80, 0.89, 0.86]
+    expected = ttest_rel(first, second).pvalue
+    assert compare_pairs('a', 'b', first, second, 10**9).p_value == pytest.approx(expected)
+    assert compare_pairs('a', 'b', [0.9], [0.8], 10).p_value == 1.0
+
+
+def test_many_differences_are_told_together_more_seldom_than_each() -> None:
+    """With ten rows that are all the same, the highest is seldom told apart from any."""
+    generator = torch.Generator().manual_seed(0)
+    each = together = 0
+    for _ in range(400):
+        rows = (0.9 + 0.01 * torch.randn(10, 5, generator=generator, dtype=torch.float64)).tolist()
+        best = max(rows, key=sum)
+        found = [compare_pairs('a', 'b', best, row, 10**9) for row in rows if row is not best]
+        each += any(one.is_told for one in found)
+        together += bool(told_together(found))
+    assert each > 200 and together < 0.35 * each
+    clear = [compare_pairs('a', 'b', [0.9, 0.91, 0.9], [0.5, 0.51, low], 1000) for low in (0.5, 0.501)]
+    assert told_together(clear) == sorted(clear, key=lambda one: one.p_value) and told_together([]) == []
