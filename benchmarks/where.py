@@ -34,6 +34,7 @@ from ranking.network import Head, block_names, features, frozen_network, in_batc
 from ranking.page import GRADIENTS, HEAD_ALONE
 from ranking.scores import Gradients, gradients, scores
 from ranking.text import page
+from sem_timm.files import replace_whole
 
 OPERATION = 'se'
 DECAY = 0.03  # of heads; chosen by the head alone, on validation images of seed 0
@@ -150,7 +151,7 @@ def scored(model: Any, key: dict[str, Any], inputs: Inputs, folder: Path) -> dic
         x, base, labels = inputs.blocks[sites[0]][0], inputs.base[0], inputs.labels[0]
         found = gradients(partial(features, net, sites), gates, x, labels, base, DECAY)
         kept.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({site: vars(one) for site, one in found.items()}, kept)
+        replace_whole(kept, lambda path: torch.save({site: vars(one) for site, one in found.items()}, path))
     stored = torch.load(kept, weights_only=True)
     by_site = {site: scores(Gradients(**stored[site])) for site in sites}
     return {name: {site: by_site[site][name] for site in sites} for name in by_site[sites[0]]}

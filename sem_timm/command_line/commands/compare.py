@@ -33,7 +33,7 @@ def command(as_json: bool, **values: Any) -> None:
     a picture. Ctrl-C and worse lose at most the run in progress; `--resume FOLDER` goes on, and adds rows and seeds.
 
     Without any argument: an ImageNet network, frozen, or without the extra `demo` a small one, and a few handwritten
-    digits; in about three minutes on two cores.
+    digits; in two to three minutes on two cores.
 
     Examples: `sem-timm compare`, `sem-timm compare resnet18 --data photos/ --operations none,se,eca,sem,timm_cbam`,
     `sem-timm compare resnet50 --data photos/ --operations "none sem sem:operators=eca,ie" --train new,all --search lr`,
