@@ -25,7 +25,7 @@ def loader() -> ModuleType:
 
 def test_a_package_that_is_not_there_is_named(loader: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, 'find_spec', lambda _: None)
-    with pytest.raises(SystemExit, match=r"pip install 'sem_timm\[transformer\]'"):
+    with pytest.raises(SystemExit, match=r"pip install -e '\.\[transformer\]'"):
         loader.load_encoder()
 
 
