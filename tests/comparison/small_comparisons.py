@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pytest
 import timm
 import torch
 
 from sem_timm.comparison import ComparisonResult, compare
+from sem_timm.finetuning.stopping import StopRequest
 from tests.lively import lively
 
 
@@ -47,3 +52,13 @@ def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
     """The entries of a log of one kind."""
     entries = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
     return [entry for entry in entries if entry['kind'] == kind]
+
+
+@contextmanager
+def stopped_after(number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within it, Ctrl-C comes after so many updates have asked for it."""
+    asked = count(1)
+    with monkeypatch.context() as patch:
+        told = property(lambda stop: 2 if next(asked) > number else None, lambda *given: None)
+        patch.setattr(StopRequest, 'signal_number', told, raising=False)
+        yield

@@ -20,8 +20,7 @@ from sem_timm.comparison.result import row_results
 from sem_timm.comparison.runs import lock_of
 from sem_timm.errors import MissingPackageError
 from sem_timm.finetuning import CheckpointError, DataError, StoppedError
-from sem_timm.finetuning.stopping import StopRequest
-from tests.comparison.small_comparisons import compare_small, lines, options
+from tests.comparison.small_comparisons import compare_small, lines, options, stopped_after
 from tests.finetuning.small_runs import column, write_images
 
 
@@ -203,17 +202,10 @@ def test_a_stopped_comparison_goes_on_within_the_run(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = compare_small(images, tmp_path / 'whole', operations='none,eca', seeds=1)
-    folder, asked = tmp_path / 'run', 0
-
-    def signal_number(stop: StopRequest) -> int | None:
-        nonlocal asked
-        asked += 1
-        return 2 if asked > 20 else None
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StopRequest, 'signal_number', property(signal_number, lambda *given: None), raising=False)
-        with pytest.raises(StoppedError, match=r'it goes on with: sem-timm compare --resume .*run') as caught:
-            compare_small(images, folder, operations='none,eca', seeds=1)
+    folder = tmp_path / 'run'
+    stops = pytest.raises(StoppedError, match=r'it goes on with: sem-timm compare --resume .*run')
+    with stopped_after(20, monkeypatch), stops as caught:
+        compare_small(images, folder, operations='none,eca', seeds=1)
     assert caught.value.exit_code == 130
     assert list(folder.glob('runs/eca*/checkpoints/step-*')) and len(lines(folder, 'run')) == 1
     assert compare(resume=str(folder), progress=False)['eca'].losses == whole['eca'].losses
@@ -372,17 +364,9 @@ def test_a_stopped_run_goes_on_where_weights_and_data_lie_by_now(
 ) -> None:
     whole = compare_small(images, tmp_path / 'whole', operations='none', seeds=1, weights=str(weights))
     data, file = shutil.copytree(images, tmp_path / 'images'), shutil.copy(weights, tmp_path / 'here.pth')
-    folder, asked = tmp_path / 'run', 0
-
-    def signal_number(stop: StopRequest) -> int | None:
-        nonlocal asked
-        asked += 1
-        return 2 if asked > 8 else None
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StopRequest, 'signal_number', property(signal_number, lambda *given: None), raising=False)
-        with pytest.raises(StoppedError):
-            compare_small(data, folder, operations='none', seeds=1, weights=str(file))
+    folder = tmp_path / 'run'
+    with stopped_after(8, monkeypatch), pytest.raises(StoppedError):
+        compare_small(data, folder, operations='none', seeds=1, weights=str(file))
     assert list(folder.glob('runs/none*/checkpoints/step-*'))
     data, file = data.rename(tmp_path / 'moved'), Path(file).rename(tmp_path / 'there.pth')
     result = compare(resume=str(folder), data=str(data), weights=str(file), progress=False)
