@@ -31,10 +31,10 @@ def append_record(path: Path, record: Record) -> None:
     """Writes a record in one piece, so that several processes can share a log."""
     path.parent.mkdir(parents=True, exist_ok=True)
     cut_off = path.exists() and not path.read_bytes().endswith(b'\n') and path.stat().st_size > 0
-    line = ('\n' if cut_off else '') + json.dumps(record) + '\n'
+    line = (('\n' if cut_off else '') + json.dumps(record) + '\n').encode()
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        if os.write(file, line.encode()) != len(line.encode()):
+        if os.write(file, line) != len(line):
             raise OSError(f'{path}: the disk is full')
         os.fsync(file)
     finally:

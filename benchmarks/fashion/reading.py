@@ -35,9 +35,13 @@ class Line:
         """Standard deviation over the seeds; None for one seed."""
         return statistics.stdev(self.accuracies.values()) if len(self.accuracies) > 1 else None
 
+    def shared(self, other: Line) -> list[int]:
+        """The seeds that another variant has, too."""
+        return sorted(self.accuracies.keys() & other.accuracies.keys())
+
     def against(self, other: Line) -> float | None:
         """Mean difference to another variant over the seeds that both have; None without one."""
-        seeds = self.accuracies.keys() & other.accuracies.keys()
+        seeds = self.shared(other)
         return statistics.mean(self.accuracies[s] - other.accuracies[s] for s in seeds) if seeds else None
 
 
@@ -61,7 +65,7 @@ def reading(original: str, lines: list[Line]) -> str:
     base = next((line for line in lines if line.name == original), None)
     if pooled is None:
         return 'One seed: how much a repetition would differ is not known, so no difference here means anything.'
-    numbers = {len(line.accuracies.keys() & (base or line).accuracies.keys()) for line in lines} - {0}
+    numbers = {len(line.shared(base or line)) for line in lines} - {0}
     limits = [f'{threshold(pooled, n):.2f} points with {n} seed{"s" * (n > 1)}' for n in sorted(numbers, reverse=True)]
     text = (
         f'Repetitions differ: the standard deviation over seeds, pooled over the {len(lines)} variants, is '
@@ -77,7 +81,7 @@ def _comparison(base: Line, lines: list[Line], pooled: float) -> str:
         difference = line.against(base)
         if line is base or difference is None:
             continue
-        is_noise = abs(difference) <= threshold(pooled, len(line.accuracies.keys() & base.accuracies.keys()))
+        is_noise = abs(difference) <= threshold(pooled, len(line.shared(base)))
         groups['not told apart from it' if is_noise else 'better' if difference > 0 else 'worse'].append(line.title)
     clauses = [
         f'- {verdict}: {"; ".join(f"*{title}*" for title in titles)}.' for verdict, titles in groups.items() if titles
@@ -100,7 +104,7 @@ def longer_trained(lines: list[Line], longer: Line) -> list[str]:
     difference = None if base is None else longer.against(base)
     if base is None or difference is None:
         return []
-    seeds = sorted(base.accuracies.keys() & longer.accuracies.keys())
+    seeds = base.shared(longer)
     accuracies = ', '.join(f'{longer.accuracies[seed]:.2f}' for seed in seeds)
     return [
         f'With twice as many epochs *{base.title}* reaches {accuracies} (seed {", ".join(map(str, seeds))}), '

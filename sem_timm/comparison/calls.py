@@ -13,34 +13,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-import sem_timm
 from sem_timm.comparison.costs import Costs, StepMeter, build_model, count_costs
 from sem_timm.comparison.display import ComparisonDisplay, label
 from sem_timm.comparison.log import Entry, Log, Record, RunKey, claimed, way_on
 from sem_timm.comparison.picture import draw
 from sem_timm.comparison.result import ComparisonResult, row_results
 from sem_timm.comparison.rows import Row
-from sem_timm.comparison.runs import (
-    RUNS,
-    do_run,
-    folder_of,
-    left_runs,
-    lock_of,
-    options_of_run,
-    pending_runs,
-    total_runs,
-)
+from sem_timm.comparison.runs import RUNS, do_run, folder_of, left_runs, lock_of, options_of_run, pending_runs
 from sem_timm.comparison.setting import Setting, open_setting
 from sem_timm.comparison.tables import as_csv, as_latex, as_markdown
 from sem_timm.errors import MissingPackageError, OptionError, SemTimmError
 from sem_timm.finetuning import StoppedError
 from sem_timm.finetuning.files import write_text, write_whole
 from sem_timm.finetuning.parts import create_accelerator
+from sem_timm.persistence.save import versions
 
 _WAIT = 2.0  # seconds, for tries that another process is about
 
@@ -80,7 +70,7 @@ def run_comparison(given: dict[str, Any], command: str | None = None) -> Compari
         if accelerator.is_main_process:
             _prepare(setting, log, accelerator, display, command)
         record = _agreed(accelerator, log.read)
-        display.begin(left_runs(record, setting.search, setting.seeds))
+        display.begin(left_runs(record, setting.search, setting.base.lr, setting.seeds))
         with _stops_told(setting):
             too_large = _do_runs(setting, log, accelerator, display)
     record = _agreed(accelerator, log.read)
@@ -177,16 +167,13 @@ def _do_runs(setting: Setting, log: Log, accelerator: Accelerator, display: Comp
                 display.say(f'{label(key)}: {too_large[key]}')
                 continue
             if accelerator.is_main_process:
-                made = {'versions': _versions(), 'date': time.strftime('%Y-%m-%d')}
+                made_with = ', '.join(f'{name} {version}' for name, version in versions().items())
+                made = {'versions': made_with, 'date': time.strftime('%Y-%m-%d')}
                 log.append('run', row=key.row, seed=key.seed, lr=key.lr, is_try=key.is_try, **outcome, **made)
                 if not setting.options.keep_runs:
                     shutil.rmtree(run, ignore_errors=True)
                 display.finish(key, outcome)
             accelerator.wait_for_everyone()
-
-
-def _versions() -> str:
-    return ', '.join(f'{package.__name__} {package.__version__}' for package in (sem_timm, timm, torch))
 
 
 @contextmanager
@@ -241,7 +228,6 @@ def _result(setting: Setting, record: Record, too_large: Mapping[RunKey, str]) -
     base, search = setting.base, setting.search
     seeds = {*setting.seeds, *record.begun['seeds'], *(key.seed for key in record.runs if not key.is_try)}
     rows = row_results(record, search, base.lr, setting.baseline, setting.num_images[1])
-    done = sum(len(row.accuracies) + len(row.diverged) for row in rows) + sum(key.is_try for key in record.runs)
     told = {
         'model': base.model,
         'data': base.data,
@@ -257,9 +243,9 @@ def _result(setting: Setting, record: Record, too_large: Mapping[RunKey, str]) -
         told=told,
         num_images=setting.num_images,
         search=search,
-        num_pending=max(0, total_runs(record, search, len(seeds)) - done),
+        num_pending=left_runs(record, search, base.lr, sorted(seeds)),
         num_damaged=record.num_damaged,
-        versions=tuple(sorted(record.versions)),
+        versions=tuple(sorted({run['versions'] for run in record.runs.values() if 'versions' in run})),
         too_large={label(key): why for key, why in too_large.items()},
     )
 

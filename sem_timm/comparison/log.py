@@ -53,7 +53,6 @@ class Record:
         refused: Why rows are not run, by their names.
         costs: What rows cost, by their names, as measured against the baseline that the entry names.
         runs: What came of runs, the first of each.
-        versions: Those of sem_timm, timm and torch that runs were made with.
         num_damaged: Lines that could not be read, such as of a process that was killed while it wrote.
     """
 
@@ -62,7 +61,6 @@ class Record:
     refused: dict[str, str] = field(default_factory=dict)
     costs: dict[str, dict[str, Any]] = field(default_factory=dict)
     runs: dict[RunKey, dict[str, Any]] = field(default_factory=dict)
-    versions: set[str] = field(default_factory=set)
     num_damaged: int = 0
 
 
@@ -179,8 +177,7 @@ class Log:
                 key = RunKey(entry['row'], int(entry['seed']), float(entry['lr']), bool(entry['is_try']))
                 if entry['outcome'] == FINISHED:
                     float(entry['accuracy'])
-                if record.runs.setdefault(key, entry) is entry and 'versions' in entry:
-                    record.versions.add(entry['versions'])
+                record.runs.setdefault(key, entry)
         except OptionError:  # such as of an operator that is registered where the log was begun, and not here
             raise
         except (KeyError, TypeError, ValueError):

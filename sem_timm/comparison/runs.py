@@ -77,16 +77,11 @@ def _merit(tries: Sequence[dict[str, Any] | None]) -> tuple[float, float]:
     return sum(entry['accuracy'] for entry in finished), -sum(entry['loss'] for entry in finished)
 
 
-def total_runs(record: Record, search: Search | None, num_seeds: int) -> int:
-    """How many runs there are to do with so many seeds, and the tries."""
-    tries = len(search.lrs) * len(search.seeds) if search is not None else 0
-    return (len(record.rows) - len(record.refused)) * (tries + num_seeds)
-
-
-def left_runs(record: Record, search: Search | None, seeds: Sequence[int]) -> int:
-    """How many runs some seeds have still to do, those that are not known yet because tries are missing included."""
-    done = sum(key.is_try or key.seed in seeds for key in record.runs)
-    return max(0, total_runs(record, search, len(seeds)) - done)
+def left_runs(record: Record, search: Search | None, lr: float, seeds: Sequence[int]) -> int:
+    """How many runs are still to be done, those of rows whose tries are missing included."""
+    rows = [name for name in record.rows if name not in record.refused]
+    waiting = sum(chosen_lr(record, search, lr, name) is None for name in rows)
+    return len(pending_runs(record, search, lr, seeds)) + waiting * len(seeds)
 
 
 def folder_of(folder: Path, key: RunKey) -> Path:

@@ -110,10 +110,9 @@ def _new(options: CompareOptions, ours: dict[str, Any], given: dict[str, Any]) -
     seeds = options.seed_numbers
     search = None
     if options.search is None:
-        idle = [
-            *sorted({*ours} & {'lr_factors', 'search_seeds'}),
-            *(['tuning_fraction'] if base.tuning_fraction else []),
-        ]
+        idle: list[str] = [name for name in ('lr_factors', 'search_seeds') if name in ours]
+        if base.tuning_fraction:
+            idle.append('tuning_fraction')
         if idle:
             raise OptionError(f"{', '.join(idle)}: without search='lr' there are no tries that this would be for.")
     else:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import replace
 
+from accelerate import PartialState
 from timm.models import split_model_name_tag
 
 from sem_timm.errors import OptionError
@@ -59,6 +59,6 @@ def finetune_without(result: FinetuneResult) -> FinetuneResult:
         )
     if Checkpoints(folder).all():
         return finetune(FinetuneOptions(resume=str(folder), progress=result.options.progress))
-    if int(os.environ.get('RANK', 0)) == 0:
+    if PartialState().is_main_process:
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped before its first checkpoint
     return finetune(options)

@@ -86,7 +86,7 @@ def save_patch(
     tensors = {part: getattr(included, part) for part in PARTS}
     weights, data = encode({name: tensor for part in tensors.values() for name, tensor in part.items()})
     told = {name: tensor_record(part, tensor) for part, named in tensors.items() for name, tensor in named.items()}
-    record = PatchRecord(_versions(), base_of(model), steps, told, fingerprints(kept), weights)
+    record = PatchRecord(versions(), base_of(model), steps, told, fingerprints(kept), weights)
     write(Path(folder), record, data)
     return Path(folder)
 
@@ -111,7 +111,8 @@ def _part_of_base(base: State, prefix: str) -> State:
     return {name.removeprefix(start): tensor for name, tensor in dict(base).items() if name.startswith(start)}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """What is noted beside what was made: the versions of sem_timm, timm and torch."""
     return {'sem_timm': sem_timm.__version__, 'timm': timm.__version__, 'torch': str(torch.__version__)}
 
 

@@ -383,6 +383,6 @@ def test_the_log_tells_versions_and_ratios_to_another_row_are_not_shown(images: 
     assert found['none'] is not None and found['none'].step_ratio is None and found['none'].macs
     log.append_all([('run', {**first, 'seed': 1, 'versions': 'sem_timm 9'})])
     result = compare(resume=str(folder), seeds=(0, 1), progress=False)
-    assert 'Runs were made with different versions, sem_timm 0.2.0, timm ' in str(result)
+    assert f'Runs were made with different versions, {second["versions"]}; sem_timm 9: those' in str(result)
     with pytest.raises(NoMatchError, match=r"there is no row 'ecca'\. Close: eca"):
         result['ecca']

@@ -54,7 +54,10 @@ def test_sentences_tell_what_can_be_told() -> None:
         and f'takes about {needed} seeds, {needed - 4} more, to show four times out of five' in told[2]
     )
     assert told[3].endswith('4 seeds. There is no difference that more seeds would show.')
-    assert told[4].startswith('The highest mean is that of better, told apart from none, worse, alike, same. As it is')
+    assert told[4] == (
+        'The highest mean is that of better, told apart from none, worse, alike, same. As it is the highest of 5, this '
+        "asks for more than an interval without zero: Holm's procedure."
+    )
     assert 'with 4 of them, at least one is wrong in up to 19% of such tables' in told[5]
     assert 'on these 1,000 validation images' in told[6] and '±1.4 points' in told[6]
 
