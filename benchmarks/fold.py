@@ -1,4 +1,4 @@
-"""Counts, for every architecture of timm, how many gates of SEM have a layer to fold into, by its kind.
+"""Counts, for every architecture of timm, how many gates have a layer to fold into, by its kind.
 
     python benchmarks/fold.py --json build/zoo_fold.jsonl --out docs/zoo_fold.md
 
@@ -35,6 +35,7 @@ class Row:
     architecture: str
     family: str
     kinds: Counter[str] = field(default_factory=Counter)  # by the kind of the layers
+    shifts: Counter[str] = field(default_factory=Counter)  # of these, where a shift has a place, too
     reasons: Counter[str] = field(default_factory=Counter)  # of those without one
     examples: dict[str, str] = field(default_factory=dict)
     error: str = ''
@@ -43,7 +44,7 @@ class Row:
     @classmethod
     def read(cls, record: Record) -> Row:
         """What a log has of an earlier run."""
-        return cls(**{**record, **{name: Counter(record[name]) for name in ('kinds', 'reasons')}})
+        return cls(**{**record, **{name: Counter(record[name]) for name in ('kinds', 'shifts', 'reasons')}})
 
     @property
     def total(self) -> int:
@@ -61,6 +62,7 @@ def look_at(name: str) -> Row:
         for place in factor_places(model):
             if place.parameters:
                 row.kinds[place.kind] += 1
+                row.shifts[place.kind] += bool(place.biases)
                 continue
             reason = _general(place.reason)
             row.reasons[reason] += 1
@@ -93,33 +95,36 @@ def _general(reason: str) -> str:
 def report(rows: list[Row], seconds: float) -> str:
     """The tables of families and of reasons, and what failed."""
     kinds: Counter[str] = sum((row.kinds for row in rows), Counter())
+    shifts: Counter[str] = sum((row.shifts for row in rows), Counter())
     reasons: Counter[str] = sum((row.reasons for row in rows), Counter())
     total, placed = kinds.total() + reasons.total(), kinds.total()
     whole = sum(row.total == row.kinds.total() > 0 for row in rows)
     lines = [
-        '# Gates of SEM with a layer to fold into',
+        '# Gates with a layer to fold into',
         '',
         f'Made by `benchmarks/fold.py` on {datetime.date.today()} with timm {timm.__version__} and torch '
         f'{torch.__version__}, on the meta device: of {total:,} gates in {len(rows):,} architectures {placed:,} '
         f'({placed / max(total, 1):.1%}) have a layer that takes their mean, and in {whole:,} architectures all have; '
         f'{sum(bool(row.error) for row in rows)} failed. {seconds:.0f} s of one core.',
         '',
-        '| folded into | gates |',
-        '|---|---:|',
-        *(f'| {kind} | {count:,} |' for kind, count in kinds.most_common()),
-        f'| none | {reasons.total():,} |',
+        "*With a shift*: where `'ssf'` is put in there, its shift goes into a bias beside its scale.",
+        '',
+        '| folded into | gates | with a shift |',
+        '|---|---:|---:|',
+        *(f'| {kind} | {count:,} | {shifts[kind]:,} |' for kind, count in kinds.most_common()),
+        f'| none | {reasons.total():,} | |',
         '',
         '## Families',
         '',
-        '| family | architectures | gates | with a layer | layers |',
-        '|---|---:|---:|---:|---|',
+        '| family | architectures | gates | with a layer | with a shift | layers |',
+        '|---|---:|---:|---:|---:|---|',
     ]
     for family in sorted({row.family for row in rows}):
         members = [row for row in rows if row.family == family]
         own: Counter[str] = sum((row.kinds for row in members), Counter())
         names = ', '.join(f'{kind} {count:,}' for kind, count in own.most_common())
-        gates = sum(row.total for row in members)
-        lines.append(f'| {family} | {len(members)} | {gates:,} | {own.total():,} | {names} |')
+        gates, shifted = sum(row.total for row in members), sum(row.shifts.total() for row in members)
+        lines.append(f'| {family} | {len(members)} | {gates:,} | {own.total():,} | {shifted:,} | {names} |')
     lines += ['', '## Without a layer', '', '| reason | gates | architectures | for example |', '|---|---:|---:|---|']
     for reason, count in reasons.most_common():
         having = [row for row in rows if reason in row.reasons]

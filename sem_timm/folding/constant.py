@@ -1,9 +1,9 @@
-"""A gate that is a constant, and the same in the weights: both, to be compared in numbers."""
+"""A gate that is a constant, or a scale and shift, and the same in the weights: both, to be compared in numbers."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,38 +17,54 @@ _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4}
 _COARSE = 3e-2
 
 
-class Constant(nn.Module):
-    """Multiplies each channel by a number of its own; called as a gate is."""
+@dataclass(frozen=True)
+class Constant:
+    """What is done to each channel, whatever the image.
 
-    def __init__(self, factor: Tensor, channel_dim: int) -> None:
+    Attributes:
+        factor: (C,), in float64 on the CPU.
+        shift: The same, added to the product; None for a gate.
+    """
+
+    factor: Tensor
+    shift: Tensor | None = None
+
+    def folded(self, parameter: Tensor, place: FactorPlace, entry: Multiplied) -> Tensor:
+        """A parameter of a place with this in it, in its own type; the same numbers for factors of one alone."""
+        shape = [1] * parameter.ndim
+        shape[entry.axis] = -1
+        part = slice(entry.start, entry.stop)
+        value = parameter.detach().cpu().double() * self.factor[part].view(shape)
+        if self.shift is not None and entry in place.biases:
+            value = value + self.shift[part].view(shape)
+        return value.to(parameter.device, parameter.dtype)
+
+    def put(self, model: nn.Module, place: FactorPlace, below: str = '') -> None:
+        """Puts new parameters with this in them into a model, or into the part of one with the name ``below``."""
+        for entry in place.parameters:
+            path, _, key = entry.name.removeprefix(f'{below}.' if below else '').rpartition('.')
+            owner = model.get_submodule(path)
+            owner._parameters[key] = nn.Parameter(self.folded(owner.get_parameter(key), place, entry), False)
+
+
+class Constantly(nn.Module):
+    """Does the same to each image; called as a gate is."""
+
+    def __init__(self, constant: Constant, channel_dim: int) -> None:
         super().__init__()
-        self.register_buffer('factor', factor)
-        self.channel_dim = channel_dim
+        self.constant, self.channel_dim = constant, channel_dim
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None, shortcut_first: bool = False) -> Tensor:
-        """The product, and its sum with the shortcut if there is one."""
+        """The product, plus the shift, and its sum with the shortcut if there is one."""
         shape = [1] * x.ndim
         shape[self.channel_dim] = -1
-        out = x * self.get_buffer('factor').to(x.dtype).view(shape)
+        factor, shift = self.constant.factor, self.constant.shift
+        out = x * factor.to(x.device, x.dtype).view(shape)
+        if shift is not None:
+            out = out + shift.to(x.device, x.dtype).view(shape)
         if shortcut is None:
             return out
         return shortcut + out if shortcut_first else out + shortcut
-
-
-def multiplied(parameter: Tensor, factor: Tensor, place: Multiplied) -> Tensor:
-    """A parameter with a factor (C,) in it, in its own type; the same numbers where the factor is one."""
-    shape = [1] * parameter.ndim
-    shape[place.axis] = -1
-    part = factor[place.start : place.stop].view(shape)
-    return (parameter.detach().cpu().double() * part).to(parameter.device, parameter.dtype)
-
-
-def multiply(model: nn.Module, factor: Tensor, places: Sequence[Multiplied], below: str = '') -> None:
-    """Puts new parameters with a factor in them into a model, or into the part of one with the name ``below``."""
-    for place in places:
-        path, _, key = place.name.removeprefix(f'{below}.' if below else '').rpartition('.')
-        owner = model.get_submodule(path)
-        owner._parameters[key] = nn.Parameter(multiplied(owner.get_parameter(key), factor, place), False)
 
 
 def holder(place: FactorPlace) -> str:
@@ -60,29 +76,30 @@ def holder(place: FactorPlace) -> str:
     return '.'.join(paths[0][:same])
 
 
-def difference(model: nn.Module, place: FactorPlace, call: tuple[Any, Any], channel_dim: int, channels: int) -> str:
-    """Compares a gate that is some constant with the same constant in the weights, on a call of the module around.
+def difference(model: nn.Module, place: FactorPlace, call: tuple[Any, Any], channel_dim: int, like: Constant) -> str:
+    """Compares a constant in the place of a gate with the same in the weights, on a call of the module around.
 
-    The constant is drawn anew between 0.5 and 1.5, whatever the gate is, and the arithmetic is float64 where the
-    module runs in it.
+    The factors are drawn anew between 0.5 and 1.5, with the signs of those that are to be folded, shifts between 0 and
+    1, and the arithmetic is float64 where the module runs in it.
 
     Args:
         model: The model, which is not touched.
         place: Where the constant is to go.
         call: What the smallest module around gate and layers was given, by place and by name.
         channel_dim: Axis of the channels.
-        channels: Number of channels.
+        like: What is to be folded.
 
     Returns:
         What differs; empty if nothing does.
     """
     name = holder(place)
-    drawn = torch.rand(channels, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+    drawn = torch.rand(2, len(like.factor), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    constant = Constant(torch.copysign(drawn[0] + 0.5, like.factor), None if like.shift is None else drawn[1])
     outputs: list[list[Tensor]] = []
     for dtype in (torch.float64, None):
         try:
             outputs = [
-                _run(model.get_submodule(name), name, place, call, dtype, drawn, channel_dim, in_weights)
+                _run(model.get_submodule(name), name, place, call, dtype, constant, channel_dim, in_weights)
                 for in_weights in (False, True)
             ]
             break
@@ -107,16 +124,17 @@ def _run(
     place: FactorPlace,
     call: tuple[Any, Any],
     dtype: torch.dtype | None,
-    drawn: Tensor,
+    constant: Constant,
     channel_dim: int,
     in_weights: bool,
 ) -> list[Tensor]:
     twin = copy.deepcopy(module).cpu()
     twin = twin if dtype is None else twin.to(dtype)
     if in_weights:
-        multiply(twin, drawn, place.parameters, name)
+        constant.put(twin, place, name)
     block = twin.get_submodule(place.module[len(name) :].lstrip('.'))
-    block._modules[place.attribute] = Constant(torch.ones_like(drawn) if in_weights else drawn, channel_dim)
+    beside = Constant(torch.ones_like(constant.factor)) if in_weights else constant
+    block._modules[place.attribute] = Constantly(beside, channel_dim)
 
     def converted(tensor: Tensor) -> Tensor:
         tensor = tensor.cpu().clone()

@@ -1,22 +1,22 @@
-"""Folding: each gate's mean goes into the layer before it, and the model is timm's again."""
+"""Folding: the mean of each gate, or a scale and shift, goes into the layer before it; the model is timm's again."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from sem_timm.batches import Loader
 from sem_timm.errors import ModelError, OptionError
-from sem_timm.folding.constant import Constant, difference, holder, multiplied, multiply
+from sem_timm.folding.constant import Constant, Constantly, difference, holder
 from sem_timm.folding.measure import Pass, calls_of, observed, run
 from sem_timm.folding.moments import GateMoments
 from sem_timm.folding.result import FoldResult, GateFold
 from sem_timm.folding.undo import undone_on_error
-from sem_timm.layers import ChannelGate
+from sem_timm.layers import ChannelGate, ScaleAndShift
 from sem_timm.layers.excitation import check_at_least_one
 from sem_timm.random_state import preserved_random_state
 from sem_timm.registry import base_architecture
@@ -28,6 +28,8 @@ from sem_timm.surgery import FactorPlace, PatchedModule, factor_places, patched_
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2}
 _COARSE = 2e-1
 
+Folded: TypeAlias = ChannelGate | ScaleAndShift
+
 
 def fold_gates(
     model: nn.Module,
@@ -37,14 +39,16 @@ def fold_gates(
     max_batches: int | None = None,
     device: torch.device | str | None = None,
 ) -> FoldResult:
-    """Folds gates into the weights: each becomes its mean over images, and the mean goes into the layer before it.
+    """Folds gates, and scales and shifts, into the weights of the layers before them.
 
     The authors of SEM found that gates tend to constants, and folded these into norms: ASR,
-    https://arxiv.org/abs/2304.06345. Here the mean of each channel is multiplied into what comes before the sum: a
-    norm, layer scale, linear layer or convolution. The model is timm's plain network then, with the same keys and no
-    part of this package. A gate that is one everywhere leaves all weights and outputs as they are, bit for bit.
+    https://arxiv.org/abs/2304.06345. Here each gate becomes its mean over images, and the mean of each channel is
+    multiplied into what comes before the sum: a norm, layer scale, linear layer or convolution. The model is timm's
+    plain network then, with the same keys and no part of this package. A gate that is one everywhere leaves all weights
+    and outputs as they are, bit for bit. 'ssf' is the same for all images, and its fold loses nothing; the shift goes
+    into the bias of that layer, if it has one, as published, https://arxiv.org/abs/2210.08823.
 
-    That a layer takes the factor of a gate is read from the forwards and then tried in numbers; where it does not, or
+    That a layer takes the factor and shift is read from the forwards and then tried in numbers; where it does not, or
     there is no such layer, the gate stays as it is, and the result says why. If one gate of a block is folded and
     another stays, the folded one becomes an exact identity there.
 
@@ -52,7 +56,7 @@ def fold_gates(
     generators stay as they are. If anything fails, the model is what it was.
 
     Args:
-        model: A model with gates that `patch_model` has put in, or a variant such as ``resnet50_sem``.
+        model: A model with gates, or 'ssf', that `patch_model` has put in, or a variant such as ``resnet50_sem``.
         images: Yields batches of normalised images (B, C, H, W), pairs of images and labels, or dictionaries, of the
             kind that the model is for. With labels the accuracy is measured before and after, with a second pass.
         max_loss: Fold only gates whose loss is not above it, such as 0.01; see `GateFold.loss`. By default all.
@@ -77,7 +81,8 @@ def fold_gates(
         gates = _gates(copy, parts)
         if not gates:
             raise ModelError(_nothing(model, parts))
-        with observed({name: gate.module for name, gate in gates.items()}) as moments:
+        observable = {name: gate.module for name, gate in gates.items() if isinstance(gate.module, ChannelGate)}
+        with observed(observable) as moments:
             before = run(copy, images, max_batches)
         work = _Work(model, copy, parts, gates, moments, before)
         rows = work.decide(max_loss)
@@ -97,7 +102,7 @@ class _Gate:
 
     part: PatchedModule
     attribute: str
-    module: ChannelGate
+    module: Folded
 
 
 def _gates(copy: nn.Module, parts: tuple[PatchedModule, ...]) -> dict[str, _Gate]:
@@ -106,9 +111,16 @@ def _gates(copy: nn.Module, parts: tuple[PatchedModule, ...]) -> dict[str, _Gate
         for attribute in part.inserted if part.position != 'core' else ():
             name = f'{part.name}.{attribute}' if part.name else attribute
             module = copy.get_submodule(name)
-            if isinstance(module, ChannelGate) and type(module).forward is ChannelGate.forward:
+            if isinstance(module, Folded) and type(module).forward in (ChannelGate.forward, ScaleAndShift.forward):
                 found[name] = _Gate(part, attribute, module)
     return found
+
+
+def _constant_of(name: str, module: ScaleAndShift) -> Constant:
+    scale, shift = (parameter.detach().double().cpu() for parameter in (module.scale, module.shift))
+    if not (scale.isfinite().all() and shift.isfinite().all()):
+        raise ModelError(f'the scale and shift {name} has numbers that are not finite.')
+    return Constant(scale, shift if shift.any() else None)
 
 
 def _nothing(model: nn.Module, parts: tuple[PatchedModule, ...]) -> str:
@@ -148,6 +160,12 @@ class _Work:
         self.model, self.copy, self.parts = model, copy, parts
         self.gates, self.moments, self.images = gates, moments, first_pass.first
         self.places = {(place.module, place.attribute): place for place in factor_places(model)}
+        # What each does to all images, or on average; without the gates that were not run.
+        self.constants = {name: Constant(seen.mean) for name, seen in moments.items()} | {
+            name: _constant_of(name, gate.module)
+            for name, gate in gates.items()
+            if isinstance(gate.module, ScaleAndShift)
+        }
 
     def decide(self, max_loss: float | None) -> list[GateFold]:
         """A row for each child that was put in, folded or not; the copy is not changed."""
@@ -169,17 +187,21 @@ class _Work:
             return replace(row, reason=f'{part.operation} is no gate per channel, whose mean could be folded')
         gate, place = self.gates[name], self._place(self.gates[name])
         row = replace(row, channels=gate.module.channels, layers=place.layers, kind=place.kind)
-        if name not in self.moments:
+        if name not in self.constants:
             return replace(row, reason="the model's forward did not run it")
-        seen = self.moments[name]
-        row = replace(row, mean=float(seen.mean.mean()), explained=seen.explained, loss=seen.loss)
+        constant, seen = self.constants[name], self.moments.get(name)
+        explained, loss = (0.0, 0.0) if seen is None else (seen.explained, seen.loss)
+        row = replace(row, mean=float(constant.factor.mean()), explained=explained, loss=loss)
         reason = place.reason and f'there is no layer to fold it into: {place.reason}'
-        if not reason and max_loss is not None and seen.loss > max_loss:
+        if not reason and constant.shift is not None and not place.biases:
+            at = f'{", ".join(place.layers)} ({place.kind})'
+            reason = f'its shift has no place: {at} has no bias, or something behind it passes a factor on and no shift'
+        if not reason and max_loss is not None and loss > max_loss:
             reason = f'its loss is above max_loss={max_loss:g}'
         if not reason:
             call = calls.get(holder(place))
-            dims = gate.module.channel_dim, gate.module.channels
-            reason = 'its block was not run' if call is None else difference(self.copy, place, call, *dims)
+            tried = call and difference(self.copy, place, call, gate.module.channel_dim, constant)
+            reason = 'its block was not run' if tried is None else tried
         return replace(row, folded=not reason, reason=reason)
 
     def _beside(self, row: GateFold) -> GateFold:
@@ -197,13 +219,12 @@ class _Work:
         """
         for name, row in self._folded(rows):
             gate = self.gates[name].module
-            constant = Constant(self.moments[name].mean.to(self.images.device, self.images.dtype), gate.channel_dim)
-            self.copy.get_submodule(row.module)._modules[row.attribute] = constant
+            constantly = Constantly(self.constants[name], gate.channel_dim)
+            self.copy.get_submodule(row.module)._modules[row.attribute] = constantly
         expected = self.copy(self.images)
         for name, row in self._folded(rows):
-            gate, factor = self.gates[name].module, self.moments[name].mean
-            multiply(self.copy, factor, self._place(self.gates[name]).parameters)
-            self.copy.get_submodule(row.module)._modules[row.attribute] = gate
+            self.constants[name].put(self.copy, self._place(self.gates[name]))
+            self.copy.get_submodule(row.module)._modules[row.attribute] = self.gates[name].module
         _take_out(self.copy, rows, {name: self.gates[name].module for name, _ in self._folded(rows)})
         _compare(expected, self.copy(self.images))
 
@@ -211,9 +232,10 @@ class _Work:
         """Does to the model what was done to the copy, all of it or nothing."""
         new: dict[str, Tensor] = {}
         for name, _ in self._folded(rows):
-            for place in self._place(self.gates[name]).parameters:
-                old = new.get(place.name, self.model.get_parameter(place.name))
-                new[place.name] = multiplied(old, self.moments[name].mean, place)
+            place = self._place(self.gates[name])
+            for entry in place.parameters:
+                old = new.get(entry.name, self.model.get_parameter(entry.name))
+                new[entry.name] = self.constants[name].folded(old, place, entry)
         gates = {name: self.model.get_submodule(name) for name, _ in self._folded(rows)}
         held = [tensor for gate in gates.values() for tensor in (*gate.parameters(), *gate.buffers())]
         with undone_on_error(self.model, [*map(self.model.get_parameter, new), *held]):

@@ -33,6 +33,7 @@ class ScaleAndShift(nn.Module):
         OptionError: If ``channels`` is below 1 or ``channel_dim`` neither 1 nor -1.
     """
 
+    can_be_identity = True
     __prepare_scriptable__ = refuse_script
 
     def __init__(
@@ -56,6 +57,10 @@ class ScaleAndShift(nn.Module):
         """Set the scales at 1 and the shifts at 0."""
         self.scale.fill_(1.0)
         self.shift.fill_(-0.0)
+
+    def become_identity(self) -> None:
+        """Return the input bit for bit from now on, until it is trained."""
+        self.reset_parameters()
 
     def state_beside_base(self) -> dict[str, Tensor] | None:
         """The state that weights of a base stand for, which have none for this: its own if it is an identity now."""

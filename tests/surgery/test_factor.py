@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -139,12 +140,17 @@ class FlippedChannels(Block):
         return y.roll(1, dims=1)
 
 
+class BiasedAtTheEnd(Scaled):
+    def tail(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.scale.view(1, -1, 1, 1)
+
+
 class Numbered(Block):
     def tail(self, x: Tensor, y: Tensor) -> Tensor:
         return y + 1.0
 
 
-def network(block: nn.Module) -> Any:
+def network(block: nn.Module, operation: str = 'ie', **options: Any) -> Any:
     class Network(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -158,46 +164,59 @@ def network(block: nn.Module) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = lively(Network()).eval()
-        sem_timm.patch_model(model, 'ie', target=['block'], init='paper', input_size=SIZE)
-    for parameter in model.block.ie.parameters():
+        sem_timm.patch_model(model, operation, target=['block'], input_size=SIZE, **options)
+    for parameter in getattr(model.block, operation).parameters():
         nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
-    nn.init.zeros_(model.block.ie.operators['ie'].gamma)  # another gate for each channel, the same for all images
     return model
 
 
-@pytest.mark.parametrize(
-    ('block', 'parameters', 'kind'),
+# The parameters of the block that take a factor, those of them that take a shift beside it, and what they are part of.
+PLACES = pytest.mark.parametrize(
+    ('block', 'parameters', 'biases', 'kind'),
     [
-        (Plain(), 'conv.weight conv.bias', 'convolution'),
-        (Scaled(), 'scale', 'layer scale'),
-        (ScaledAsAWhole(), 'conv.weight conv.bias', 'convolution'),
-        (Biased(), 'conv.weight conv.bias scale', 'convolution + bias'),
-        (TwoConvolutions(), 'conv.weight conv.bias other.weight', 'convolution'),
-        (SummedInALoop(), 'conv.weight conv.bias other.weight', 'convolution'),
-        (Joined(), 'conv.weight conv.bias other.weight other.bias', 'convolution'),
-        (Tokens(), 'linear.weight linear.bias', 'linear layer'),
-        (MixedTokens(), 'conv.weight conv.bias', 'convolution'),
+        (Plain(), 'conv.weight conv.bias', 'conv.bias', 'convolution'),
+        (Scaled(), 'scale', '', 'layer scale'),
+        (ScaledAsAWhole(), 'conv.weight conv.bias', '', 'convolution'),
+        (Biased(), 'conv.weight conv.bias scale', '', 'convolution + bias'),
+        (BiasedAtTheEnd(), 'conv.weight conv.bias scale', 'conv.bias', 'convolution + bias'),
+        (TwoConvolutions(), 'conv.weight conv.bias other.weight', 'conv.bias', 'convolution'),
+        (SummedInALoop(), 'conv.weight conv.bias other.weight', 'conv.bias', 'convolution'),
+        (Joined(), 'conv.weight conv.bias other.weight other.bias', 'conv.bias other.bias', 'convolution'),
+        (Tokens(), 'linear.weight linear.bias', 'linear.bias', 'linear layer'),
+        (MixedTokens(), 'conv.weight conv.bias', '', 'convolution'),
         (
             Layered(nn.BatchNorm2d(WIDTH), nn.ReLU(inplace=True), nn.Dropout2d(0.1)),
-            'layers.0.weight layers.0.bias',
-            'batch norm',
+            *('layers.0.weight layers.0.bias', '', 'batch norm'),
         ),
-        (Layered(nn.GroupNorm(2, WIDTH), DropPath(0.2)), 'layers.0.weight layers.0.bias', 'group norm'),
-        (Layered(LayerNorm2d(WIDTH), nn.Identity()), 'layers.0.weight layers.0.bias', 'layer norm'),
-        (NormedTokens(), 'linear.weight', 'RMS norm'),
+        (
+            Layered(nn.GroupNorm(2, WIDTH), DropPath(0.2)),
+            *('layers.0.weight layers.0.bias', 'layers.0.bias', 'group norm'),
+        ),
+        (
+            Layered(LayerNorm2d(WIDTH), nn.Identity()),
+            *('layers.0.weight layers.0.bias', 'layers.0.bias', 'layer norm'),
+        ),
+        (NormedTokens(), 'linear.weight', '', 'RMS norm'),
         (
             Layered(nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 1)), nn.AvgPool2d(3, 1, 1)),
-            'layers.0.0.weight layers.0.0.bias',
-            'convolution',
+            *('layers.0.0.weight layers.0.0.bias', '', 'convolution'),
         ),
-        (Layered(ScaledStdConv2d(WIDTH, WIDTH, 1)), 'layers.0.gain layers.0.bias', 'convolution'),
+        (
+            Layered(ScaledStdConv2d(WIDTH, WIDTH, 1)),
+            *('layers.0.gain layers.0.bias', 'layers.0.bias', 'convolution'),
+        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else '',
 )
-def test_place_of_a_factor(block: nn.Module, parameters: str, kind: str) -> None:
-    model = network(block)
+
+
+@PLACES
+def test_place_of_a_factor(block: nn.Module, parameters: str, biases: str, kind: str) -> None:
+    model = network(copy.deepcopy(block), init='paper')
+    nn.init.zeros_(model.block.ie.operators['ie'].gamma)  # another gate for each channel, the same for all images
     (place,) = factor_places(model)
     assert [one.name for one in place.parameters] == [f'block.{name}' for name in parameters.split()], place.reason
+    assert [one.name for one in place.biases] == [f'block.{name}' for name in biases.split()]
     assert place.kind == kind
     images = torch.randn(3, *SIZE)
     with torch.no_grad():
@@ -206,6 +225,18 @@ def test_place_of_a_factor(block: nn.Module, parameters: str, kind: str) -> None
         assert row.folded, row.reason
         torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
     assert type(model.block) is type(block)
+
+
+@PLACES
+def test_a_shift_goes_into_a_bias(block: nn.Module, parameters: str, biases: str, kind: str) -> None:
+    model = network(copy.deepcopy(block), 'ssf')
+    images = torch.randn(3, *SIZE)
+    with torch.no_grad():
+        expected = model(images)
+        (row,) = sem_timm.fold_gates(model, images).gates
+        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+    assert row.folded == (type(model.block) is type(block)) == bool(biases)
+    assert row.folded or f'({kind}) has no bias, or something behind it' in row.reason
 
 
 # Some torch before 2.9 cannot trace the layer, and so it is not read.
@@ -228,7 +259,7 @@ TRANSPOSED = 'conv_transpose2d in block.layers.0 does not pass a factor on' if T
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else '',
 )
 def test_factor_without_a_place(block: nn.Module, reason: str) -> None:
-    model = network(block)
+    model = network(block, init='paper')
     (place,) = factor_places(model)
     assert not place.parameters and reason in place.reason
     (row,) = sem_timm.fold_gates(model, torch.randn(2, *SIZE)).gates

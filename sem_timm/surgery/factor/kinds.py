@@ -6,11 +6,14 @@ from torch import nn
 
 from sem_timm.meta.vocabulary import Kind
 
-# Of the factors none is negative, and so max and relu hand them on.
-PASSED = {'relu', 'leaky_relu', 'dropout'}
-PASSED_LAYERS = (nn.Identity, nn.ReLU, nn.LeakyReLU, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+PASSED = {'dropout'}
+PASSED_LAYERS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
-# These do where channels are on axis 1, over which nothing is pooled.
+# Factors of gates are not negative, and so max and relu hand them on. They hand on no shift.
+RECTIFIERS = {'relu', 'leaky_relu'}
+RECTIFYING_LAYERS = (nn.ReLU, nn.LeakyReLU)
+
+# These do where channels are on axis 1, over which nothing is pooled. A shift would be smaller at a padded border.
 POOLS = {'avg_pool2d', 'max_pool2d', 'adaptive_avg_pool2d', 'interpolate'}
 POOLING_LAYERS = (nn.AvgPool1d, nn.AvgPool2d, nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Upsample)
 

@@ -11,7 +11,7 @@ from torch import nn
 from sem_timm.errors import ModelError, TraceError
 from sem_timm.meta.skeleton import weightless
 from sem_timm.plain import PLAIN_TENSORS
-from sem_timm.surgery.factor.scope import Multiplied, NoPlace
+from sem_timm.surgery.factor.scope import Multiplied, NoPlace, Wanted
 from sem_timm.surgery.factor.walk import Walk
 from sem_timm.surgery.freeze import check_not_compact
 from sem_timm.surgery.patch import PatchedModule, patched_modules
@@ -36,6 +36,20 @@ class FactorPlace:
     attribute: str
     parameters: tuple[Multiplied, ...] = ()
     reason: str = ''
+
+    @property
+    def biases(self) -> tuple[Multiplied, ...]:
+        """Those of the parameters that a shift is added to, one for each channel; empty if some channel has none."""
+        found: dict[int, Multiplied] = {}
+        for parameter in self.parameters:
+            if parameter.is_bias:  # of a sum of several terms, the first
+                found.setdefault(parameter.start, parameter)
+        chosen, stop = tuple(found[start] for start in sorted(found)), 0
+        for parameter in chosen:
+            if parameter.start != stop:
+                return ()
+            stop = parameter.stop
+        return chosen if stop == max((parameter.stop for parameter in self.parameters), default=0) else ()
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -120,10 +134,14 @@ class _Finder:
     def _parameters(self, part: PatchedModule, site: Site) -> tuple[Multiplied, ...]:
         if self.reader.probe.counts.get(part.name, 0) != 1:
             raise NoPlace('its block is called more than once, or not at all')
+        try:
+            self.reader.read(part.name)
+        except TraceError as error:
+            return self._of_unread(part, site, error)
         failure = NoPlace('')
         for reading in self._readings(part.name):
+            walk = Walk(self.reader, self.closed)
             try:
-                walk = Walk(self.reader, self.closed)
                 found, in_training = (self._in_mode(walk, part, site, reading, mode) for mode in (False, True))
             except NoPlace as reason:
                 failure = reason
@@ -134,11 +152,21 @@ class _Finder:
             return tuple(dict.fromkeys(found))
         raise failure
 
-    def _readings(self, name: str) -> Iterator[Reading]:
+    def _of_unread(self, part: PatchedModule, site: Site, error: TraceError) -> tuple[Multiplied, ...]:
+        """The parameters of a module that is not read, and may be a norm."""
+        module, walk = self.reader.modules[part.name], Walk(self.reader, self.closed)
+        unread = NoPlace(f'its block is not read: {error}')
+        if part.position != 'output' or module._modules:
+            raise unread from error
         try:
-            yield self.reader.read(name)
-        except TraceError as error:
-            raise NoPlace(f'its block is not read: {error}') from error
+            found = walk.unread_norm(part.name, module, Wanted(0, 0, site.channels))
+        except NoPlace as reason:
+            raise unread from reason
+        self._check(walk, found)
+        return tuple(found)
+
+    def _readings(self, name: str) -> Iterator[Reading]:
+        yield self.reader.read(name)
         try:
             yield self.reader.read_with(name, inline_methods=True)
         except TraceError:  # what ended the walk through the first one is told

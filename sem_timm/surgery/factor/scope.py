@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ class Multiplied:
         kind: What it is a parameter of, such as 'batch norm'.
         start: The first channel whose factor it takes.
         stop: The one behind the last.
+        is_bias: Whether it is added to what the factor is of, so that a shift can go into it as well. Drop path passes
+            no shift on in training, hence parameters are told apart without this.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Multiplied:
     kind: str
     start: int
     stop: int
+    is_bias: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,28 @@ class Scope:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be multiplied: an axis, the channels that are on it, and what the parameters there are part of."""
+    """What is to be multiplied, see `Multiplied`.
+
+    Attributes:
+        axis: The axis of channels.
+        start: The first channel that is on it.
+        stop: The one behind the last.
+        kind: What the parameters there are part of.
+        is_bias: Whether it is a bias.
+        passes_shifts: Whether a number that is added to it is added to what the factor is of, and nothing else changes.
+    """
 
     axis: int
     start: int
     stop: int
     kind: str = ''
+    is_bias: bool = False
+    passes_shifts: bool = True
+
+    @property
+    def without_shifts(self) -> Wanted:
+        """The same before a step that passes factors on alone."""
+        return replace(self, passes_shifts=False)
 
     @property
     def size(self) -> int:
@@ -120,7 +139,7 @@ def in_operand(scope: Scope, node: fx.Node, operand: Any, wanted: Wanted) -> Wan
     axis = wanted.axis - (scope.values[node].ndim - given.ndim)
     if axis < 0 or given.shape[axis] != wanted.size:
         return None
-    return Wanted(axis, wanted.start, wanted.stop, wanted.kind)
+    return replace(wanted, axis=axis)
 
 
 def before_move(scope: Scope, node: fx.Node, wanted: Wanted) -> Wanted:
@@ -130,7 +149,7 @@ def before_move(scope: Scope, node: fx.Node, wanted: Wanted) -> Wanted:
     if isinstance(given, Tensor):
         for axis in (axis for axis in range(given.ndim) if given.shape[axis] == wanted.size):
             if torch.equal(*_numbered(scope, node, source, axis, wanted)):
-                return Wanted(axis, wanted.start, wanted.stop, wanted.kind)
+                return replace(wanted, axis=axis)
     raise NoPlace(f'{called_by(node)} in {where_is(scope)} moves channels in a way that is not read')
 
 

@@ -13,6 +13,8 @@ comes next would see the factor as well, and ends the walk.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -32,6 +34,8 @@ from sem_timm.surgery.factor.kinds import (
     PLACES,
     POOLING_LAYERS,
     POOLS,
+    RECTIFIERS,
+    RECTIFYING_LAYERS,
 )
 from sem_timm.surgery.factor.scope import (
     Multiplied,
@@ -163,10 +167,16 @@ class Walk:
         same = [other for other in scope.graph.nodes if other.op == 'get_attr' and other.target == node.target]
         if any(other is not node and other in scope.reached for other in same):
             raise NoPlace(f'{name} is read more than once')
-        return self._multiplied(name, wanted, wanted.axis, wanted.kind or 'layer scale')
+        return self._multiplied(name, wanted, 'layer scale')
 
-    def _multiplied(self, name: str, wanted: Wanted, axis: int, kind: str) -> Multiplied:
-        return Multiplied(name, axis, wanted.kind or kind, wanted.start, wanted.stop)
+    def _multiplied(self, name: str, wanted: Wanted, kind: str) -> Multiplied:
+        return Multiplied(name, wanted.axis, wanted.kind or kind, wanted.start, wanted.stop, wanted.is_bias)
+
+    def _held(self, name: str, wanted: Wanted, keys: Iterable[str], kind: str) -> list[Multiplied]:
+        """Weight and bias of a layer."""
+        weight = replace(wanted, axis=0)
+        wanted_of = {'weight': weight, 'bias': replace(weight, is_bias=wanted.passes_shifts)}
+        return [self._multiplied(f'{name}.{key}', wanted_of[key], kind) for key in keys]
 
     def _child(self, scope: Scope, node: fx.Node, wanted: Wanted, path: tuple[int, ...]) -> list[Multiplied]:
         called = called_module(node, self.reader.modules[scope.name])
@@ -181,15 +191,17 @@ class Walk:
         if is_parametrized(called):
             raise NoPlace(f'the weights of {name} are parametrised')
         self.through[name] = None
-        if type(called) in PASSED_LAYERS or (type(called) in POOLING_LAYERS and wanted.axis == 1):
+        if type(called) in PASSED_LAYERS:
             return self._read(scope, first_of(node), wanted, node)
+        if type(called) in RECTIFYING_LAYERS or (type(called) in POOLING_LAYERS and wanted.axis == 1):
+            return self._read(scope, first_of(node), wanted.without_shifts, node)
         if type(called) in LAYERS:
             return self._layer(scope, node, name, called, wanted)
         try:
             reading = self.reader.read(name)
         except TraceError as error:
             if not called._modules:
-                return self._unread_norm(scope, node, name, called, wanted)
+                return self.unread_norm(name, called, wanted)
             raise NoPlace(f'{name} is not read: {error}') from error
         return self._output(self.scope(name, reading, scope.training, (scope, node)), wanted, path)
 
@@ -200,20 +212,26 @@ class Walk:
         axis = scope.values[node].ndim - 1 if type(called) is nn.Linear or shape else 1
         if wanted.axis != axis or len(shape) > 1:
             if type(called) is nn.Linear and held['bias'] is None:  # it mixes something else, such as tokens
-                return self._read(scope, first_of(node), wanted, node)
+                return self._read(scope, first_of(node), wanted.without_shifts, node)
             raise NoPlace(f'{name} works on another axis than the channels')
         kind = LAYERS[type(called)]
         if held['weight'] is None:
             raise NoPlace(f'{name} is a {kind} without weights')
-        return [self._multiplied(f'{name}.{key}', wanted, 0, kind) for key in held if held[key] is not None]
+        return self._held(name, wanted, [key for key in held if held[key] is not None], kind)
 
-    def _unread_norm(self, scope: Scope, node: fx.Node, name: str, called: Any, wanted: Wanted) -> list[Multiplied]:
-        """A norm of timm's, which asks for autocast and so cannot be traced; what is said of it is tried in numbers."""
+    def unread_norm(self, name: str, called: nn.Module, wanted: Wanted) -> list[Multiplied]:
+        """Weight and bias of a norm of timm's, which asks for autocast and so cannot be traced.
+
+        That it is one, and of these channels, is not known here, but tried in numbers.
+
+        Raises:
+            NoPlace: If it has other parameters.
+        """
         held = {key: parameter for key, parameter in called._parameters.items() if parameter is not None}
         if not held or held.keys() - {'weight', 'bias'} or any(p.shape != (wanted.size,) for p in held.values()):
             raise NoPlace(f'{name} is not read')
         kind = next((noun for cls, noun in NORMS.items() if isinstance(called, cls)), 'norm')
-        return [self._multiplied(f'{name}.{key}', wanted, 0, kind) for key in held]
+        return self._held(name, wanted, held, kind)
 
     def _operation(self, scope: Scope, node: fx.Node, wanted: Wanted) -> list[Multiplied]:
         kind, name = kind_of(node), operation_name(node)
@@ -222,9 +240,10 @@ class Walk:
             if not isinstance(place, int):
                 raise NoPlace(f'{called_by(node)} in {where_is(scope)} is not read')
             return self._read(scope, first_of(node), wanted, node, (place,))
-        passed = kind in (Kind.CAST, Kind.COPY, Kind.DROPOUT, Kind.QUOTIENT) or name in PASSED
-        if passed or (name in POOLS and wanted.axis == 1):
+        if kind in (Kind.CAST, Kind.COPY, Kind.DROPOUT) or name in PASSED:
             return self._read(scope, first_of(node), wanted, node)
+        if kind is Kind.QUOTIENT or name in RECTIFIERS or (name in POOLS and wanted.axis == 1):
+            return self._read(scope, first_of(node), wanted.without_shifts, node)
         if kind in (Kind.SUM, Kind.DIFFERENCE):
             return self._sum(scope, node, wanted)
         if kind is Kind.PRODUCT:
@@ -248,7 +267,7 @@ class Walk:
             if moved is None:
                 raise NoPlace(f'a term of {called_by(node)} in {where_is(scope)} has no channels of its own')
             if not moved.kind and not layout_of(scope.values[operand]):  # type: ignore[index]
-                moved = Wanted(moved.axis, moved.start, moved.stop, 'bias')
+                moved = replace(moved, kind='bias', is_bias=moved.passes_shifts)
             found += self._read(scope, operand, moved, node)
         return found
 
@@ -258,7 +277,7 @@ class Walk:
         operands.sort(key=lambda operand: not is_learned(scope.values[operand]))
         reason: NoPlace | None = None
         for operand in operands:
-            moved = in_operand(scope, node, operand, wanted)
+            moved = in_operand(scope, node, operand, wanted.without_shifts)
             if moved is not None:
                 try:
                     return self._read(scope, operand, moved, node)
@@ -276,7 +295,7 @@ class Walk:
             one = wanted
             if axis % scope.values[node].ndim == wanted.axis and isinstance(part, fx.Node):
                 stop = start + scope.values[part].shape[wanted.axis]
-                one, start = Wanted(wanted.axis, start, stop, wanted.kind), stop
+                one, start = replace(wanted, start=start, stop=stop), stop
             found += self._read(scope, part, one, node)
         return found
 
@@ -289,10 +308,10 @@ class Walk:
         several = isinstance(shape, (tuple, list)) and len(shape) > 1
         if wanted.axis != (scope.values[node].ndim - 1 if name in ON_LAST_AXIS else 1) or several:
             raise NoPlace(f'{called_by(node)} in {where_is(scope)} works on another axis than the channels')
-        kind = wanted.kind or NOUNS[name]
+        inside = replace(wanted, axis=0, kind=wanted.kind or NOUNS[name])
         if not isinstance(weight, fx.Node) or scope.values[weight] is None:
             raise NoPlace(f'{called_by(node)} in {where_is(scope)} has no weights')
-        found = self._read(scope, weight, Wanted(0, wanted.start, wanted.stop, kind), node)
+        found = self._read(scope, weight, inside.without_shifts, node)
         if isinstance(bias, fx.Node) and scope.values[bias] is not None:
-            found += self._read(scope, bias, Wanted(0, wanted.start, wanted.stop, kind), node)
+            found += self._read(scope, bias, replace(inside, is_bias=wanted.passes_shifts), node)
         return found
