@@ -7,11 +7,11 @@ benchmarks/compat.sh calls it in each environment of its matrix, with what pytes
 
 from __future__ import annotations
 
+import argparse
 import platform
 import re
-import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -55,12 +55,13 @@ def record_of(results: Iterable[Path]) -> Record:
     """What one run gave, in one file or in several parts, with the versions of the Python that this is."""
     outcomes: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
+    failures: list[str] = []
     cases = {
         (case.get('classname'), case.get('name')): case  # of a test that was run again, the last one
         for part in results
         for case in ElementTree.parse(part).getroot().iter('testcase')
     }
-    for (where, _), case in cases.items():
+    for (where, test), case in cases.items():
         if where == _OWN_TEST:
             continue
         found = next((part for part in case if part.tag in ('failure', 'error', 'skipped')), None)
@@ -68,13 +69,14 @@ def record_of(results: Iterable[Path]) -> Record:
             outcomes['passed'] += 1
         elif found.tag != 'skipped':
             outcomes['failed'] += 1
+            failures.append(f'{where}.{test}')
         elif found.get('type') == 'pytest.xfail':
             outcomes['xfailed'] += 1
         else:
             outcomes['skipped'] += 1
             reasons[found.get('message', '').removeprefix('Skipped: ')] += 1
     versions = {'python': platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    return {'date': date.today().isoformat(), **versions, **outcomes, 'reasons': dict(reasons)}
+    return {'date': date.today().isoformat(), **versions, **outcomes, 'reasons': dict(reasons), 'failures': failures}
 
 
 def page(records: Iterable[Record]) -> str:
@@ -86,7 +88,7 @@ def page(records: Iterable[Record]) -> str:
         versions = [str(record[name]) for name in ('date', 'python', *PACKAGES)]
         counts = [f'{record.get(outcome, 0):,}' for outcome in ('passed', 'failed', 'xfailed', 'skipped')]
         rows.append(_row(versions + counts))
-    return _HEAD + ''.join(rows) + _MIDDLE + _not_run(ordered) + _FOOT
+    return _HEAD + ''.join(rows) + _MIDDLE + _not_run(ordered) + _failed(ordered) + _FOOT
 
 
 def _not_run(records: list[Record]) -> str:
@@ -95,10 +97,19 @@ def _not_run(records: list[Record]) -> str:
     for column, record in enumerate(records):
         for reason, count in record['reasons'].items():
             counts.setdefault(_without_version(reason), [0] * len(records))[column] += count
-    names = [f'torch {_public(r["torch"])}, timm {r["timm"]}, Python {_minor(r["python"])}' for r in records]
-    head = _row(['not run', *names]) + _row(['---', *['--:'] * len(names)])
+    head = _row(['not run', *map(_name, records)]) + _row(['---', *['--:'] * len(records)])
     often = sorted(counts.items(), key=lambda each: (-max(each[1]), each[0]))
     return head + ''.join(_row([reason, *[str(count or '') for count in found]]) for reason, found in often)
+
+
+def _failed(records: list[Record]) -> str:
+    """Which tests failed, of the runs that noted it."""
+    lines = [f'- {_name(record)}: `{test}`' for record in records for test in record.get('failures', ())]
+    return '\n'.join(['', 'Failed:', '', *lines, '']) if lines else ''
+
+
+def _name(record: Record) -> str:
+    return f'torch {_public(record["torch"])}, timm {record["timm"]}, Python {_minor(record["python"])}'
 
 
 def _row(cells: Iterable[str]) -> str:
@@ -126,12 +137,14 @@ def order(release: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r'\d+', release.split('+')[0])))
 
 
-def main(*results: str) -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Logs what pytest wrote, and writes the page anew."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('results', nargs='+', type=Path, help='what pytest --junit-xml wrote, in one file or in parts')
     log = DOCS / 'versions.jsonl'
-    append_record(log, record_of(map(Path, results)))
+    append_record(log, record_of(parser.parse_args(given).results))
     (DOCS / 'versions.md').write_text(page(read_log(log)), encoding='utf-8')
 
 
 if __name__ == '__main__':
-    main(*sys.argv[1:])
+    main()

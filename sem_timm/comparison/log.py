@@ -209,7 +209,10 @@ def claimed(file: Path) -> Iterator[bool]:
         while not has_it:
             with explained(file):
                 file.parent.mkdir(parents=True, exist_ok=True)
-                stream = stack.enter_context(file.open('ab'))
+                try:
+                    stream = stack.enter_context(file.open('ab'))
+                except FileNotFoundError:  # another comparison that ends has removed the empty folder since
+                    continue
                 try:
                     fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:

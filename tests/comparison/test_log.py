@@ -125,6 +125,22 @@ def test_a_run_is_claimed_by_one(tmp_path: Path) -> None:
         assert third
 
 
+def test_a_run_is_claimed_although_another_comparison_removes_the_empty_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, original, removed = tmp_path / 'runs' / 'a.lock', Path.open, []
+
+    def open_later(path: Path, *args: Any, **options: Any) -> Any:
+        if path == file and not removed:
+            removed.append(path)
+            path.parent.rmdir()
+        return original(path, *args, **options)
+
+    monkeypatch.setattr(Path, 'open', open_later)
+    with claimed(file) as mine:
+        assert mine and removed and file.exists()
+
+
 def test_a_run_whose_claim_was_removed_meanwhile_is_claimed_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
