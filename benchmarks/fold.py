@@ -3,7 +3,7 @@
     python benchmarks/fold.py --json build/zoo_fold.jsonl --out docs/zoo_fold.md
 
 Looks on the meta device only, where nothing is computed: `fold_gates` tries each place in numbers before it uses it.
-With --json, a run continues where the last one stopped. About ten minutes of one core.
+With --json, a run of this version continues where the last one stopped. About fifteen minutes of one core.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,8 @@ def difference(model: nn.Module, place: FactorPlace, call: tuple[Any, Any], chan
     """Compares a constant in the place of a gate with the same in the weights, on a call of the module around.
 
     The factors are drawn anew between 0.5 and 1.5, with the signs of those that are to be folded, shifts between 0 and
-    1, and the arithmetic is float64 where the module runs in it.
+    1, what the module was given gets some noise, as blank images would show little, and the arithmetic is float64 where
+    the module runs in it.
 
     Args:
         model: The model, which is not touched.
@@ -110,9 +112,12 @@ def difference(model: nn.Module, place: FactorPlace, call: tuple[Any, Any], chan
     for one, other in zip(expected, given):
         if one.shape != other.shape:
             return 'the weights do not take it: the shapes are others'
-        tolerance = _TOLERANCES.get(one.dtype, _COARSE)
-        largest = float(one.abs().max()) if one.numel() else 0.0
-        if float((one - other).abs().max() if one.numel() else 0.0) > tolerance * max(largest, 1e-30):
+        if not one.numel():
+            continue
+        tolerance, largest = _TOLERANCES.get(one.dtype, _COARSE), float(one.abs().max())
+        if not math.isfinite(largest):
+            return 'its block gives numbers that are not finite'
+        if not float((one - other).abs().max()) <= tolerance * max(largest, 1e-30):
             return f'in the weights of {", ".join(place.layers)} it gives other numbers'
     return ''
 
@@ -136,9 +141,14 @@ def _run(
     beside = Constant(torch.ones_like(constant.factor)) if in_weights else constant
     block._modules[place.attribute] = Constantly(beside, channel_dim)
 
+    generator = torch.Generator().manual_seed(1)
+
     def converted(tensor: Tensor) -> Tensor:
         tensor = tensor.cpu().clone()
-        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        if not tensor.is_floating_point():
+            return tensor
+        tensor = tensor if dtype is None else tensor.to(dtype)
+        return tensor + torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
 
     args, kwargs = tree_map_only(Tensor, converted, call)
     found = tree_leaves(twin(*args, **kwargs))

@@ -67,7 +67,7 @@ def fold_gates(
         What became of each gate; printing it shows a table.
 
     Raises:
-        ModelError: If the model has no gates that were put in, is wrapped, or has no weights.
+        ModelError: If the model has no gates that were put in, is wrapped or has no weights, or if some are not finite.
         OptionError: If an option is out of range, or the loader yields no images or no classes as labels.
     """
     is_number = isinstance(max_loss, (int, float)) and not isinstance(max_loss, bool)
@@ -81,8 +81,7 @@ def fold_gates(
         gates = _gates(copy, parts)
         if not gates:
             raise ModelError(_nothing(model, parts))
-        observable = {name: gate.module for name, gate in gates.items() if isinstance(gate.module, ChannelGate)}
-        with observed(observable) as moments:
+        with observed({name: gate.module for name, gate in gates.items()}) as moments:
             before = run(copy, images, max_batches)
         work = _Work(model, copy, parts, gates, moments, before)
         rows = work.decide(max_loss)
@@ -116,11 +115,10 @@ def _gates(copy: nn.Module, parts: tuple[PatchedModule, ...]) -> dict[str, _Gate
     return found
 
 
-def _constant_of(name: str, module: ScaleAndShift) -> Constant:
-    scale, shift = (parameter.detach().double().cpu() for parameter in (module.scale, module.shift))
-    if not (scale.isfinite().all() and shift.isfinite().all()):
-        raise ModelError(f'the scale and shift {name} has numbers that are not finite.')
-    return Constant(scale, shift if shift.any() else None)
+def _constant(module: Folded, seen: GateMoments) -> Constant:
+    """What a module does to all images, or on average."""
+    shift = module.shift.detach().double().cpu() if isinstance(module, ScaleAndShift) else torch.zeros(())
+    return Constant(seen.mean, shift if shift.any() else None)
 
 
 def _nothing(model: nn.Module, parts: tuple[PatchedModule, ...]) -> str:
@@ -160,12 +158,7 @@ class _Work:
         self.model, self.copy, self.parts = model, copy, parts
         self.gates, self.moments, self.images = gates, moments, first_pass.first
         self.places = {(place.module, place.attribute): place for place in factor_places(model)}
-        # What each does to all images, or on average; without the gates that were not run.
-        self.constants = {name: Constant(seen.mean) for name, seen in moments.items()} | {
-            name: _constant_of(name, gate.module)
-            for name, gate in gates.items()
-            if isinstance(gate.module, ScaleAndShift)
-        }
+        self.constants = {name: _constant(gates[name].module, seen) for name, seen in moments.items()}
 
     def decide(self, max_loss: float | None) -> list[GateFold]:
         """A row for each child that was put in, folded or not; the copy is not changed."""
@@ -187,16 +180,16 @@ class _Work:
             return replace(row, reason=f'{part.operation} is no gate per channel, whose mean could be folded')
         gate, place = self.gates[name], self._place(self.gates[name])
         row = replace(row, channels=gate.module.channels, layers=place.layers, kind=place.kind)
-        if name not in self.constants:
+        if name not in self.moments:
             return replace(row, reason="the model's forward did not run it")
-        constant, seen = self.constants[name], self.moments.get(name)
-        explained, loss = (0.0, 0.0) if seen is None else (seen.explained, seen.loss)
-        row = replace(row, mean=float(constant.factor.mean()), explained=explained, loss=loss)
+        constant, seen = self.constants[name], self.moments[name]
+        row = replace(row, mean=float(seen.mean.mean()), explained=seen.explained, loss=seen.loss)
         reason = place.reason and f'there is no layer to fold it into: {place.reason}'
         if not reason and constant.shift is not None and not place.biases:
-            at = f'{", ".join(place.layers)} ({place.kind})'
-            reason = f'its shift has no place: {at} has no bias, or something behind it passes a factor on and no shift'
-        if not reason and max_loss is not None and loss > max_loss:
+            has_bias = any(entry.name.endswith('.bias') for entry in place.parameters)
+            why = 'what stands behind passes a factor on and no shift' if has_bias else 'without a bias'
+            reason = f'its shift has no place: {", ".join(place.layers)} is a {place.kind}, {why}'
+        if not reason and max_loss is not None and seen.loss > max_loss:
             reason = f'its loss is above max_loss={max_loss:g}'
         if not reason:
             call = calls.get(holder(place))

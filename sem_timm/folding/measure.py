@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from sem_timm.batches import Loader, read_batches
 from sem_timm.errors import ModelError, OptionError
 from sem_timm.folding.moments import GateMoments
-from sem_timm.layers import ChannelGate
+from sem_timm.layers import ChannelGate, ScaleAndShift
 from sem_timm.meta import dtype_of
 from sem_timm.reports.image_shape import explained_shape
 from sem_timm.reports.isolation import device_of
@@ -91,17 +91,16 @@ def _no_classes(form: str) -> OptionError:
 
 
 @contextmanager
-def observed(gates: dict[str, ChannelGate]) -> Iterator[dict[str, GateMoments]]:
-    """What some gates do while a model runs, by name; of one that is not run there is nothing."""
+def observed(gates: Mapping[str, ChannelGate | ScaleAndShift]) -> Iterator[dict[str, GateMoments]]:
+    """What some gates, or scales, do while a model runs, by name; of one that is not run there is nothing."""
     found: dict[str, GateMoments] = {}
 
     def look(name: str, gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert isinstance(gate, ChannelGate)
         x = args[0] if args else kwargs['x']
         axis = gate.channel_dim % x.ndim
         energy = x.float().square().sum([place for place in range(1, x.ndim) if place != axis])
-        vector = gate.gate(x)
-        if not (vector.isfinite().all() and energy.isfinite().all()):
+        vector = gate.gate(x) if isinstance(gate, ChannelGate) else gate.get_parameter('scale').expand(len(x), -1)
+        if not all(numbers.isfinite().all() for numbers in (vector, energy, *gate.parameters())):
             raise ModelError(f'the gate {name} gives numbers that are not finite; weights or images are not.')
         found.setdefault(name, GateMoments()).update(vector, energy)
 

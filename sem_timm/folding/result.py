@@ -16,7 +16,8 @@ class GateFold:
         module: Name of the patched module.
         attribute: Name of the child in it.
         channels: Number of channels; 0 for what is no gate.
-        mean: Mean of the gate over images and channels; None for what is no gate or was not run.
+        mean: Mean of the gate over images and channels, of 'ssf' that of the scale; None for what is no gate or was not
+            run.
         explained: The part of the gate's variance that the image explains, between 0 and 1: its variance over the
             images, as a mean over channels, of its variance over images and channels. A gate that does not depend on
             the image has 0. Where a gate pools windows by themselves, each counts as an image here.

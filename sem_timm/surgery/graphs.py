@@ -49,6 +49,15 @@ def ancestors(nodes: Iterable[fx.Node], values: Mapping[fx.Node, Any] | None = N
     return found
 
 
+def descendants(node: fx.Node) -> set[fx.Node]:
+    """A node and all that is computed from it."""
+    found = {node}
+    for other in node.graph.nodes:  # in the order of their computation
+        if not found.isdisjoint(other.all_input_nodes):
+            found.add(other)
+    return found
+
+
 def read_by(nodes: Iterable[fx.Node], stops: Collection[fx.Node] = ()) -> set[fx.Node]:
     """Nodes and all whose numbers they are computed from, past questions for a shape or a type, up to some stops.
 

@@ -12,12 +12,13 @@ from torch.utils._pytree import tree_leaves
 
 from sem_timm.errors import TraceError
 from sem_timm.meta.layout import Layout, layout_of
-from sem_timm.surgery.aliasing import tensors_in
+from sem_timm.surgery.aliasing import Memory, tensors_in
 from sem_timm.surgery.arguments import forward_signature
 from sem_timm.surgery.blocks import find_blocks
 from sem_timm.surgery.bytecode import iterates_children
 from sem_timm.surgery.cases import run_other_case
 from sem_timm.surgery.equivalents import encoder_layer, forward_of
+from sem_timm.surgery.graphs import descendants
 from sem_timm.surgery.placement import (
     Placement,
     Rehearsal,
@@ -114,15 +115,44 @@ class Inserter:
         tensor = output[0] if kind is not Tensor and output else output
         if not isinstance(tensor, Tensor):
             raise Refused(f'it returns a {type(output).__name__}, not a tensor')
-        call = self.reader.probe.calls[name]
-        shared = sum(tensor is leaf for leaf in tree_leaves((call.args, call.kwargs, output))) > 1
-        if shared and not getattr(module, 'inplace', False):  # what such a module is given nobody reads afterwards
+        if self._others_hold(tensor, name):
             raise Refused('it returns a tensor that it is given, or one twice; who changes the one changes the other')
         (attribute,) = free_names(module, self.operation.attribute)
         site = self._site(name, 'output', attribute, tensor, layout_of(tensor))
         source, bindings = output_source(type(module), forward_signature(type(module)), attribute, kind)
         edit = compiled(Edit(type(module), source, bindings, (attribute,), 'output', self.operation))
         return Placement((site,), edit, None)
+
+    def _others_hold(self, returned: Tensor, name: str) -> bool:
+        """Whether what a module returns is a tensor that it is given, or returns twice, and that others may read."""
+        module, call = self.reader.modules[name], self.reader.probe.calls[name]
+        held = sum(returned is leaf for leaf in tree_leaves((call.args, call.kwargs, call.output)))
+        if held == 1 or getattr(module, 'inplace', False):  # what such a module is given nobody reads afterwards
+            return False
+        return call.output is not returned or bool(module._modules) or not self._alone_is_given(name)
+
+    def _alone_is_given(self, name: str) -> bool:
+        """Whether nobody but a module sees the tensor that it is given.
+
+        Of ``x = F.batch_norm(x, ...); x = self.drop(x); x = self.act(x)`` the drop does, an identity.
+        """
+        above, _, target = name.rpartition('.')
+        try:
+            reading = self.reader.read(above)
+        except TraceError:
+            return False
+        for training, graph in reading.trace.graphs.items():
+            memory = Memory(reading.values[training])
+            calls = [node for node in graph.nodes if node.op == 'call_module' and node.target == target]
+            if len(calls) != 1 or len(calls[0].all_input_nodes) != 1:
+                return False
+            (given,) = calls[0].all_input_nodes
+            elsewhere = set(graph.nodes) - descendants(calls[0]) - {given}
+            if given.op == 'placeholder' or set(given.users) != {calls[0]}:
+                return False
+            if any(memory.shared(given, other) for other in elsewhere):
+                return False
+        return True
 
     def _at_residual(self, name: str, reading: Reading) -> Placement:
         module, graph = self.reader.modules[name], reading.trace.graphs[False]

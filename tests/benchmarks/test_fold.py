@@ -25,7 +25,7 @@ def test_page_counts_what_is_found(script: Any, tmp_path: Path, monkeypatch: pyt
     arguments = ['test_resnet', 'test_nfnet', '--json', str(tmp_path / 'log'), '--out', str(tmp_path / 'page.md')]
     script.main(arguments)
     page = (tmp_path / 'page.md').read_text()
-    assert 'of 8 gates in 2 architectures 4 (50.0%) have a layer' in page and '| batch norm | 4 |' in page
+    assert 'of 8 gates in 2 architectures 4 (50.0%) have a layer' in page and '| batch norm | 4 | 4 |' in page
     assert '| a value on the way is read by others as well | 4 | 1 | test_nfnet stages.0.0: the argument x in' in page
     monkeypatch.setattr(script, 'look_at', None)  # all that is needed is in the log
     script.main(arguments)
@@ -61,7 +61,10 @@ def test_the_page_is_of_all_families(script: Any) -> None:
     page = (ROOT / 'docs/zoo_fold.md').read_text(encoding='utf-8')
     (counts,) = re.findall(r'of ([\d,]+) gates in ([\d,]+) architectures ([\d,]+) ', page)
     gates, architectures, placed = (int(count.replace(',', '')) for count in counts)
-    rows = re.findall(r'^\| \w+ \| (\d+) \| ([\d,]+) \| ([\d,]+) \|', page, re.MULTILINE)
+    rows = re.findall(r'^\| \w+ \| (\d+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|', page, re.MULTILINE)
     assert sum(int(row[0]) for row in rows) == architectures > 1000
     assert sum(int(row[1].replace(',', '')) for row in rows) == gates
     assert sum(int(row[2].replace(',', '')) for row in rows) == placed
+    folded = re.findall(r'^\| [\w +]+ \| ([\d,]+) \| ([\d,]+) \|$', page, re.MULTILINE)
+    for column, wanted in enumerate((placed, sum(int(row[3].replace(',', '')) for row in rows))):
+        assert sum(int(row[column].replace(',', '')) for row in folded) == wanted > 0

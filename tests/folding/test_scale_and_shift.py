@@ -24,6 +24,7 @@ from tests.twins import trained
 CELLS: list[tuple[str, str, dict[str, Any]]] = [
     ('resnet', 'batch norm', {}),
     ('resnet', 'batch norm', {'position': 'output', 'target': nn.BatchNorm2d}),
+    ('efficientnet', 'batch norm', {'position': 'output', 'target': r'(.*\.)?bn\d\.drop'}),  # before the activation
     ('vit_registers', 'linear layer', {'branches': 'all'}),
     ('vit_registers', 'layer norm', {'position': 'output', 'target': nn.LayerNorm}),  # of timm, which no trace reads
     ('vit_registers', 'linear layer', {'position': 'output', 'target': r'blocks\..*\.(qkv|proj|fc1|fc2)'}),
@@ -64,21 +65,19 @@ def test_untrained_ones_leave_weights_as_they_are(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ('name', 'at'),
+    ('name', 'why'),
     [
-        ('convnext', 'stages.0.blocks.0.gamma (layer scale)'),  # it multiplies what comes before it
-        ('resnetv2', 'stages.0.blocks.0.conv2 (convolution)'),  # of no bias
-        ('vgg', 'features.1 (batch norm)'),  # with a relu behind it
+        ('convnext', 'stages.0.blocks.0.gamma is a layer scale, without a bias'),
+        ('resnetv2', 'stages.0.blocks.0.conv2 is a convolution, without a bias'),
+        ('vgg', 'features.1 is a batch norm, what stands behind passes a factor on and no shift'),  # a relu
     ],
 )
-def test_a_shift_without_a_place_is_told_and_scales_alone_have_one(name: str, at: str) -> None:
+def test_a_shift_without_a_place_is_told_and_scales_alone_have_one(name: str, why: str) -> None:
     family = FAMILIES[name]
     images, model = family.images(2), adapted(family)
     result = sem_timm.fold_gates(copy.deepcopy(model), images)
     assert not result.gates[0].folded
-    assert result.gates[0].reason == (
-        f'its shift has no place: {at} has no bias, or something behind it passes a factor on and no shift'
-    )
+    assert result.gates[0].reason == f'its shift has no place: {why}'
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, sem_timm.layers.ScaleAndShift):
@@ -93,16 +92,14 @@ def test_a_shift_without_a_place_is_told_and_scales_alone_have_one(name: str, at
 
 def test_a_relu_passes_no_negative_scale_on() -> None:
     family = FAMILIES['vgg']
-    images, model = (
-        family.images(2),
-        sem_timm.patch_model(FAMILIES['vgg'].create(), 'ssf', input_size=family.input_size),
-    )
+    images, blank = family.images(2), torch.zeros(1, *family.input_size)  # of which little can be seen
+    model = sem_timm.patch_model(family.create(), 'ssf', input_size=family.input_size)
     with torch.no_grad():
         gates: Any = [module for module in model.modules() if isinstance(module, sem_timm.layers.ScaleAndShift)]
         gates[0].scale[:3] = -0.5
         gates[1].scale.fill_(0.7)
         expected = model(images)
-        result = sem_timm.fold_gates(model, images)
+        result = sem_timm.fold_gates(model, blank)
         assert result.gates[0].reason == 'in the weights of features.1 it gives other numbers'
         assert result.gates[1].folded
         torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
@@ -156,10 +153,27 @@ def test_a_folded_one_beside_one_that_stays_is_an_identity() -> None:
     assert_is_timms(model, family)
 
 
-def test_numbers_that_are_not_finite_are_refused() -> None:
+@pytest.mark.parametrize('where', ['shift', 'weights', 'images'])
+def test_numbers_that_are_not_finite_are_refused(where: str) -> None:
+    family = FAMILIES['resnet']
+    images, model = family.images(), adapted(family)
+    with torch.no_grad():
+        numbers = images if where == 'images' else model.get_parameter('layer1.0.ssf.shift')
+        numbers = model.get_parameter('layer1.0.bn2.weight') if where == 'weights' else numbers
+        numbers.view(-1)[0] = math.inf
+    with refused(model, ModelError, 'gives numbers that are not finite; weights or images are not'):
+        sem_timm.fold_gates(model, images)
+
+
+def test_one_with_a_hook_stays() -> None:
     family = FAMILIES['resnet']
     model: Any = adapted(family)
+    model.layer1[0].ssf.register_forward_hook(lambda module, args, output: 3 * output)
+    images = family.images(2)
     with torch.no_grad():
-        model.layer1[0].ssf.shift[0] = math.inf
-    with refused(model, ModelError, 'the scale and shift layer1.0.ssf has numbers that are not finite'):
-        sem_timm.fold_gates(model, family.images())
+        expected = model(images)
+        result = sem_timm.fold_gates(model, images)
+        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert {row.module: row.reason for row in result.gates if not row.folded} == {
+        'layer1.0': 'there is no layer to fold it into: layer1.0.ssf has hooks, or a forward of its own'
+    }

@@ -348,6 +348,61 @@ def test_an_output_that_others_hold_is_no_site(forward: Callable[..., Any]) -> N
         sem_timm.plan_model(Net(block(forward)), target='block', input_size=(3, 8, 8))
 
 
+def changed_afterwards(self: Any, x: Tensor) -> Any:
+    return self.b(self.drop(self.a(x)).mul_(2))
+
+
+def read_beside(self: Any, x: Tensor) -> Any:
+    out = self.a(x)
+    self.drop(out).mul_(2)
+    return out + x
+
+
+def read_by_what_follows(self: Any, x: Tensor) -> Any:
+    out = self.a(x)
+    return self.drop(out).mul_(2) + out
+
+
+def shown_of_another(self: Any, x: Tensor) -> Any:
+    out = self.a(x)
+    self.drop(out[:, :4]).mul_(2)
+    return self.b(out)
+
+
+def shown_later(self: Any, x: Tensor) -> Any:
+    out = self.a(x)
+    same = out.view_as(out)
+    self.drop(same).mul_(2)
+    return self.b(out)
+
+
+def called_twice(self: Any, x: Tensor) -> Any:
+    return self.drop(self.b(self.drop(self.a(x))))
+
+
+def test_an_identity_that_alone_is_given_a_tensor_is_a_site() -> None:
+    model, images = Net(block(changed_afterwards)).eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = model(images)
+        sem_timm.patch_model(model, 'ssf', target='block.drop', position='output', input_size=(3, 8, 8))
+        assert torch.equal(model(images), expected)
+        added: Any = model.get_submodule('block.drop.ssf')
+        added.scale.fill_(2.0)
+        torch.testing.assert_close(
+            model(images) - model.block.b(torch.zeros(2, 8, 8, 8)),
+            2 * (expected - model.block.b(torch.zeros(2, 8, 8, 8))),
+        )
+
+
+@pytest.mark.parametrize(
+    'forward', [returns_its_input, read_beside, read_by_what_follows, shown_of_another, shown_later, called_twice]
+)
+def test_an_identity_whose_input_others_see_is_no_site(forward: Callable[..., Any]) -> None:
+    model = Net(block(forward))
+    with pytest.raises(RefusedError, match=r'who changes the one changes the other|calls it 2 times'):
+        sem_timm.plan_model(model, 'ssf', target='block.drop', position='output', input_size=(3, 8, 8))
+
+
 def change_after_the_sum(self: Any, x: Tensor) -> Any:
     out = self.a(x)
     same = self.drop(out)

@@ -31,8 +31,8 @@ def command(
 ) -> None:
     """Fold the gates of a trained model into its weights: each becomes its mean over the validation images.
 
-    Prints what each block loses, and the accuracy before and after. What --output holds is loaded by timm alone, so
-    that no gate may stay.
+    The scales and shifts of ssf fold as they are. Prints what each block loses, and the accuracy before and after. What
+    --output holds is loaded by timm alone, so that no gate may stay.
 
     Examples: `sem-timm finetune --output run` and then `sem-timm fold run --output folded.safetensors`.
     """
@@ -45,7 +45,7 @@ def command(
     if output is None:
         return
     if not result.is_plain:
-        raise OptionError(_stays(result, max_loss))
+        raise OptionError(_stays(result))
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in opened.model.state_dict().items()}
     write_whole(output, lambda path: save_file(weights, str(path)))
     if not as_json:
@@ -56,10 +56,10 @@ def command(
         print(f', num_classes={getattr(opened.model, "num_classes", None)}{given})')
 
 
-def _stays(result: FoldResult, max_loss: float | None) -> str:
+def _stays(result: FoldResult) -> str:
     names = [row.name for row in result.gates if row.reason]
     more = f' and {len(names) - 3} more' if len(names) > 3 else ''
-    way = 'Leave --max-loss out or raise it, or l' if max_loss is not None else 'L'
+    way = 'Leave --max-loss out or raise it, or l' if any('max_loss' in row.reason for row in result.gates) else 'L'
     return (
         f'{", ".join(names[:3])}{more} could not be folded, so that timm alone could not load what is left. '
         f'{way}eave --output out; sem_timm.open_run and torch.export make a program of a model with gates.'

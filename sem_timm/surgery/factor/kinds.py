@@ -6,10 +6,10 @@ from torch import nn
 
 from sem_timm.meta.vocabulary import Kind
 
-PASSED = {'dropout'}
 PASSED_LAYERS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
-# Factors of gates are not negative, and so max and relu hand them on. They hand on no shift.
+# Factors of gates are not negative, and so max and relu hand them on; what is, is found out in numbers. They hand on no
+# shift.
 RECTIFIERS = {'relu', 'leaky_relu'}
 RECTIFYING_LAYERS = (nn.ReLU, nn.LeakyReLU)
 

@@ -40,16 +40,12 @@ class FactorPlace:
     @property
     def biases(self) -> tuple[Multiplied, ...]:
         """Those of the parameters that a shift is added to, one for each channel; empty if some channel has none."""
-        found: dict[int, Multiplied] = {}
-        for parameter in self.parameters:
-            if parameter.is_bias:  # of a sum of several terms, the first
-                found.setdefault(parameter.start, parameter)
-        chosen, stop = tuple(found[start] for start in sorted(found)), 0
-        for parameter in chosen:
-            if parameter.start != stop:
-                return ()
-            stop = parameter.stop
-        return chosen if stop == max((parameter.stop for parameter in self.parameters), default=0) else ()
+        chosen: list[Multiplied] = []
+        stop = 0
+        while starting := [each for each in self.parameters if each.is_bias and each.start == stop]:
+            chosen.append(max(starting, key=lambda each: each.stop))  # of several terms of a sum, one
+            stop = chosen[-1].stop
+        return tuple(chosen) if stop == max((each.stop for each in self.parameters), default=0) else ()
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -148,7 +144,7 @@ class _Finder:
                 continue
             if set(found) != set(in_training):
                 raise NoPlace('in training its branch ends in another layer than in eval mode')
-            self._check(walk, found)
+            self._check(walk, found, f'{part.name}.{site.attribute}')
             return tuple(dict.fromkeys(found))
         raise failure
 
@@ -162,7 +158,7 @@ class _Finder:
             found = walk.unread_norm(part.name, module, Wanted(0, 0, site.channels))
         except NoPlace as reason:
             raise unread from reason
-        self._check(walk, found)
+        self._check(walk, found, f'{part.name}.{site.attribute}')
         return tuple(found)
 
     def _readings(self, name: str) -> Iterator[Reading]:
@@ -188,8 +184,8 @@ class _Finder:
         add = adds[part.inserted.index(site.attribute)]
         return walk.value(scope, add.branch, axis, site.channels, None if add.partial else add.add)
 
-    def _check(self, walk: Walk, found: list[Multiplied]) -> None:
-        """Refuses parameters that others read, and modules on the way that are more than their class."""
+    def _check(self, walk: Walk, found: list[Multiplied], inserted: str) -> None:
+        """Refuses parameters that others read, and modules that are more than their class, such as the inserted one."""
         names = [parameter.name for parameter in found]
         tied = next((name for name in names if name in self.tied), None)
         if tied is not None:
@@ -197,7 +193,8 @@ class _Finder:
         if len(set(names)) < len(names):
             raise NoPlace('one layer would take the factor twice')
         live = dict(self.model.named_modules())
-        for name in dict.fromkeys([*walk.through, *(name.rpartition('.')[0] for name in names)]):
+        held_by = [name.rpartition('.')[0] for name in names]
+        for name in dict.fromkeys([inserted.lstrip('.'), *walk.through, *held_by]):
             module = live[name]
             hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
             if any(hooks) or 'forward' in module.__dict__:

@@ -29,8 +29,8 @@ class Multiplied:
         kind: What it is a parameter of, such as 'batch norm'.
         start: The first channel whose factor it takes.
         stop: The one behind the last.
-        is_bias: Whether it is added to what the factor is of, so that a shift can go into it as well. Drop path passes
-            no shift on in training, hence parameters are told apart without this.
+        is_bias: Whether it is added to what the factor is of, so that a shift can go into it as well. Not compared: in
+            training drop path passes no shift on, and the places of both modes have to be the same.
     """
 
     name: str

@@ -6,8 +6,9 @@ Of
     return self.drop_path(y) + shortcut
 
 a factor of ``drop_path(y)`` goes through the drop path, which multiplies by what is the same for all channels, into
-weight and bias of ``bn2``. Children are walked into by their own traces. What reads a value on the way beside what
-comes next would see the factor as well, and ends the walk.
+weight and bias of ``bn2``; a shift, which drop path passes on in eval mode, into the bias alone. Children are walked
+into by their own traces. What reads a value on the way beside what comes next would see the factor as well, and ends
+the walk.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from sem_timm.surgery.factor.kinds import (
     NORMS,
     NOUNS,
     ON_LAST_AXIS,
-    PASSED,
     PASSED_LAYERS,
     PLACES,
     POOLING_LAYERS,
@@ -170,13 +170,13 @@ class Walk:
         return self._multiplied(name, wanted, 'layer scale')
 
     def _multiplied(self, name: str, wanted: Wanted, kind: str) -> Multiplied:
-        return Multiplied(name, wanted.axis, wanted.kind or kind, wanted.start, wanted.stop, wanted.is_bias)
+        is_bias = wanted.is_bias and wanted.passes_shifts
+        return Multiplied(name, wanted.axis, wanted.kind or kind, wanted.start, wanted.stop, is_bias)
 
     def _held(self, name: str, wanted: Wanted, keys: Iterable[str], kind: str) -> list[Multiplied]:
         """Weight and bias of a layer."""
-        weight = replace(wanted, axis=0)
-        wanted_of = {'weight': weight, 'bias': replace(weight, is_bias=wanted.passes_shifts)}
-        return [self._multiplied(f'{name}.{key}', wanted_of[key], kind) for key in keys]
+        held = {key: replace(wanted, axis=0, is_bias=key == 'bias') for key in keys}
+        return [self._multiplied(f'{name}.{key}', one, kind) for key, one in held.items()]
 
     def _child(self, scope: Scope, node: fx.Node, wanted: Wanted, path: tuple[int, ...]) -> list[Multiplied]:
         called = called_module(node, self.reader.modules[scope.name])
@@ -240,12 +240,12 @@ class Walk:
             if not isinstance(place, int):
                 raise NoPlace(f'{called_by(node)} in {where_is(scope)} is not read')
             return self._read(scope, first_of(node), wanted, node, (place,))
-        if kind in (Kind.CAST, Kind.COPY, Kind.DROPOUT) or name in PASSED:
+        if kind in (Kind.CAST, Kind.COPY, Kind.DROPOUT):
             return self._read(scope, first_of(node), wanted, node)
         if kind is Kind.QUOTIENT or name in RECTIFIERS or (name in POOLS and wanted.axis == 1):
             return self._read(scope, first_of(node), wanted.without_shifts, node)
         if kind in (Kind.SUM, Kind.DIFFERENCE):
-            return self._sum(scope, node, wanted)
+            return self._sum(scope, node, wanted if kind is Kind.SUM else wanted.without_shifts)
         if kind is Kind.PRODUCT:
             return self._product(scope, node, wanted)
         if kind in MOVES:
@@ -267,7 +267,7 @@ class Walk:
             if moved is None:
                 raise NoPlace(f'a term of {called_by(node)} in {where_is(scope)} has no channels of its own')
             if not moved.kind and not layout_of(scope.values[operand]):  # type: ignore[index]
-                moved = replace(moved, kind='bias', is_bias=moved.passes_shifts)
+                moved = replace(moved, kind='bias', is_bias=True)
             found += self._read(scope, operand, moved, node)
         return found
 
@@ -292,7 +292,7 @@ class Walk:
             raise NoPlace(f'{called_by(node)} in {where_is(scope)} is not read')
         found, start = [], wanted.start
         for part in parts:
-            one = wanted
+            one = wanted.without_shifts  # it would come to some of the positions
             if axis % scope.values[node].ndim == wanted.axis and isinstance(part, fx.Node):
                 stop = start + scope.values[part].shape[wanted.axis]
                 one, start = replace(wanted, start=start, stop=stop), stop
@@ -308,10 +308,10 @@ class Walk:
         several = isinstance(shape, (tuple, list)) and len(shape) > 1
         if wanted.axis != (scope.values[node].ndim - 1 if name in ON_LAST_AXIS else 1) or several:
             raise NoPlace(f'{called_by(node)} in {where_is(scope)} works on another axis than the channels')
-        inside = replace(wanted, axis=0, kind=wanted.kind or NOUNS[name])
+        inside = replace(wanted, axis=0, kind=wanted.kind or NOUNS[name], is_bias=False)
         if not isinstance(weight, fx.Node) or scope.values[weight] is None:
             raise NoPlace(f'{called_by(node)} in {where_is(scope)} has no weights')
         found = self._read(scope, weight, inside.without_shifts, node)
         if isinstance(bias, fx.Node) and scope.values[bias] is not None:
-            found += self._read(scope, bias, replace(inside, is_bias=wanted.passes_shifts), node)
+            found += self._read(scope, bias, replace(inside, is_bias=True), node)
         return found
