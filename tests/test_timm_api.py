@@ -16,6 +16,7 @@ from tests.families import FAMILIES
 from tests.lively import lively
 from tests.thorough import first_of_each
 from tests.twins import assert_equal, both, inserted, several, trained
+from tests.versions import CHECKPOINTS_WITHOUT_GRADIENTS
 
 
 @several
@@ -66,7 +67,10 @@ def test_gradient_checkpointing(name: str) -> None:
         logits = model(family.images().double())
         logits.square().mean().backward()
         results.append((logits.detach(), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}))
-    assert torch.equal(results[0][0], results[1][0])
+    if CHECKPOINTS_WITHOUT_GRADIENTS:
+        torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-12, atol=1e-12)
+    else:
+        assert torch.equal(results[0][0], results[1][0])
     # What is computed again is computed the plain way: a gate sums up its gradients in another order.
     assert_close(results[0][1], results[1][1], rtol=1e-9, scale=1e-12)
     assert inserted(model).keys() <= results[1][1].keys()

@@ -32,6 +32,10 @@ CONVIT_CHANGES_ITSELF = TIMM < (1, 0, 31)
 # Whether Swin's tables of positions stay frozen as they are made anew for other sizes.
 TABLES_STAY_FROZEN = TIMM >= (1, 0, 31)
 
+# Whether gradient checkpointing of timm runs a block the first time without gradients, where a gate multiplies and adds
+# in one step, and rounds once.
+CHECKPOINTS_WITHOUT_GRADIENTS = not hasattr(timm.layers, 'use_reentrant_ckpt')
+
 # The indices of the outputs of its first two stages among ConvNeXt's intermediates, where the stem was the first.
 CONVNEXT_STAGES = (0, 1) if TIMM >= (1, 0, 16) else (1, 2)
 

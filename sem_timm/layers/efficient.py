@@ -134,8 +134,9 @@ class LinearAttention(AttentionCore):
         # Where all keys point away from the query, all weights are zero but for rounding.
         floor = max(self.eps, torch.finfo(product.dtype).eps)
         denominator = torch.maximum(denominator, floor * length)
-        if torch.jit.is_tracing():
-            # The same with gradients and without, in operations that converters of traces know.
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            # The same with gradients and without, in operations that converters of traces know. A program of
+            # torch.export before torch 2.6 may not write over what a cast has returned.
             return ((product.to(dtype) + mean * length) / denominator).to(product.dtype)
         numerator = product.to(dtype).addcmul_(mean, length)
         out = numerator / denominator if numerator.requires_grad else numerator.div_(denominator)

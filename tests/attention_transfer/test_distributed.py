@@ -12,6 +12,7 @@ from torch import multiprocessing
 import sem_timm
 from sem_timm.attention_transfer import value_maps
 from sem_timm.attention_transfer.processes import Share
+from sem_timm.compat import logit_distillation_task
 from tests.attention_transfer.small_transformer import batches, create, labelled, swapped
 
 STAGES: dict[str, dict[str, Any]] = {
@@ -62,6 +63,7 @@ def process(rank: int, folder: str) -> None:
 
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     """All stages in one test, since starting processes takes longer than they do."""
+    logit_distillation_task()  # or else this timm lacks it
     multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
     results = [torch.load(tmp_path / f'{rank}.pt', weights_only=False) for rank in range(2)]
     for case in STAGES:

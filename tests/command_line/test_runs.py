@@ -109,8 +109,8 @@ def test_fold_leaves_a_file_for_timm_alone(gated: Path, tmp_path: Path, capsys: 
     assert accuracy.startswith('Top-1 accuracy: ') and way.startswith("Weights: timm.create_model('test_resnet', check")
     compute = f'model = {way.removeprefix("Weights: ")}; torch.save(model.eval()(torch.ones(2, 3, 16, 16)), "out")'
     code = f'import sys, timm, torch; {compute}; assert "sem_timm" not in sys.modules'
-    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path)
-    assert done.returncode == 0
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     model = open_run(gated).model
     assert main(['fold', str(gated), '--json', '--max-batches', '2']) == 0
     result = json.loads(capsys.readouterr().out)

@@ -184,9 +184,10 @@ def test_with_maps_of_values_it_starts_as_without_and_is_undone(name: str, opera
     family = MODELS[name]
     local = name in ('class token', 'windows')
     torch.manual_seed(0)
-    model = swap(family.create(), operation, input_size=family.input_size)
-    torch.manual_seed(0)
     mapped = swap(family.create(), operation, own=True, local=local, input_size=family.input_size)
+    places = [part.name for part in sem_timm.patched_modules(mapped)]  # all with a value for each query
+    torch.manual_seed(0)
+    model = swap(family.create(), operation, target=places, input_size=family.input_size)
     torch.testing.assert_close(outputs(mapped, family.images()), outputs(model, family.images()))
     backward(mapped, family.images())
     copied = pickle.loads(pickle.dumps(mapped))
