@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sem_timm.batches import Loader
 from sem_timm.errors import ModelError, OptionError
 from sem_timm.folding.constant import Constant, Constantly, difference, holder
-from sem_timm.folding.measure import Pass, calls_of, observed, run
+from sem_timm.folding.measure import Folded, Pass, calls_of, observed, run
 from sem_timm.folding.moments import GateMoments
 from sem_timm.folding.result import FoldResult, GateFold
 from sem_timm.folding.undo import undone_on_error
@@ -27,8 +27,6 @@ from sem_timm.surgery import FactorPlace, PatchedModule, factor_places, patched_
 # deep network makes larger. That a layer takes a factor is compared more closely, block by block.
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2}
 _COARSE = 2e-1
-
-Folded: TypeAlias = ChannelGate | ScaleAndShift
 
 
 def fold_gates(
@@ -117,8 +115,9 @@ def _gates(copy: nn.Module, parts: tuple[PatchedModule, ...]) -> dict[str, _Gate
 
 def _constant(module: Folded, seen: GateMoments) -> Constant:
     """What a module does to all images, or on average."""
-    shift = module.shift.detach().double().cpu() if isinstance(module, ScaleAndShift) else torch.zeros(())
-    return Constant(seen.mean, shift if shift.any() else None)
+    if isinstance(module, ScaleAndShift) and module.shift.any():
+        return Constant(seen.mean, module.shift.detach().double().cpu())
+    return Constant(seen.mean)
 
 
 def _nothing(model: nn.Module, parts: tuple[PatchedModule, ...]) -> str:

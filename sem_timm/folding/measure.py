@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from sem_timm.layers import ChannelGate, ScaleAndShift
 from sem_timm.meta import dtype_of
 from sem_timm.reports.image_shape import explained_shape
 from sem_timm.reports.isolation import device_of
+
+# What is folded: gates as their means, scales and shifts as they are.
+Folded: TypeAlias = ChannelGate | ScaleAndShift
 
 # Images on which a fold is compared with a constant gate.
 NUM_COMPARED = 2
@@ -91,7 +94,7 @@ def _no_classes(form: str) -> OptionError:
 
 
 @contextmanager
-def observed(gates: Mapping[str, ChannelGate | ScaleAndShift]) -> Iterator[dict[str, GateMoments]]:
+def observed(gates: Mapping[str, Folded]) -> Iterator[dict[str, GateMoments]]:
     """What some gates, or scales, do while a model runs, by name; of one that is not run there is nothing."""
     found: dict[str, GateMoments] = {}
 
