@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -82,10 +82,10 @@ def closest(name: str, known: Iterable[str]) -> str:
     return f'There are: {listed}.' if known else 'There are none.'
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raises OptionError if an option is not one of its choices."""
     if value not in choices:
-        raise OptionError(f'{name}={value!r} is unknown. There are: {", ".join(map(repr, choices))}.')
+        raise OptionError(f'{name}={value!r} is unknown. {closest(str(value), choices)}')
 
 
 def place_of(error: Exception) -> str:

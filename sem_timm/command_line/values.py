@@ -1,4 +1,4 @@
-"""Values as they are typed, and names for the shell to complete."""
+"""Targets as they are typed, and names for the shell to complete."""
 
 from __future__ import annotations
 

@@ -96,12 +96,7 @@ def _prepare(
     """Plans all rows, measures what they cost, and begins or extends the log."""
     known = setting.record or Record({})
     ordered = sorted(setting.rows, key=lambda row: row.name != setting.baseline)
-    missing = [
-        row
-        for row in ordered
-        if row.name not in known.refused
-        and (row.name not in known.rows or known.costs.get(row.name, {}).get('baseline') != setting.baseline)
-    ]
+    missing = [row for row in ordered if row.name not in known.refused and _lacks_costs(setting, known, row)]
     costs, refused = _costs_of(setting, missing, accelerator, display) if missing else ({}, {})
     if len(setting.rows) > 1 and len(setting.rows) - len({**known.refused, **refused}) < 2:
         reasons = '; '.join(f'{name}: {reason}' for name, reason in {**known.refused, **refused}.items())
@@ -117,6 +112,13 @@ def _prepare(
         log.append_all(entries)
 
 
+def _lacks_costs(setting: Setting, known: Record, row: Row) -> bool:
+    """Whether costs of a row are still to be found: it is new, its baseline is another, or it was not measured."""
+    found = known.costs.get(row.name, {})
+    is_unmeasured = setting.costs_asked and found.get('step_seconds') is None
+    return row.name not in known.rows or found.get('baseline') != setting.baseline or is_unmeasured
+
+
 def _costs_of(
     setting: Setting, rows: list[Row], accelerator: Accelerator, display: ComparisonDisplay
 ) -> tuple[dict[str, Costs], dict[str, str]]:
@@ -129,22 +131,36 @@ def _costs_of(
     num_classes = setting.data['num_classes']
     base_model = build_model(base_options, num_classes)  # an error here is one of model, data or recipe
     counted_base = count_costs(base_options, base_model, setting.baseline)
-    meter = StepMeter(base_options, base_model, accelerator.device) if setting.options.costs else None
+    meter = None
+    if setting.options.costs:
+        with _told_if_too_large(display, setting.baseline):
+            meter = StepMeter(base_options, base_model, accelerator.device)
     for row in rows:
         options = row.applied_to(setting.base)
         try:
             is_base = row.name == setting.baseline
             model = base_model if is_base else build_model(options, num_classes)
             counted = counted_base if is_base else count_costs(options, model, setting.baseline)
-            measured = counted if meter is None else meter.measure(counted, options, model)
-            if is_base and meter is not None:  # what it takes over itself is noise
-                measured = replace(measured, step_ratio=1.0, peak_ratio=1.0)
-            costs[row.name] = measured
+            costs[row.name] = counted
+            if meter is not None:
+                with _told_if_too_large(display, row.name):
+                    costs[row.name] = meter.measure(counted, options, model)
+                    if is_base:  # what it takes over itself is noise
+                        costs[row.name] = replace(costs[row.name], step_ratio=1.0, peak_ratio=1.0)
         except MissingPackageError:  # with it the row can be run
             raise
         except SemTimmError as error:
             refused[row.name] = ' '.join(str(error).split())
     return costs, refused
+
+
+@contextmanager
+def _told_if_too_large(display: ComparisonDisplay, name: str) -> Iterator[None]:
+    """Leaves a step unmeasured that does not fit into memory beside the one of the baseline."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        display.say(f'{name}: time and memory of a step are not measured. {str(error).partition(".")[0]}')
 
 
 def _do_runs(setting: Setting, log: Log, accelerator: Accelerator, display: ComparisonDisplay) -> dict[RunKey, str]:
@@ -172,7 +188,7 @@ def _do_runs(setting: Setting, log: Log, accelerator: Accelerator, display: Comp
                 log.append('run', row=key.row, seed=key.seed, lr=key.lr, is_try=key.is_try, **outcome, **made)
                 if not setting.options.keep_runs:
                     shutil.rmtree(run, ignore_errors=True)
-                display.finish(key, outcome)
+                display.finish(key, outcome, left_runs(log.read(), setting.search, setting.base.lr, setting.seeds))
             accelerator.wait_for_everyone()
 
 

@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,20 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from sem_timm.errors import OptionError, SemTimmError
+from sem_timm.errors import ModelError, OptionError, SemTimmError
 from sem_timm.finetuning import FinetuneOptions
 from sem_timm.finetuning.freezing import Freezing
 from sem_timm.finetuning.groups import create_optimizer
 from sem_timm.finetuning.lora import insert_adapters
 from sem_timm.finetuning.losses import create_loss
-from sem_timm.finetuning.models import create_model, data_config, inserted_parameters, operate, operation_name
-from sem_timm.finetuning.options import HEAD, NEW
-from sem_timm.persistence import save_patch
+from sem_timm.finetuning.models import (
+    create_model,
+    data_config,
+    inserted_parameters,
+    operate,
+    operation_name,
+    save_if_patch,
+)
 from sem_timm.random_state import preserved_random_state
 from sem_timm.reports import summary
 from sem_timm.reports.measuring import peak_mib
@@ -109,13 +115,9 @@ def count_costs(options: FinetuneOptions, model: nn.Module, baseline: str) -> Co
 
 
 def _file_bytes(options: FinetuneOptions, model: nn.Module) -> int:
-    if options.trained_parts <= {NEW, HEAD} and patched_modules(model):
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                save_patch(model, folder, include_head=True)
-                return sum(path.stat().st_size for path in Path(folder).rglob('*') if path.is_file())
-        except SemTimmError:  # such as of an operation that no file can name
-            pass
+    with tempfile.TemporaryDirectory() as folder, suppress(ModelError):  # such as of an operation that no file can name
+        if save_if_patch(model, options, folder):
+            return sum(path.stat().st_size for path in Path(folder).rglob('*') if path.is_file())
     kept = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     return len(save(kept))
 
@@ -220,3 +222,5 @@ def _seconds(call: Callable[[], None], times: int, device: torch.device) -> floa
 def _wait(device: torch.device) -> None:
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
+    elif device.type == 'mps':
+        torch.mps.synchronize()

@@ -9,8 +9,7 @@ from typing import Any
 
 from sem_timm.errors import OptionError
 from sem_timm.finetuning import FinetuneOptions
-from sem_timm.finetuning.calls import length_of
-from sem_timm.finetuning.datasets import Data, open_data
+from sem_timm.finetuning.datasets import Data, length_of, open_data
 from sem_timm.finetuning.errors import DataError, first_sentence
 from sem_timm.finetuning.packaged import PACKAGED
 from sem_timm.finetuning.samples import Samples

@@ -28,7 +28,7 @@ class ComparisonDisplay(Bars):
         self._began = time.monotonic()
 
     def begin(self, total: int) -> None:
-        """Tells how many runs there are to do by this process."""
+        """Tells how many runs are to be done, by this process and those that share the log."""
         self._total = max(total, 1)
         self._bar.update(self._runs, total=total)
 
@@ -40,13 +40,13 @@ class ComparisonDisplay(Bars):
         """Shows how far the current run is, from 0 to 1."""
         self._bar.update(self._runs, completed=self._done + fraction)
 
-    def finish(self, key: RunKey, outcome: dict[str, Any]) -> None:
-        """Tells what came of a run."""
-        self._done += 1
+    def finish(self, key: RunKey, outcome: dict[str, Any], num_left: int) -> None:
+        """Tells what came of a run, and how many are left, of which other processes may have done some."""
+        self._done = max(self._done, self._total - num_left)
         self._bar.update(self._runs, completed=self._done)
         result = f'accuracy {outcome["accuracy"]:.2%}' if outcome['outcome'] == FINISHED else 'diverged'
-        left = (time.monotonic() - self._began) / self._done * max(self._total - self._done, 0)
-        left_text = f'; about {_duration(left)} left' if self._done < self._total else ''
+        left = (time.monotonic() - self._began) / max(self._done, 1) * num_left
+        left_text = f'; about {_duration(left)} left' if num_left else ''
         self.say(f'{self._done}/{self._total}  {label(key)}: {result}{left_text}')
 
     def add_run(self, description: str, total: int) -> Any:

@@ -105,16 +105,31 @@ def parse_rows(text: str) -> list[Row]:
             raise OptionError(f'{words!r} names no operation; such as none,se or sem:operators=eca,ie.')
         found += [Row(operation=name) for name in (names[:-1] if colon else names)]
         if colon:
-            found.append(_with_options(names[-1], rest.split(':'), words))
+            found.append(_with_options(names[-1], _parted(rest, ':'), words))
     return found
 
 
+def _parted(text: str, mark: str) -> list[str]:
+    """Parts of a text between marks that are not in brackets, as those of a regular expression may be."""
+    parts, depth = [''], 0
+    for character in text:
+        depth += (character in '([{') - (character in ')]}')
+        if character == mark and depth == 0:
+            parts.append('')
+        else:
+            parts[-1] += character
+    return parts if depth == 0 else text.split(mark)
+
+
 def _with_options(name: str, pairs: Sequence[str], text: str) -> Row:
-    typed = [pair.partition('=') for pair in pairs]
-    own: dict[str, Any] = {key: value for key, equals, value in typed if equals and key in _OWN}
-    for key in {'target', 'exclude'} & {*own}:
-        names = tuple(own[key].split(','))
-        own[key] = names if len(names) > 1 else names[0]
+    own: dict[str, Any] = {}
+    for key, equals, value in (pair.partition('=') for pair in pairs):
+        if not equals or key not in _OWN:
+            continue
+        if key in own:
+            raise OptionError(f'{name}: {key}=... is given twice.')
+        several = _parted(value, ',') if key in ('target', 'exclude') else []
+        own[key] = tuple(several) if len(several) > 1 else value
     options = parse_pairs([pair for pair in pairs if pair.partition('=')[0] not in own], f'{name}:')
     try:
         return Row(operation=name, options=options, **own)

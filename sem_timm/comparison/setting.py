@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ _DEFAULT_TUNING = 0.2
 
 _ALWAYS_FREE = {*OF_MACHINES} - {'data', 'weights'}
 
-_OF_ROWS = ('operations', 'target', 'position', 'train')
+_MAKING_ROWS = ('operations', 'target', 'position', 'train')
 _OF_SEARCH = ('search', 'lr_factors', 'search_seeds')
 
 
@@ -41,6 +41,7 @@ class Setting:
         data: What tells the images from others.
         num_images: Images for training and for validation.
         record: The log that it goes on with, or None.
+        costs_asked: Whether that was begun without measuring costs, perhaps, and is to have them now.
     """
 
     options: CompareOptions
@@ -53,6 +54,7 @@ class Setting:
     data: dict[str, Any]
     num_images: tuple[int, int]
     record: Record | None = None
+    costs_asked: bool = False
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -150,14 +152,26 @@ def _going_on(options: CompareOptions, ours: dict[str, Any], given: dict[str, An
     seeds = options.seed_numbers if 'seeds' in ours else tuple(dict.fromkeys((*begun_seeds, *done)))
     numbers = check_splits(base, 0.0 if search is None else search.fraction)
     name = _baseline(options.baseline or baseline, rows)
-    setting = Setting(options, base, folder, tuple(rows), seeds, name, search, data_identity(base), numbers, record)
+    setting = Setting(
+        options=options,
+        base=base,
+        folder=folder,
+        rows=tuple(rows),
+        seeds=seeds,
+        baseline=name,
+        search=search,
+        data=data_identity(base),
+        num_images=numbers,
+        record=record,
+        costs_asked=bool(ours.get('costs')),
+    )
     _check_same(setting, record)
     return setting
 
 
 def _added(options: CompareOptions, ours: dict[str, Any], record: Record) -> list[Row]:
     """The rows that are new."""
-    told = [name for name in _OF_ROWS if name in ours]
+    told = [name for name in _MAKING_ROWS if name in ours]
     if told and 'operations' not in ours:
         raise OptionError(f'{", ".join(told)} without operations; name those that are to be added: --operations.')
     if not told:
@@ -176,7 +190,7 @@ def _check_same(setting: Setting, record: Record) -> None:
     """Refuses data or a recipe that are not those of the log."""
     file = Log(setting.folder).file
     # What options that a log is older than do by default is what was done without them.
-    later = {f.name: f.default for f in fields(FinetuneOptions) if f.name in RECIPE and f.default is not MISSING}
+    later = {f.name: f.default for f in fields(FinetuneOptions) if f.name in RECIPE}
     begun = {name: value for name, value in record.begun['recipe'].items() if name not in OF_MACHINES}
     recipe = differences({**_as_json(later), **begun}, setting.recipe)
     if recipe:

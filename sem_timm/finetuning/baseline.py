@@ -9,11 +9,12 @@ from accelerate import PartialState
 from timm.models import split_model_name_tag
 
 from sem_timm.errors import OptionError
-from sem_timm.finetuning.calls import FinetuneResult, finetune
+from sem_timm.finetuning.calls import finetune
 from sem_timm.finetuning.checkpoints import Checkpoints
 from sem_timm.finetuning.models import is_pretrained
 from sem_timm.finetuning.options import NO_OPERATION, FinetuneOptions
-from sem_timm.registry import base_architecture
+from sem_timm.finetuning.result import FinetuneResult
+from sem_timm.registry import base_architecture, base_arguments
 
 _FOLDER = 'without_operation'
 
@@ -31,11 +32,10 @@ def options_without(options: FinetuneOptions) -> FinetuneOptions:
     plain = replace(options, operation=NO_OPERATION, target=None, exclude=None, operation_options={}, resume=None)
     if base == name:
         return plain
-    prefix = name.removeprefix(f'{base}_') + '_'
     return replace(
         plain,
         model=f'{base}.{tag}' if tag else base,
-        model_options={key: value for key, value in options.model_options.items() if not key.startswith(prefix)},
+        model_options=base_arguments(name, options.model_options),
         pretrained=is_pretrained(options),  # the base may have weights where its variant begins without
     )
 

@@ -6,7 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 
 from sem_timm.errors import ModelError, OptionError, closest
 from sem_timm.finetuning.checkpoints import Checkpoints, State, find_checkpoint
+from sem_timm.finetuning.datasets import length_of
 from sem_timm.finetuning.engine import Trainer
 from sem_timm.finetuning.errors import CheckpointError
 from sem_timm.finetuning.files import (
@@ -32,12 +33,12 @@ from sem_timm.finetuning.files import (
 from sem_timm.finetuning.giving_back import given_back_on_error
 from sem_timm.finetuning.logs import start_logs
 from sem_timm.finetuning.lora import merge_adapters
-from sem_timm.finetuning.models import head_parameters, inserted_parameters, operation_name
-from sem_timm.finetuning.options import HEAD, NEW, FinetuneOptions
+from sem_timm.finetuning.models import inserted_parameters, operation_name, save_if_patch
+from sem_timm.finetuning.options import FinetuneOptions
 from sem_timm.finetuning.parts import Parts, build_parts, create_accelerator
 from sem_timm.finetuning.progress import ProgressDisplay
+from sem_timm.finetuning.result import FinetuneResult
 from sem_timm.finetuning.stopping import StopRequest
-from sem_timm.persistence import save_patch
 from sem_timm.surgery import patched_modules
 
 _MAY_CHANGE = {'resume', 'stop_at', 'progress', 'workers', 'keep', 'checkpoint_every', 'skip_bad_images'}
@@ -45,59 +46,6 @@ _MAY_CHANGE = {'resume', 'stop_at', 'progress', 'workers', 'keep', 'checkpoint_e
 _REMEDIES = {'lr', 'min_lr', 'new_lr_scale', 'clip'}
 
 OpenDisplay = Callable[[int, int, bool], ProgressDisplay]
-
-
-@dataclass(frozen=True)
-class FinetuneResult:
-    """What came out of a run.
-
-    Attributes:
-        model: The trained model, the averaged one with ``ema``.
-        options: What the run was told.
-        operation: What is in the model, be it by the name of a variant; 'none' if nothing was put in.
-        folder: Folder of the run: options, logs, checkpoints, ``model.safetensors`` and ``result.json``; with
-            ``train='new'`` also ``patch``, the folder of a patch file with what was trained, if one can hold it.
-        before: Accuracy on the validation images before the first update, from 0 to 1.
-        after: Accuracy at the end.
-        best: Highest accuracy after an epoch.
-        best_checkpoint: The checkpoint of that epoch; None if it is gone, which happens when a better one had taken its
-            place and the run then went on from before that.
-        num_images: Images for training and for validation.
-        num_parameters: Parameters of the model.
-        num_new_parameters: Those that the operation added.
-        num_trained_parameters: Those that were trained.
-        num_steps: Updates.
-        seconds: Time of this process; of a run that was resumed, since then.
-        bad_images: Images that could not be read and were skipped.
-        classes: Names of the classes in the order of the model's outputs, where the data tells.
-        history: Step, epoch, accuracy and loss of each measurement.
-    """
-
-    model: nn.Module = field(repr=False)
-    options: FinetuneOptions = field(repr=False)
-    operation: str
-    folder: Path
-    before: float
-    after: float
-    best: float
-    best_checkpoint: Path | None
-    num_images: tuple[int, int]
-    num_parameters: int
-    num_new_parameters: int
-    num_trained_parameters: int
-    num_steps: int
-    seconds: float
-    bad_images: tuple[str, ...] = ()
-    classes: tuple[str, ...] = ()
-    history: tuple[dict[str, float], ...] = field(default=(), repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as data that `json.dumps` takes, without the model."""
-        values = {name: value for name, value in vars(self).items() if name not in ('model', 'options')}
-        values['folder'] = str(self.folder)
-        values['best_checkpoint'] = None if self.best_checkpoint is None else str(self.best_checkpoint)
-        told = {'model': self.options.model, 'operation': self.operation, 'data': self.options.data}
-        return {**told, **values}
 
 
 def finetune(
@@ -184,7 +132,7 @@ def _resumed(options: FinetuneOptions, given: dict[str, Any]) -> tuple[FinetuneO
     if fixed:
         raise OptionError(
             f'a resumed run has its options already; leave out {", ".join(fixed)}. What may change: '
-            f'{", ".join(sorted(_REMEDIES))}.'
+            f'{", ".join(sorted((_MAY_CHANGE | _REMEDIES) - {"resume"}))}.'
         )
     try:
         saved = FinetuneOptions.from_json((run / OPTIONS).read_text(encoding='utf-8'))
@@ -257,13 +205,6 @@ def describe(parts: Parts, options: FinetuneOptions, run: Path, state: State) ->
     return '\n'.join(lines)
 
 
-def length_of(dataset: Any) -> int:
-    """How many images a dataset has."""
-    # The length of a stream is rounded, to what all of its workers can yield.
-    told = getattr(getattr(dataset, 'reader', None), 'num_samples', None)
-    return told if isinstance(told, int) else len(dataset)
-
-
 def _finish(parts: Parts, state: State, options: FinetuneOptions, run: Path, seconds: float) -> FinetuneResult:
     model, data, accelerator = parts.final_model(), parts.data, parts.accelerator
     merge_adapters(model)
@@ -290,17 +231,16 @@ def _finish(parts: Parts, state: State, options: FinetuneOptions, run: Path, sec
     if accelerator.is_main_process:
         write_whole(run / WEIGHTS, lambda path: save_model(model, str(path)))
         write_text(run / RESULT, json.dumps(result.to_dict(), indent=1))
-        if options.trained_parts <= {NEW, HEAD} and patched_modules(model):  # else a patch is not all that was trained
-            _save_patch(model, run / PATCH)
+        _save_patch(model, options, run / PATCH)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return result
 
 
-def _save_patch(model: nn.Module, folder: Path) -> None:
-    """Saves what was trained with the base frozen, where a file can hold it."""
+def _save_patch(model: nn.Module, options: FinetuneOptions, folder: Path) -> None:
+    """Saves what was trained, where that is a patch and a file can hold it."""
     try:
         with explained(folder):
-            save_patch(model, folder, include_head=bool(head_parameters(model)))
+            save_if_patch(model, options, folder)
     except ModelError as error:  # such as of an operation that has no name; the run has its weights
         warnings.warn(f'{folder} was not written: {error}', stacklevel=4)

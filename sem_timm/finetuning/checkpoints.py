@@ -111,11 +111,11 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
         if accelerator.is_main_process:
-            self._mark_and_prune(folder, state)
+            self._mark_and_prune(state)
         accelerator.wait_for_everyone()
         return folder
 
-    def _mark_and_prune(self, folder: Path, state: State) -> None:
+    def _mark_and_prune(self, state: State) -> None:
         if state.best and state.best['step'] == state.step:
             self._mark_best(state.best)
         best = self.best()

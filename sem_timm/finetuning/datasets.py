@@ -42,12 +42,18 @@ class Data:
         return [part.name(position) for part in parts for position in part.bad.nonzero().flatten().tolist()]
 
 
-def open_data(options: FinetuneOptions, mode: str = 'RGB', part_size: int = 1) -> Data:
+def length_of(dataset: Any) -> int:
+    """How many images a dataset has."""
+    # The length of a stream is rounded, to what all of its workers can yield.
+    told = getattr(getattr(dataset, 'reader', None), 'num_samples', None)
+    return told if isinstance(told, int) else len(dataset)
+
+
+def open_data(options: FinetuneOptions, part_size: int = 1) -> Data:
     """Opens the data of a run.
 
     Args:
         options: Those of the run.
-        mode: Mode of PIL that images are converted to.
         part_size: Images that a process computes at a time, which streams want to know.
 
     Raises:
@@ -58,7 +64,7 @@ def open_data(options: FinetuneOptions, mode: str = 'RGB', part_size: int = 1) -
     if options.is_built_in:
         from sem_timm.finetuning.builtin import open_built_in
 
-        return _samples(options, open_built_in(options, True), open_built_in(options, False), False, mode)
+        return _samples(options, open_built_in(options, True), open_built_in(options, False), False)
     train = open_split(options, options.train_split, part_size)
     validation = open_split(options, options.validation_split, part_size)
     if isinstance(train, IterableDataset):
@@ -69,7 +75,7 @@ def open_data(options: FinetuneOptions, mode: str = 'RGB', part_size: int = 1) -
             part.target_transform = LabelCheck(options.data, num_classes)
         return Data(options.data, train, validation, num_classes)
     held_out = _is_held_out(options, train, validation)
-    return _samples(options, train, train if held_out else validation, held_out, mode)
+    return _samples(options, train, train if held_out else validation, held_out)
 
 
 def _is_held_out(options: FinetuneOptions, train: Any, validation: Any) -> bool:
@@ -91,7 +97,7 @@ def _is_held_out(options: FinetuneOptions, train: Any, validation: Any) -> bool:
     return roots[0] == roots[1]
 
 
-def _samples(options: FinetuneOptions, train: Any, validation: Any, held_out: bool, mode: str) -> Data:
+def _samples(options: FinetuneOptions, train: Any, validation: Any, held_out: bool) -> Data:
     """Samples of two datasets, or of two parts of one."""
     if not held_out:
         _check_classes(train, validation)
@@ -101,7 +107,7 @@ def _samples(options: FinetuneOptions, train: Any, validation: Any, held_out: bo
     num_classes = _num_classes(options, train)
     check = LabelCheck(options.data, num_classes)
     samples = [
-        Samples(dataset, options.seed, indices, mode, options.skip_bad_images, measured, check)
+        Samples(dataset, options.seed, check, indices, options.skip_bad_images, measured)
         for dataset, indices, measured in zip((train, validation), parts, (False, True))
     ]
     if not len(samples[0]) or len(samples[0]) < options.batch_size:

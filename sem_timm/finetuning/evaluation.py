@@ -34,7 +34,8 @@ def evaluate(
         Accuracy from 0 to 1 and mean cross entropy; None if it was stopped.
     """
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    dtype = torch.float32 if accelerator.device.type == 'mps' else torch.float64  # which Apple's GPUs have not
+    sums = torch.zeros(3, dtype=dtype, device=accelerator.device)
     for images, labels, count in loader:
         with accelerator.autocast():
             logits = model(prepare(images))

@@ -43,13 +43,12 @@ def unfinished_name(path: Path) -> Path:
     return path.with_name(UNFINISHED + path.name)
 
 
-def begin_folder(folder: Path) -> Path:
-    """Makes the empty folder in which the content of ``folder`` is written, to be given to `finish_folder`."""
+def begin_folder(folder: Path) -> None:
+    """Makes the empty folder `unfinished_name` in which the content of ``folder`` is written, for `finish_folder`."""
     unfinished = unfinished_name(folder)
     with explained(folder):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-    return unfinished
 
 
 def finish_folder(folder: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from sem_timm.finetuning.lora import merge_adapters
+from sem_timm.finetuning.models import head_parameters
 from sem_timm.surgery import patched_modules, unpatch_model
 
 # Attributes that accelerate and torch.compile put on a model, with its own forward behind theirs.
@@ -22,6 +24,7 @@ def given_back_on_error(network: nn.Module | None) -> Iterator[None]:
         return
     was_patched, attributes = bool(patched_modules(network)), {n: vars(network).get(n) for n in _WRAPPING}
     trained = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    head = [(parameter, parameter.detach().clone()) for parameter in head_parameters(network).values()]
     try:
         yield
     except BaseException:
@@ -34,4 +37,7 @@ def given_back_on_error(network: nn.Module | None) -> Iterator[None]:
             unpatch_model(network)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
+        with torch.no_grad():
+            for parameter, values in head:  # which `head_scale` multiplies
+                parameter.copy_(values)
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from torch import nn
 
 from sem_timm.errors import OptionError, SwapWarning, closest
 from sem_timm.finetuning.errors import first_sentence
-from sem_timm.finetuning.options import NO_OPERATION, FinetuneOptions
+from sem_timm.finetuning.options import HEAD, NEW, NO_OPERATION, FinetuneOptions
 from sem_timm.finetuning.packaged import PACKAGED, with_packaged_weights
 from sem_timm.operations import patch_model
-from sem_timm.persistence.parts import head_prefixes
+from sem_timm.persistence import save_patch
+from sem_timm.persistence.parts import head_prefixes, new_prefixes
 from sem_timm.surgery import patched_modules
 
 _BUILT_IN_SIZE = 32
@@ -113,7 +115,7 @@ def _with_weights(options: FinetuneOptions, file: str, kwargs: dict[str, Any]) -
             f'--weights {file} cannot be loaded into model {options.model!r}: {first_sentence(error)}. {way}'
         ) from error
     # timm takes what fits and logs the rest, be it all. The modules of a variant begin otherwise with weights anyway.
-    new = inserted_prefixes(model)
+    new = new_prefixes(model)
     base = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(new)}
     if all(torch.equal(tensor, without[name]) for name, tensor in base.items()):
         raise OptionError(f'--weights {file} has no tensor that model {options.model!r} has. {way}')
@@ -175,14 +177,9 @@ def operate(model: nn.Module, options: FinetuneOptions, shape: tuple[int, ...]) 
         )
 
 
-def inserted_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """What the names of all tensors begin with that operations have added."""
-    return tuple(f'{module.name}.{child}.' for module in patched_modules(model) for child in module.inserted)
-
-
 def inserted_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that operations have added, by name."""
-    prefixes = inserted_prefixes(model)
+    prefixes = new_prefixes(model)
     return {name: p for name, p in model.named_parameters() if name.startswith(prefixes)}
 
 
@@ -215,3 +212,23 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of the classifier, by name; none where a model does not say which module that is."""
     heads = head_prefixes(model)
     return {name: p for name, p in model.named_parameters() if heads and name.startswith(heads)}
+
+
+def save_if_patch(model: nn.Module, options: FinetuneOptions, folder: str | os.PathLike[str]) -> bool:
+    """Saves a patch where that is all that was trained: what was put in, and the head if the model tells which it is.
+
+    Args:
+        model: The trained model.
+        options: Those of its run.
+        folder: The folder of the patch.
+
+    Returns:
+        Whether it is all, and was saved.
+
+    Raises:
+        ModelError: If no file can hold what was put in.
+    """
+    if not options.trained_parts <= {NEW, HEAD} or not patched_modules(model):
+        return False
+    save_patch(model, folder, include_head=bool(head_parameters(model)))
+    return True

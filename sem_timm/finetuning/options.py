@@ -154,12 +154,16 @@ class FinetuneOptions:
         trackers = (self.trackers,) if isinstance(self.trackers, str) else self.trackers
         object.__setattr__(self, 'trackers', tuple(name for name in trackers if name != 'none'))
         for option in fields(self):
-            value = getattr(self, option.name)
-            if option.type in ('int', 'int | None') and value is not None and type(value) is not int:
+            value, kind = getattr(self, option.name), str(option.type)
+            may_be_none = value is None and kind.endswith('| None')
+            if kind.startswith('int') and type(value) is not int and not may_be_none:
                 raise OptionError(f'{option.name}={value!r} is no whole number.')
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if kind.startswith('float') and not is_number and not may_be_none:
+                raise OptionError(f'{option.name}={value!r} is no number.')
         for name, lowest in _LOWEST.items():
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and value >= lowest):
+            if value is not None and not value >= lowest:
                 raise OptionError(f'{name}={value} is out of range: it must be at least {lowest}.')
         for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:

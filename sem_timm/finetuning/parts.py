@@ -24,6 +24,7 @@ from sem_timm.finetuning.lora import insert_adapters
 from sem_timm.finetuning.losses import check_pairs, create_loss, create_mixup
 from sem_timm.finetuning.models import check_operation, create_model, data_config, operate, scale_head
 from sem_timm.finetuning.options import FinetuneOptions
+from sem_timm.finetuning.samples import Samples
 from sem_timm.finetuning.sampling import Share
 from sem_timm.finetuning.sharding import is_sharded, whole_state
 
@@ -194,7 +195,10 @@ def data_and_model(
     config = data_config(model, options)
     if config['input_size'][0] == 1:
         for samples in (data.train, data.validation):
-            samples.mode = 'L'
+            if isinstance(samples, Samples):
+                samples.mode = 'L'
+            else:
+                samples.reader.input_img_mode = 'L'
     return data, model, config
 
 

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -19,7 +20,7 @@ from sem_timm.finetuning.loading import TrainingLoader, ValidationLoader
 from sem_timm.finetuning.models import operate
 from sem_timm.finetuning.options import FinetuneOptions
 from sem_timm.finetuning.parts import create_accelerator, data_and_model
-from sem_timm.finetuning.samples import Samples
+from sem_timm.finetuning.samples import LabelCheck, Samples
 from sem_timm.finetuning.sampling import Share
 
 
@@ -57,7 +58,8 @@ class Images:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if isinstance(self._loader, TrainingLoader):
             self._epoch += 1
-            yield from self._loader.parts(self._epoch - 1, 0)
+            # A stream has no end.
+            yield from islice(self._loader.parts(self._epoch - 1, 0), len(self))
             return
         for images, labels, count in self._loader:
             readable = labels[:count] >= 0
@@ -116,8 +118,9 @@ def _renumber(data: Data, known: tuple[str, ...]) -> None:
             f'{data.name} has classes that the run does not know: {", ".join(strange[:5])}. It knows '
             f'{", ".join(known[:5])}{", ..." if len(known) > 5 else ""}.'
         )
+    numbers = tuple(known.index(name) for name in data.classes)
     for samples in (data.train, data.validation):
-        samples.check = [known.index(name) for name in data.classes].__getitem__
+        samples.check = LabelCheck(data.name, len(numbers), numbers)
 
 
 def _classes(folder: Path) -> tuple[str, ...]:

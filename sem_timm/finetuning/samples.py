@@ -15,6 +15,7 @@ from timm.data import ImageDataset
 from torch.utils.data import Dataset
 
 from sem_timm.finetuning.errors import DataError, first_sentence
+from sem_timm.random_state import preserved_random_state
 
 
 @dataclass(frozen=True)
@@ -24,23 +25,30 @@ class LabelCheck:
     Attributes:
         data: Name of the data, for messages.
         num_classes: Number of classes.
+        renumbered: Where other data had the classes in another order, the number of each there.
     """
 
     data: str
     num_classes: int
+    renumbered: tuple[int, ...] = ()
 
-    def __call__(self, label: int) -> int:
+    def __call__(self, label: int | None) -> int:
         """The label.
 
         Raises:
-            DataError: If it is that of a class too many.
+            DataError: If there is none, or it is that of a class too many.
         """
+        if label is None or label < 0:
+            raise DataError(
+                f'{self.data} has images without a label, as test images that are published without their classes. '
+                'Name another split, or put the images of each class into a folder of it.'
+            )
         if label >= self.num_classes:
             raise DataError(
                 f'{self.data} has the label {label}, and the labels of {self.num_classes} classes are 0 to '
                 f'{self.num_classes - 1}; give --num-classes {label + 1}, or more.'
             )
-        return label
+        return self.renumbered[label] if self.renumbered else label
 
 
 Key = tuple[int, int]  # epoch, and position of the sample
@@ -60,29 +68,27 @@ class Samples(Dataset[Any]):
     Args:
         dataset: Yields pairs of an image and a label.
         seed: Seed of the augmentation.
+        check: What labels go through.
         indices: Which samples of it; by default all.
-        mode: Mode of PIL that images are converted to.
         skip_bad_images: Whether an image that cannot be read is replaced by the next one, and counted.
         measured: Whether accuracy is measured on them, so that what replaces an image gets the label `NO_LABEL`.
-        check: What labels go through.
     """
 
     transform: Callable[[Image.Image], Any] | None = None  # set by timm's create_loader
+    mode = 'RGB'  # of PIL, that images are converted to; 'L' for a model of grey ones
 
     def __init__(
         self,
         dataset: Any,
         seed: int,
+        check: Callable[[int | None], int],
         indices: Sequence[int] | None = None,
-        mode: str = 'RGB',
         skip_bad_images: bool = False,
         measured: bool = False,
-        check: Callable[[int], int] = int,
     ) -> None:
         self.dataset = dataset
         self.seed = seed
         self.indices = range(len(dataset)) if indices is None else indices
-        self.mode = mode
         self.skip_bad_images = skip_bad_images
         self.measured = measured
         self.check = check
@@ -112,14 +118,14 @@ class Samples(Dataset[Any]):
         with own_random_numbers((self.seed, epoch, position)):
             return (image if self.transform is None else self.transform(image)), label
 
-    def _read(self, index: int) -> tuple[Image.Image, int]:
+    def _read(self, index: int) -> tuple[Image.Image, int | None]:
         if isinstance(self.dataset, ImageDataset):
             # Past its own reading, which logs that it skips what it cannot read, and then shows another image.
             file, label = self.dataset.reader[index][:2]
             with file:
-                return Image.open(file).convert(self.mode), NO_LABEL if label is None else int(label)
+                return Image.open(file).convert(self.mode), None if label is None else int(label)
         image, label = self.dataset[index][:2]
-        return image.convert(self.mode) if image.mode != self.mode else image, int(label)
+        return image.convert(self.mode) if image.mode != self.mode else image, None if label is None else int(label)
 
     def content(self, position: int) -> bytes:
         """What a sample is made of, whatever reads images and wherever they are: its label and file, or its pixels."""
@@ -144,14 +150,9 @@ class Samples(Dataset[Any]):
 @contextmanager
 def own_random_numbers(seed: tuple[int, ...]) -> Iterator[None]:
     """Seeds the generators that timm's transforms draw from; afterwards they are where they were."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     words = np.random.SeedSequence(seed).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(int(words[1]))
-    torch.default_generator.manual_seed(int(words[2]))
-    try:
+    with preserved_random_state(on_gpus=False):
+        random.seed(int(words[0]))
+        np.random.seed(int(words[1]))
+        torch.default_generator.manual_seed(int(words[2]))
         yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])

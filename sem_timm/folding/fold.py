@@ -17,9 +17,9 @@ from sem_timm.folding.moments import GateMoments
 from sem_timm.folding.result import FoldResult, GateFold
 from sem_timm.folding.undo import undone_on_error
 from sem_timm.layers import ChannelGate, ScaleAndShift
-from sem_timm.layers.excitation import check_at_least_one
+from sem_timm.layers.arguments import check_at_least_one
 from sem_timm.random_state import preserved_random_state
-from sem_timm.registry import base_architecture
+from sem_timm.registry import base_architecture, base_arguments
 from sem_timm.reports.isolation import isolated
 from sem_timm.surgery import FactorPlace, PatchedModule, factor_places, patched_modules, unpatch_modules
 
@@ -116,7 +116,7 @@ def _gates(copy: nn.Module, parts: tuple[PatchedModule, ...]) -> dict[str, _Gate
 def _constant(module: Folded, seen: GateMoments) -> Constant:
     """What a module does to all images, or on average."""
     if isinstance(module, ScaleAndShift) and module.shift.any():
-        return Constant(seen.mean, module.shift.detach().double().cpu())
+        return Constant(seen.mean, module.shift.detach().cpu().double())
     return Constant(seen.mean)
 
 
@@ -255,7 +255,8 @@ def _take_out(model: nn.Module, rows: list[GateFold], gates: dict[str, Any]) -> 
 def _compare(expected: Any, given: Any) -> None:
     if not isinstance(expected, Tensor) or not isinstance(given, Tensor):
         return
-    error = float((expected - given).double().norm() / expected.double().norm().clamp_min(1e-30))
+    expected_in_full = expected.cpu().double()
+    error = float((expected_in_full - given.cpu().double()).norm() / expected_in_full.norm().clamp_min(1e-30))
     if not error <= _TOLERANCES.get(expected.dtype, _COARSE):
         raise ModelError(
             f'with its gates in the weights the model gives other outputs than with constant gates, by {error:.1%}: '
@@ -272,6 +273,4 @@ def _forget_variant(model: Any) -> None:
         return
     assert isinstance(record, dict)
     model.pretrained_cfg = model.default_cfg = {**record, 'architecture': base}
-    prefix = f'{name.removeprefix(base)[1:]}_'
-    arguments = getattr(model, '_model_args', {})
-    model._model_args = {key: value for key, value in arguments.items() if not key.startswith(prefix)}
+    model._model_args = base_arguments(name, getattr(model, '_model_args', {}))

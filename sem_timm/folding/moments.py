@@ -25,7 +25,7 @@ class GateMoments:
             gate: Their gates (B, C).
             energy: The sums over positions of the squares of the branch (B, C).
         """
-        gate, energy = gate.detach().double().cpu(), energy.detach().double().cpu()
+        gate, energy = gate.detach().cpu().double(), energy.detach().cpu().double()
         if not self.count:
             self._first = gate[0].clone()
             zeros = torch.zeros_like(self._first)

@@ -21,7 +21,7 @@ from sem_timm.layers.excitation import (
 )
 from sem_timm.layers.external import ExternalAttention
 from sem_timm.layers.external2d import ExternalAttention2d
-from sem_timm.layers.gate import GATE_INITS, ChannelGate
+from sem_timm.layers.gate import ChannelGate
 from sem_timm.layers.halo import HaloAttention
 from sem_timm.layers.monarch import MonarchAttention
 from sem_timm.layers.multi_head_external import MultiHeadExternalAttention
@@ -32,7 +32,6 @@ from sem_timm.layers.timm_attention import TIMM_PREFIX, ChannelsFirst, timm_atte
 from sem_timm.layers.with_values import VALUE_OPTIONS, WithValues, check_switches
 
 __all__ = [
-    'GATE_INITS',
     'SEM',
     'TIMM_PREFIX',
     'VALUE_OPTIONS',

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sem_timm.errors import OptionError
-from sem_timm.layers.excitation import check_at_least_one
+from sem_timm.layers.arguments import check_at_least_one
 from sem_timm.layers.recording import refuse_script
 
 # As low as an additive mask needs to be: its exponential is zero in every type, and unlike minus infinity it leaves a

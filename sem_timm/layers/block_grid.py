@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sem_timm.errors import OptionError
+from sem_timm.layers.arguments import check_at_least_one, check_not_negative
 from sem_timm.layers.attention_core import with_axis_moved
-from sem_timm.layers.excitation import check_at_least_one
 
 
 def check_token_grid(grid_size: Sequence[int] | None, num_prefix_tokens: int) -> tuple[int, int] | None:
@@ -21,8 +21,7 @@ def check_token_grid(grid_size: Sequence[int] | None, num_prefix_tokens: int) ->
     Raises:
         OptionError: If one is out of range.
     """
-    if isinstance(num_prefix_tokens, bool) or not isinstance(num_prefix_tokens, int) or num_prefix_tokens < 0:
-        raise OptionError(f'num_prefix_tokens={num_prefix_tokens!r}: num_prefix_tokens is a whole number, 0 or more.')
+    check_not_negative('num_prefix_tokens', num_prefix_tokens)
     if grid_size is None:
         return None
     if not isinstance(grid_size, Sequence) or len(grid_size) != 2:

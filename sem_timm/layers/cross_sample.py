@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, TypeAlias
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sem_timm.errors import OptionError, closest
+from sem_timm.errors import OptionError, check_choice
+from sem_timm.layers.arguments import INITS, Init, check_at_least_one
 from sem_timm.layers.attention_core import AttentionCore, statistics_dtype
-from sem_timm.layers.excitation import check_at_least_one
 from sem_timm.layers.k_means import cluster_means, k_means, nearest
 from sem_timm.layers.recording import traced_as_leaf
-
-CrossSampleInit: TypeAlias = Literal['identity', 'paper']
-
-CROSS_SAMPLE_INITS: tuple[CrossSampleInit, ...] = ('identity', 'paper')
 
 
 class CrossSampleAttention(AttentionCore):
@@ -67,14 +63,13 @@ class CrossSampleAttention(AttentionCore):
         head_axis: int = -3,
         *,
         dictionary: int = 512,
-        init: CrossSampleInit = 'identity',
+        init: Init = 'identity',
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(head_dim, value_dim, num_heads, head_axis)
         check_at_least_one('dictionary', dictionary)
-        if init not in CROSS_SAMPLE_INITS:
-            raise OptionError(f'init={init!r} is unknown. {closest(str(init), CROSS_SAMPLE_INITS)}')
+        check_choice('init', init, INITS)
         self.dictionary = dictionary
         self.init = init
 

@@ -5,32 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 
 from sem_timm.layers.attention_core import statistics_dtype
+from sem_timm.layers.recording import may_write_in_place
 
 L1_EPS = 1e-9
 LOG2_E = math.log2(math.e)
-
-# Any other type may be quantised, distributed or watched.
-PLAIN_TENSORS = (Tensor, nn.Parameter)
-
-
-def may_write_in_place(*tensors: Tensor) -> bool:
-    """Whether what is computed from tensors may be written over, or into memory at hand, with no difference but speed.
-
-    That is so for plain tensors on a CPU in eager mode. Transforms such as `torch.func.vmap`, derivatives in forward
-    mode and subclasses of tensors follow how results are made, and cannot follow them into ``out=``; a trace by
-    `torch.jit` has to be the same with gradients and without. For gradients, which need what would be written over,
-    callers look themselves.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
-        return False
-    # The level of `forward_ad.dual_level`. To ask every tensor costs microseconds, which few tokens would notice.
-    if getattr(forward_ad, '_current_level', 0) >= 0:
-        return False
-    return all(type(x) in PLAIN_TENSORS and x.is_cpu for x in tensors)
 
 
 def normalize_twice(logits: Tensor, token_dim: int, slot_dim: int, attn_mask: Tensor | None = None) -> Tensor:

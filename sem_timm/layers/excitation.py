@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from sem_timm.errors import OptionError
+from sem_timm.layers.arguments import check_at_least_one
 from sem_timm.layers.recording import is_recorded, one_node
 from sem_timm.plain import is_plain
 
@@ -27,26 +27,6 @@ class ZeroableExcitation(Protocol):
 
     def zero_last_weights(self) -> None:
         """Set the last weights at zero in place, so that every logit is exactly zero."""
-
-
-def check_at_least_one(name: str, value: int) -> None:
-    """Refuse a count that is not a whole number from 1 up.
-
-    Raises:
-        OptionError: If it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise OptionError(f'{name}={value!r}: {name} is a whole number, 1 or more.')
-
-
-def check_channel_dim(channel_dim: int) -> None:
-    """Refuse an axis of channels that is neither 1 nor -1.
-
-    Raises:
-        OptionError: If it is not.
-    """
-    if channel_dim not in (1, -1):
-        raise OptionError(f'channel_dim={channel_dim!r}: write 1 for (B, C, ...) or -1 for (B, ..., C).')
 
 
 def eca_kernel_size(channels: int) -> int:

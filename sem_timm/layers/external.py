@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sem_timm.errors import OptionError, closest
+from sem_timm.errors import check_choice
+from sem_timm.layers.arguments import check_at_least_one
 from sem_timm.layers.attention_core import AttentionCore, statistics_dtype, with_axis_moved
-from sem_timm.layers.double_norm import may_write_in_place, normalize_twice
-from sem_timm.layers.excitation import check_at_least_one
-from sem_timm.layers.recording import traced_as_leaf
+from sem_timm.layers.double_norm import normalize_twice
+from sem_timm.layers.recording import may_write_in_place, traced_as_leaf
 from sem_timm.plain import is_plain
 
 ExternalNorm: TypeAlias = Literal['double', 'softmax']
@@ -70,8 +70,7 @@ class ExternalAttention(AttentionCore):
     ) -> None:
         super().__init__(head_dim, value_dim, num_heads, head_axis)
         check_at_least_one('memory', memory)
-        if norm not in EXTERNAL_NORMS:
-            raise OptionError(f'norm={norm!r} is unknown. {closest(str(norm), EXTERNAL_NORMS)}')
+        check_choice('norm', norm, EXTERNAL_NORMS)
         self.memory = memory
         self.norm = norm
         self.mk = nn.Parameter(torch.empty(self.parameter_shape(head_dim, memory), device=device, dtype=dtype))

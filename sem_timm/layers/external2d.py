@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from sem_timm.errors import OptionError, closest
+from sem_timm.errors import OptionError, check_choice
+from sem_timm.layers.arguments import INITS, Init, check_at_least_one
 from sem_timm.layers.double_norm import normalize_twice
-from sem_timm.layers.excitation import check_at_least_one
 from sem_timm.layers.recording import refuse_script, traced_as_leaf
-
-ExternalInit: TypeAlias = Literal['identity', 'paper']
-
-EXTERNAL_INITS: tuple[ExternalInit, ...] = ('identity', 'paper')
 
 
 class ExternalAttention2d(nn.Module):
@@ -51,15 +46,14 @@ class ExternalAttention2d(nn.Module):
         self,
         channels: int,
         memory: int = 64,
-        init: ExternalInit = 'identity',
+        init: Init = 'identity',
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_at_least_one('channels', channels)
         check_at_least_one('memory', memory)
-        if init not in EXTERNAL_INITS:
-            raise OptionError(f'init={init!r} is unknown. {closest(str(init), EXTERNAL_INITS)}')
+        check_choice('init', init, INITS)
         self.channels = channels
         self.memory = memory
         self.init = init

@@ -5,25 +5,23 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Container, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from sem_timm.errors import OptionError, closest
-from sem_timm.layers.excitation import ZeroableExcitation, check_at_least_one, check_channel_dim
+from sem_timm.errors import OptionError, check_choice
+from sem_timm.layers.arguments import INITS, Init, check_at_least_one, check_layout
+from sem_timm.layers.excitation import ZeroableExcitation
 from sem_timm.layers.gated_sum import follows, gated_sum
 from sem_timm.layers.operators import ExcitationClass, build_operators, check_zeroable
 from sem_timm.layers.pool_and_scale import pooled, scaled
 from sem_timm.layers.recording import refuse_script
 
-GateInit: TypeAlias = Literal['identity', 'paper']
-
 AnyGate = TypeVar('AnyGate', bound='ChannelGate')
 
 Entry = TypeVar('Entry')
 
-GATE_INITS: tuple[GateInit, ...] = ('identity', 'paper')
 
 _OLD_GAIN = '_extra_state'
 
@@ -40,7 +38,7 @@ class ChannelGate(nn.Module):
     """
 
     gain: Tensor
-    init: GateInit
+    init: Init
     _as_drawn: tuple[tuple[float, ...], ...] | None = None
     __prepare_scriptable__ = refuse_script
 
@@ -49,7 +47,7 @@ class ChannelGate(nn.Module):
         channels: int,
         reduction: int,
         operators: Sequence[str | ExcitationClass],
-        init: GateInit,
+        init: Init,
         channel_dim: int,
         num_prefix_tokens: int,
         device: torch.device | str | None,
@@ -58,7 +56,7 @@ class ChannelGate(nn.Module):
         super().__init__()
         check_at_least_one('channels', channels)
         check_at_least_one('reduction', reduction)
-        _check_layout(channel_dim, num_prefix_tokens)
+        check_layout(channel_dim, num_prefix_tokens)
         self.channels = channels
         self.reduction = reduction
         self.channel_dim = channel_dim
@@ -69,7 +67,7 @@ class ChannelGate(nn.Module):
         self._apply_init(init)
 
     @property
-    def form(self) -> GateInit:
+    def form(self) -> Init:
         """The form the gate is computed in: 'paper' (gain 1) or 'identity' (gain 2^n).
 
         Where the gain tells neither, as on the meta device or in memory that was not written yet, it is the form that
@@ -78,9 +76,9 @@ class ChannelGate(nn.Module):
         if type(self.gain) is not Tensor or self.gain.is_meta:
             return self.init
         gain = float(self.gain)
-        return next((form for form in GATE_INITS if _is_about(gain, self._gain_of(form))), self.init)
+        return next((form for form in INITS if _is_about(gain, self._gain_of(form))), self.init)
 
-    def set_form(self: AnyGate, form: GateInit) -> AnyGate:
+    def set_form(self: AnyGate, form: Init) -> AnyGate:
         """Compute the gate in another form from now on, with the same parameters.
 
         The identity form is exactly 2^n times the paper's, bit for bit, n being the number of operators. A state_dict
@@ -93,12 +91,12 @@ class ChannelGate(nn.Module):
         Raises:
             OptionError: If the form is unknown.
         """
-        _check_form('form', form)
+        check_choice('form', form, INITS)
         self.init = form
         self.gain.fill_(self._gain_of(form))
         return self
 
-    def _gain_of(self, form: GateInit) -> float:
+    def _gain_of(self, form: Init) -> float:
         return 2.0 ** len(self.operators) if form == 'identity' else 1.0
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -116,13 +114,13 @@ class ChannelGate(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check_gain(self, gain: float) -> None:
-        if not any(_is_about(gain, self._gain_of(form)) for form in GATE_INITS):
+        if not any(_is_about(gain, self._gain_of(form)) for form in INITS):
             raise OptionError(
                 f'the state_dict holds a gain of {gain}, and with the operators {", ".join(self.operators)} it is 1 or '
                 f'{self._gain_of("identity")}. Load it into a {type(self).__name__} with the operators it is of.'
             )
 
-    def reset_parameters(self, init: GateInit | None = None) -> None:
+    def reset_parameters(self, init: Init | None = None) -> None:
         """Draw all parameters anew.
 
         Args:
@@ -186,14 +184,14 @@ class ChannelGate(nn.Module):
                 return False
         return True
 
-    def _check_init(self, init: GateInit) -> None:
+    def _check_init(self, init: Init) -> None:
         """Refuse an initial form that is unknown, or that an operator cannot have."""
-        _check_form('init', init)
+        check_choice('init', init, INITS)
         if init == 'identity':
             for name, operator in self.operators.items():
                 check_zeroable(name, operator)
 
-    def _apply_init(self, init: GateInit) -> None:
+    def _apply_init(self, init: Init) -> None:
         """Give freshly drawn parameters an initial form that was checked."""
         self.set_form(init)
         if init == 'identity':
@@ -267,19 +265,3 @@ def _some_of(parameter: Tensor) -> Tensor:
 def _is_about(gain: float, expected: float) -> bool:
     """Whether a gain is the expected one, up to the rounding of averages over a training, such as timm's EMA."""
     return math.isclose(gain, expected, rel_tol=1e-2)
-
-
-def _check_form(argument: str, form: str) -> None:
-    if form not in GATE_INITS:
-        raise OptionError(f'{argument}={form!r} is unknown. {closest(str(form), GATE_INITS)}')
-
-
-def _check_layout(channel_dim: int, num_prefix_tokens: int) -> None:
-    check_channel_dim(channel_dim)
-    if isinstance(num_prefix_tokens, bool) or not isinstance(num_prefix_tokens, int) or num_prefix_tokens < 0:
-        raise OptionError(f'num_prefix_tokens={num_prefix_tokens!r}: it is a whole number, 0 or more.')
-    if num_prefix_tokens and channel_dim == 1:
-        raise OptionError(
-            f'num_prefix_tokens={num_prefix_tokens} with channel_dim=1: only (B, N, C) inputs have prefix tokens; '
-            'add channel_dim=-1.'
-        )

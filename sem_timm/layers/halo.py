@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sem_timm.errors import OptionError
+from sem_timm.layers.arguments import check_at_least_one, check_not_negative
 from sem_timm.layers.attention_core import LOWEST, AttentionCore, statistics_dtype
 from sem_timm.layers.block_grid import BlockGrid, check_token_grid, required_grid
-from sem_timm.layers.excitation import check_at_least_one
 from sem_timm.layers.recording import traced_as_leaf
 
 
@@ -71,8 +71,7 @@ class HaloAttention(AttentionCore):
     ) -> None:
         super().__init__(head_dim, value_dim, num_heads, head_axis)
         check_at_least_one('block_size', block_size)
-        if isinstance(halo_size, bool) or not isinstance(halo_size, int) or halo_size < 0:
-            raise OptionError(f'halo_size={halo_size!r}: halo_size is a whole number, 0 or more.')
+        check_not_negative('halo_size', halo_size)
         self.block_size = block_size
         self.halo_size = halo_size
         self.grid_size = check_token_grid(grid_size, num_prefix_tokens)

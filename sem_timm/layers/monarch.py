@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sem_timm.errors import OptionError
+from sem_timm.layers.arguments import check_at_least_one
 from sem_timm.layers.attention_core import LOWEST, AttentionCore, statistics_dtype, with_axis_moved
 from sem_timm.layers.block_grid import Tiles, check_token_grid, grid_of
-from sem_timm.layers.excitation import check_at_least_one
 from sem_timm.layers.recording import traced_as_leaf
 
 

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from sem_timm.compat import create_norm
 from sem_timm.errors import OptionError
+from sem_timm.layers.arguments import check_at_least_one
 from sem_timm.layers.attention_core import key_padding, statistics_dtype
 from sem_timm.layers.double_norm import normalize_twice
-from sem_timm.layers.excitation import check_at_least_one
 from sem_timm.layers.recording import refuse_script, traced_as_leaf
 from sem_timm.plain import is_plain
 

@@ -34,11 +34,26 @@ def may_write_over() -> bool:
 
 def is_eager(*tensors: torch.Tensor) -> bool:
     """Whether plain tensors are computed with here and now, with gradients, and nobody writes the operations down."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if torch.autograd.forward_ad._current_level >= 0:
-        return False
-    return may_write_over() and all(type(tensor) is torch.Tensor for tensor in tensors)
+    return torch.is_grad_enabled() and not _is_followed() and all(type(tensor) is torch.Tensor for tensor in tensors)
+
+
+def may_write_in_place(*tensors: torch.Tensor) -> bool:
+    """Whether what is computed from tensors may be written over, or into memory at hand, with no difference but speed.
+
+    That is so for tensors of torch's own types on a CPU in eager mode; any other type may be quantised, distributed or
+    watched. Transforms and derivatives in forward mode cannot follow a result into ``out=``, and a trace by `torch.jit`
+    has to be the same with gradients and without. For gradients, which need what would be written over, callers look
+    themselves.
+    """
+    return not _is_followed() and all(type(x) in (torch.Tensor, nn.Parameter) and x.is_cpu for x in tensors)
+
+
+def _is_followed() -> bool:
+    """Whether a compiler, a trace, a transform or a derivative in forward mode follows how results are made."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return True
+    # The level of `forward_ad.dual_level`. To ask every tensor costs microseconds, which few tokens would notice.
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def one_node(function: Function) -> Function:

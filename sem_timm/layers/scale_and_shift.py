@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sem_timm.layers.excitation import check_at_least_one, check_channel_dim
+from sem_timm.layers.arguments import check_at_least_one, check_channel_dim
 from sem_timm.layers.recording import one_node, refuse_script
 
 

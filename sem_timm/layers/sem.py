@@ -9,8 +9,9 @@ from typing import Any, Literal, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from sem_timm.errors import OptionError, closest
-from sem_timm.layers.gate import ChannelGate, GateInit
+from sem_timm.errors import OptionError, check_choice
+from sem_timm.layers.arguments import Init
+from sem_timm.layers.gate import ChannelGate
 from sem_timm.layers.operators import ExcitationClass
 from sem_timm.layers.recording import is_eager, is_recorded, may_write_over, one_node
 
@@ -59,22 +60,21 @@ class SEM(ChannelGate):
         channels: int,
         reduction: int = 16,
         operators: Sequence[str | ExcitationClass] = ('se', 'eca', 'ie'),
-        init: GateInit = 'identity',
+        init: Init = 'identity',
         channel_dim: int = 1,
         num_prefix_tokens: int = 0,
         decision: DecisionForm = 'sigmoid',
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if decision not in DECISION_FORMS:
-            raise OptionError(f'decision={decision!r} is unknown. {closest(str(decision), DECISION_FORMS)}')
+        check_choice('decision', decision, DECISION_FORMS)
         super().__init__(channels, reduction, operators, init, channel_dim, num_prefix_tokens, device, dtype)
         self.decision_form = decision
         self.decision: nn.Linear | None = None
         if decision != 'equal':
             self.decision = nn.Linear(channels, len(self.operators), device=device, dtype=dtype)
 
-    def reset_parameters(self, init: GateInit | None = None) -> None:
+    def reset_parameters(self, init: Init | None = None) -> None:
         """Draw all parameters anew, the decision's too.
 
         Args:
@@ -189,7 +189,7 @@ class Excitation(ChannelGate):
         channels: int,
         excitation: str | ExcitationClass = 'se',
         reduction: int = 16,
-        init: GateInit = 'identity',
+        init: Init = 'identity',
         channel_dim: int = 1,
         num_prefix_tokens: int = 0,
         device: torch.device | str | None = None,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sem_timm.compat import create_attn
 from sem_timm.errors import OptionError, closest
+from sem_timm.layers.arguments import check_layout, check_not_negative
 from sem_timm.layers.recording import one_node
 
 # Names of timm's create_attn whose module, built for 64 channels, returns an input of (2, 64, 16, 16) in its own shape.
@@ -88,10 +89,7 @@ def timm_attention(
     """
     if name not in timm_attention_names():
         raise OptionError(f'timm attention {name!r} is unknown or unfit. {closest(name, timm_attention_names())}')
-    if channel_dim not in (1, -1):
-        raise OptionError(f'channel_dim={channel_dim!r}: write 1 for (B, C, H, W) or -1 for (B, ..., C).')
-    if num_prefix_tokens and channel_dim == 1:
-        raise OptionError('num_prefix_tokens with channel_dim=1: only (B, N, C) inputs have them; add channel_dim=-1.')
+    check_layout(channel_dim, num_prefix_tokens)
     options = {**_NEEDED_OPTIONS.get(name, {}), **options}
     module = create_attn(name, channels, device=device, dtype=dtype, **options)
     return module if channel_dim == 1 else ChannelsFirst(module, num_prefix_tokens)
@@ -117,8 +115,7 @@ class ChannelsFirst(nn.Module):
 
     def __init__(self, module: nn.Module, num_prefix_tokens: int = 0) -> None:
         super().__init__()
-        if isinstance(num_prefix_tokens, bool) or not isinstance(num_prefix_tokens, int) or num_prefix_tokens < 0:
-            raise OptionError(f'num_prefix_tokens={num_prefix_tokens!r}: it is a whole number, 0 or more.')
+        check_not_negative('num_prefix_tokens', num_prefix_tokens)
         self.module = module
         self.num_prefix_tokens = num_prefix_tokens
 

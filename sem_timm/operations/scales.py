@@ -85,7 +85,7 @@ class _Matching:
 
     def _scale(self, new: list[nn.Module], present: Tensor, wanted: Tensor) -> float:
         """Scales new cores by how much larger one standard deviation is than another, where that has a meaning."""
-        has, wants = (float(x.double().std(correction=0)) for x in (present, wanted))
+        has, wants = (float(x.cpu().double().std(correction=0)) for x in (present, wanted))
         factor = wants / has if has > 0 else 0.0
         if not math.isfinite(factor) or factor == 0:  # such as a module that returns zero before training
             return 1.0

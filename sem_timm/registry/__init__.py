@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
@@ -31,7 +31,7 @@ from sem_timm.layers import SEM, AttentionCore, ChannelsFirst, ExternalAttention
 from sem_timm.registry.table import AttentionTable, read_table
 from sem_timm.registry.variant_operation import VariantOperation, variant_operation_names
 
-__all__ = ['base_architecture', 'register_variants']
+__all__ = ['base_architecture', 'base_arguments', 'register_variants']
 
 default_cfgs: dict[str, DefaultCfg] = {}  # where register_model looks for the pretrained cfgs of an entry point
 
@@ -77,6 +77,13 @@ def base_architecture(name: str) -> str:
         return name
     suffixes = (VariantOperation(operation).suffix for operation in variant_operation_names())
     return next(base for s in suffixes if name.endswith(s) and is_model(base := name.removesuffix(s)))
+
+
+def base_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the arguments that a variant is created with, those of its base; of what is no variant, all."""
+    base = base_architecture(name)
+    prefix = f'{name.removeprefix(base)[1:]}_'
+    return {key: value for key, value in arguments.items() if base == name or not key.startswith(prefix)}
 
 
 def _serves(operation: VariantOperation, architecture: str, table: AttentionTable) -> bool:

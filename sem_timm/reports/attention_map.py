@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sem_timm.errors import ModelError, NoMatchError, OptionError, RefusedError, closest
 from sem_timm.layers import ChannelsFirst, ExternalAttention, ExternalAttention2d, MultiHeadExternalAttention
-from sem_timm.layers.excitation import check_at_least_one
+from sem_timm.layers.arguments import check_at_least_one
 from sem_timm.meta import Layout, LayoutMode, dtype_of, probe, set_layout
 from sem_timm.random_state import preserved_random_state
 from sem_timm.reports.image_shape import explained_shape

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sem_timm.batches import Loader
 from sem_timm.errors import ModelError, OptionError
 from sem_timm.layers import SEM, Excitation
-from sem_timm.layers.excitation import check_at_least_one
+from sem_timm.layers.arguments import check_at_least_one
 from sem_timm.meta import dtype_of
 from sem_timm.random_state import preserved_random_state
 from sem_timm.reports.image_shape import explained_shape

@@ -359,6 +359,30 @@ def test_a_run_that_is_too_large_for_the_memory_leaves_the_others_alone(
     assert compare(resume=str(folder), progress=False).num_pending == 0
 
 
+def test_costs_that_were_not_measured_are_so_where_they_are_asked_for(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / 'run'
+    compare_small(images, folder, operations='none,eca', seeds=1, costs=False)
+    assert not any(row.costs.step_seconds for row in compare(resume=str(folder), progress=False).rows if row.costs)
+    rows = compare(resume=str(folder), costs=True, progress=False).rows
+    assert [row.costs is not None and row.costs.step_ratio is not None for row in rows] == [True, True]
+    length = len(lines(folder, 'costs'))
+    compare(resume=str(folder), costs=True, progress=False)
+    assert len(lines(folder, 'costs')) == length
+
+
+@pytest.mark.parametrize('where', ['__init__', 'measure'])
+def test_a_step_that_is_too_large_to_be_measured_costs_its_measurement_and_no_more(
+    where: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*args: Any) -> None:
+        raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 1 GiB.')
+
+    monkeypatch.setattr(calls.StepMeter, where, failing)
+    result = compare_small(images, tmp_path / 'run', operations='none,eca', seeds=1, costs=True)
+    assert [len(row.accuracies) for row in result.rows] == [1, 1] and not result.num_pending
+    assert all(row.costs is not None and row.costs.step_ratio is None for row in result.rows)
+
+
 def test_a_stopped_run_goes_on_where_weights_and_data_lie_by_now(
     images: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,12 @@ def test_rows_are_read_as_typed() -> None:
     ]
 
 
+@pytest.mark.parametrize('target', [r'layer\d{1,2}', r'(?:layer3|layer4)\.[0,1]', r'layer4.*'])
+def test_marks_in_the_brackets_of_an_expression_part_nothing(target: str) -> None:
+    assert parse_rows(f'sem:target={target}:train=new') == [Row(operation='sem', target=target, train='new')]
+    assert parse_rows(f'sem:target=layer2.0,{target}')[0].target == ('layer2.0', target)
+
+
 @pytest.mark.parametrize(
     ('text', 'part'),
     [
@@ -37,6 +43,8 @@ def test_rows_are_read_as_typed() -> None:
         ('sem:reduction', 'is not of the form key=value'),
         ('sem:reduction=8,se', 'ends at a space, not at a comma'),
         ('sem:train=nu', "train='nu' is unknown"),
+        ('sem:train=new:train=all', 'sem: train=... is given twice'),
+        ('sem:reduction=4:reduction=8', 'reduction=... is given twice'),
         ('none:target=layer4', "operation='none' takes no target"),
         (':target=a', 'names no operation'),
         ('', 'there is nothing to compare'),

@@ -128,6 +128,9 @@ def test_option_without_meaning_is_refused_before_anything_is_written(
         ({'epochs': '3'}, "epochs='3' is no whole number"),
         ({'scale': 1.5}, 'scale=1.5 is out of range: it must be from 0 to 1'),
         ({'ema': 1.0}, 'ema=1.0 is out of range'),
+        ({'ema': 'x'}, "ema='x' is no number"),
+        ({'smoothing': None}, 'smoothing=None is no number'),
+        ({'scale': '0.5'}, "scale='0.5' is no number"),
         ({'schedule': 'cosin'}, "schedule='cosin' is unknown. Close: cosine"),
         ({'operation': 'none', 'target': 'layer1'}, 'takes no target'),
         ({'freeze_base': True, 'unfreeze_every': 1.0}, 'exclude each other'),
@@ -217,7 +220,8 @@ def test_folder_that_cannot_be_flushed_is_no_failed_write(tmp_path: Path, monkey
 
     monkeypatch.setattr(os, 'fsync', fail)
     files.write_text(tmp_path / 'file', 'new')
-    (files.begin_folder(tmp_path / 'folder') / 'part').write_text('new')
+    files.begin_folder(tmp_path / 'folder')
+    (files.unfinished_name(tmp_path / 'folder') / 'part').write_text('new')
     files.finish_folder(tmp_path / 'folder')
     assert sorted(path.name for path in tmp_path.rglob('*')) == ['file', 'folder', 'part']
 

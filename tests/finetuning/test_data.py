@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sem_timm.finetuning import DataError, FinetuneOptions
 from sem_timm.finetuning.builtin import Digits, FashionMnist
 from sem_timm.finetuning.datasets import open_data
-from sem_timm.finetuning.samples import own_random_numbers
+from sem_timm.finetuning.samples import LabelCheck, Samples, own_random_numbers
 from sem_timm.finetuning.sampling import Share, TrainingBatches, ValidationBatches
 from tests.finetuning.small_runs import CLASSES, NUM_TRAIN, NUM_VALIDATION, run_small, write_images
 
@@ -100,6 +101,16 @@ def test_folder_with_images_for_training_alone_holds_some_of_them_out(tmp_path: 
     names = [{part.name(position) for position in range(len(part))} for part in (data.train, data.validation)]
     assert data.held_out and not names[0] & names[1]
     assert names[0] | names[1] == {str(file) for file in (folder / 'train').rglob('*.png')}
+
+
+@pytest.mark.parametrize('label', [-1, None])
+def test_images_without_a_label_are_neither_trained_on_nor_measured(label: int | None) -> None:
+    """As test images are, whose classes are not published."""
+    pictures = [(Image.new('RGB', (4, 4)), label)] * 3
+    for measured in (False, True):
+        samples = Samples(pictures, 0, LabelCheck('hfds/mine', 10), measured=measured)
+        with pytest.raises(DataError, match='hfds/mine has images without a label'):
+            samples[0, 0]
 
 
 def test_test_images_are_measured_where_they_are_asked_for(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from sem_timm.finetuning import finetune
+from sem_timm.finetuning import finetune, open_run
 from tests.finetuning.processes import arguments, finish, resume
-from tests.finetuning.small_runs import CLASSES, NUM_TRAIN, NUM_VALIDATION, column, stop_small
+from tests.finetuning.small_runs import CLASSES, NUM_TRAIN, NUM_VALIDATION, column, run_small, stop_small
 from tests.thorough import thorough
 
 
@@ -46,6 +46,14 @@ def test_shards_are_learned_and_gone_on_with(shards: Path, tmp_path: Path) -> No
     result = finetune(resume=str(tmp_path / 'run'), progress=False)
     assert result.num_images == (NUM_TRAIN * 3, NUM_VALIDATION * 3) and result.num_steps == 12
     assert column(tmp_path / 'run', 'step') == [str(step) for step in range(1, 13)]
+    run = open_run(tmp_path / 'run')
+    assert [len([*run.training]) for _ in range(2)] == [len(run.training)] * 2 == [6, 6]  # although a stream has no end
+    assert sum(len(labels) for _, labels in run.validation) == NUM_VALIDATION * 3
+
+
+def test_shards_are_grey_for_a_model_of_grey_images(shards: Path, tmp_path: Path) -> None:
+    given = {'num_classes': 3, 'model_options': {'in_chans': 1}, 'epochs': 1}
+    assert run_small(f'wds/{shards}', tmp_path / 'run', **given).num_steps == 6
 
 
 @thorough

@@ -10,17 +10,18 @@ from typing import Annotated
 
 import typer
 
+from sem_timm.command_line.arguments import AsJson, MaxBatches, OtherImages, RunFolder
 from sem_timm.finetuning.runs import open_run
 from sem_timm.reports import decisions
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help='Folder of a run of sem-timm finetune.')],
-    data: Annotated[str | None, typer.Option(help='Other images than those of the run, named as there.')] = None,
+    run: RunFolder,
+    data: OtherImages = None,
     by_class: Annotated[bool, typer.Option('--by-class', help='The decisions for each class too.')] = False,
-    max_batches: Annotated[int | None, typer.Option(help='Look at so many batches at most.', min=1)] = None,
+    max_batches: MaxBatches = None,
     plot: Annotated[Path | None, typer.Option(help='Draw a heatmap there, a .png, .svg or .pdf.')] = None,
-    as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show which excitation each block of a trained model with SEM chooses, over its validation images.
 

@@ -10,24 +10,25 @@ import timm
 import typer
 from safetensors.torch import save_file
 
+from sem_timm.command_line.arguments import AsJson, MaxBatches, OtherImages, RunFolder
 from sem_timm.errors import OptionError
 from sem_timm.finetuning.files import write_whole
 from sem_timm.finetuning.runs import open_run
 from sem_timm.folding import FoldResult, fold_gates
-from sem_timm.registry import base_architecture
+from sem_timm.registry import base_architecture, base_arguments
 
 _ENDING = '.safetensors'
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help='Folder of a run of sem-timm finetune.')],
-    data: Annotated[str | None, typer.Option(help='Other images than those of the run, named as there.')] = None,
+    run: RunFolder,
+    data: OtherImages = None,
     max_loss: Annotated[
         float | None, typer.Option(help='Fold only gates whose block loses no more, such as 0.01.', min=0.0)
     ] = None,
-    max_batches: Annotated[int | None, typer.Option(help='Look at so many batches at most.', min=1)] = None,
+    max_batches: MaxBatches = None,
     output: Annotated[Path | None, typer.Option(help='New file for the weights, a .safetensors.')] = None,
-    as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fold the gates of a trained model into its weights: each becomes its mean over the validation images.
 
@@ -50,7 +51,7 @@ def command(
     write_whole(output, lambda path: save_file(weights, str(path)))
     if not as_json:
         name, _ = timm.models.split_model_name_tag(opened.options.model)
-        own = {key: value for key, value in opened.options.model_options.items() if not key.startswith('sem_')}
+        own = base_arguments(name, opened.options.model_options)
         given = ''.join(f', {key}={value!r}' for key, value in own.items())
         print(f"Weights: timm.create_model('{base_architecture(name)}', checkpoint_path='{output}'", end='')
         print(f', num_classes={getattr(opened.model, "num_classes", None)}{given})')

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from sem_timm.command_line.arguments import AsJson
 from sem_timm.errors import NoMatchError, closest
 from sem_timm.operations import operation_names
 from sem_timm.registry import DEFAULT_OPERATIONS
@@ -24,7 +25,7 @@ def command(
     pattern: Annotated[str, typer.Argument(metavar='[FILTER]', help='A part of a name, or a pattern with *.')] = '',
     pretrained: Annotated[bool, typer.Option('--pretrained', help='Only models with pretrained weights.')] = False,
     operations: Annotated[bool, typer.Option('--operations', help='List the operations instead.')] = False,
-    as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List models, with the places in them where attention can be replaced.
 

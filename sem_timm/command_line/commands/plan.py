@@ -7,16 +7,15 @@ from typing import Annotated
 
 import typer
 
-from sem_timm.command_line.arguments import OperationOptions, Targets
-from sem_timm.command_line.networks import create_on_meta
-from sem_timm.command_line.values import complete_model, complete_operation, parse_target
-from sem_timm.finetuning.models import input_size, model_arguments
+from sem_timm.command_line.arguments import AsJson, ImageSize, ModelName, ModelOptions, OperationOptions, Targets
+from sem_timm.command_line.networks import open_network
+from sem_timm.command_line.values import complete_operation, parse_target
 from sem_timm.operations import plan_model
 from sem_timm.typed_values import parse_pairs
 
 
 def command(
-    model: Annotated[str, typer.Argument(help='Name of a timm model.', autocompletion=complete_model)],
+    model: ModelName,
     operation: Annotated[
         str,
         typer.Option(
@@ -29,12 +28,10 @@ def command(
     target: Targets = None,
     exclude: Annotated[list[str] | None, typer.Option(help='Where not, by the same rules.')] = None,
     options: OperationOptions = None,
-    model_options: Annotated[
-        list[str] | None, typer.Option('--model-options', help='Argument key=value of the model; repeatable.')
-    ] = None,
-    image_size: Annotated[int | None, typer.Option(help='Height and width of the input in pixels.', min=1)] = None,
+    model_options: ModelOptions = None,
+    image_size: ImageSize = None,
     code: Annotated[str | None, typer.Option(metavar='SITE', help='Print the new forward of a site instead.')] = None,
-    as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what an operation would do to a model: sites, new parameters, and what is refused and why.
 
@@ -43,14 +40,13 @@ def command(
     Examples: `sem-timm plan resnet50`, `sem-timm plan vit_small_patch16_224 -o external --set memory=32`,
     `sem-timm plan resnet50 --target 'layer[34].*' --code layer3.0`.
     """
-    arguments = model_arguments(model, parse_pairs(model_options, '--model-options'), image_size)
-    network = create_on_meta(model, arguments)
+    network, size = open_network(model, model_options, image_size)
     plan = plan_model(
         network,
         operation,
         target=parse_target(target),
         exclude=parse_target(exclude),
-        input_size=input_size(network, arguments, image_size) if image_size else None,
+        input_size=size,
         **parse_pairs(options, '--set'),
     )
     if code is not None:

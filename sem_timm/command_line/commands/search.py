@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sem_timm.attention_search import search
-from sem_timm.command_line.arguments import NewAttention, OperationOptions, Targets, check_attention
+from sem_timm.command_line.arguments import AsJson, NewAttention, OperationOptions, Targets, check_attention
 from sem_timm.command_line.values import parse_target
 from sem_timm.finetuning.runs import open_run
 from sem_timm.reports.pictures import check_path
@@ -24,7 +24,7 @@ def command(
     target: Targets = None,
     options: OperationOptions = None,
     plot: Annotated[Path | None, typer.Option(help='Draw the front there, a .png, .svg or .pdf.')] = None,
-    as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Find the blocks of a trained model that can do with another attention, by forward passes alone.
 

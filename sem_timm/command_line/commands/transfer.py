@@ -15,7 +15,7 @@ from safetensors.torch import save_model
 
 from sem_timm.attention_transfer import TransferOptions, transfer
 from sem_timm.attention_transfer.processes import Share, is_main
-from sem_timm.command_line.arguments import NewAttention, OperationOptions, Targets, check_attention
+from sem_timm.command_line.arguments import AsJson, NewAttention, OperationOptions, Targets, check_attention
 from sem_timm.command_line.values import parse_target
 from sem_timm.errors import OptionError, SwapWarning, closest
 from sem_timm.finetuning.files import OPTIONS, PATCH, WEIGHTS, explained, write_text, write_whole
@@ -37,7 +37,7 @@ def command(
         typer.Option('--transfer', help='Option key=value of the transfer, such as train=module; repeatable.'),
     ] = None,
     output: Annotated[Path | None, typer.Option(help='New folder for the weights, and for the patch file.')] = None,
-    as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Swap the attention of a trained model and give it its skill back, with its own training images as examples.
 
