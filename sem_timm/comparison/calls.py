@@ -23,7 +23,7 @@ from sem_timm.comparison.log import Entry, Log, Record, RunKey, claimed, way_on
 from sem_timm.comparison.picture import draw
 from sem_timm.comparison.result import ComparisonResult, row_results
 from sem_timm.comparison.rows import Row
-from sem_timm.comparison.runs import RUNS, do_run, folder_of, left_runs, lock_of, options_of_run, pending_runs
+from sem_timm.comparison.runs import RUNS, do_run, folder_of, left_runs, lock_of, pending_runs, run_options
 from sem_timm.comparison.setting import Setting, open_setting
 from sem_timm.comparison.tables import as_csv, as_latex, as_markdown
 from sem_timm.errors import MissingPackageError, OptionError, SemTimmError
@@ -173,7 +173,7 @@ def _do_runs(setting: Setting, log: Log, accelerator: Accelerator, display: Comp
                 return too_large
             key, row = found
             run = folder_of(setting.folder, key)
-            options = options_of_run(base, row, key, setting.search, run)
+            options = run_options(base, row, key, setting.search, run)
             try:
                 outcome = do_run(options, display.for_run(key))
             except torch.cuda.OutOfMemoryError as error:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from sem_timm.comparison.log import way_on
 from sem_timm.comparison.result import ComparisonResult, RowResult
 from sem_timm.comparison.runs import Search
-from sem_timm.comparison.statistics import MOST_SEEDS, Difference, told_together
+from sem_timm.comparison.statistics import CONFIDENCE, MOST_SEEDS, Difference, told_together
 
 
 def points(value: float) -> str:
@@ -81,7 +81,7 @@ def _best(result: ComparisonResult) -> Iterator[str]:
 def _provisos(result: ComparisonResult, compared: list[RowResult]) -> Iterator[str]:
     intervals = sum(row.difference is not None and row.difference.low is not None for row in compared)
     if intervals > 1:
-        chance = 1 - 0.95**intervals
+        chance = 1 - CONFIDENCE**intervals
         yield (
             f'Each interval is right 19 times out of 20; with {intervals} of them, at least one is wrong in up to '
             f'{chance:.0%} of such tables.'

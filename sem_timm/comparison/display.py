@@ -9,7 +9,7 @@ from typing import Any
 from rich.progress import TextColumn, TimeRemainingColumn
 
 from sem_timm.comparison.log import FINISHED, RunKey
-from sem_timm.finetuning.progress import Bars, ProgressDisplay
+from sem_timm.finetuning.progress import Bars, OpenDisplay
 
 
 class ComparisonDisplay(Bars):
@@ -32,7 +32,7 @@ class ComparisonDisplay(Bars):
         self._total = max(total, 1)
         self._bar.update(self._runs, total=total)
 
-    def for_run(self, key: RunKey) -> Any:
+    def for_run(self, key: RunKey) -> OpenDisplay:
         """What `run_finetuning` opens as the display of one run."""
         return lambda total, epochs, shown: _RunDisplay(self, key, total)
 
@@ -62,8 +62,8 @@ class ComparisonDisplay(Bars):
         self._bar.remove_task(task)
 
 
-class _RunDisplay(ProgressDisplay):
-    """The bar within a run; what a run says of itself is left out."""
+class _RunDisplay:
+    """The bar within a run, as its `Display`; what a run says of itself is left out."""
 
     def __init__(self, display: ComparisonDisplay, key: RunKey, total: int) -> None:
         self._display = display

@@ -15,9 +15,10 @@ from typing import Any
 from sem_timm.comparison.log import DIVERGED, FINISHED, Record, RunKey
 from sem_timm.comparison.rows import Row
 from sem_timm.finetuning import CheckpointError, DivergedError, FinetuneOptions, FinetuneResult
-from sem_timm.finetuning.calls import OpenDisplay, run_finetuning
+from sem_timm.finetuning.calls import run_finetuning
 from sem_timm.finetuning.checkpoints import Checkpoints
 from sem_timm.finetuning.files import OPTIONS, write_text
+from sem_timm.finetuning.progress import OpenDisplay
 
 RUNS = 'runs'
 
@@ -98,7 +99,7 @@ def lock_of(folder: Path, key: RunKey) -> Path:
     return run.with_name(f'{run.name}.lock')
 
 
-def options_of_run(base: FinetuneOptions, row: Row, key: RunKey, search: Search | None, run: Path) -> FinetuneOptions:
+def run_options(base: FinetuneOptions, row: Row, key: RunKey, search: Search | None, run: Path) -> FinetuneOptions:
     """All options of one run."""
     fraction = search.fraction if search is not None and key.is_try else 0.0
     return replace(
@@ -121,7 +122,7 @@ def do_run(options: FinetuneOptions, open_display: OpenDisplay) -> dict[str, Any
     """
     run = Path(options.output or '')
     try:
-        result = _resumed(options, run, open_display)
+        result = _begin_or_go_on(options, run, open_display)
     except DivergedError as error:
         return {'outcome': DIVERGED, 'reason': error.what}
     last = result.history[-1]
@@ -139,7 +140,7 @@ def do_run(options: FinetuneOptions, open_display: OpenDisplay) -> dict[str, Any
     }
 
 
-def _resumed(options: FinetuneOptions, run: Path, open_display: OpenDisplay) -> FinetuneResult:
+def _begin_or_go_on(options: FinetuneOptions, run: Path, open_display: OpenDisplay) -> FinetuneResult:
     if Checkpoints(run).all():
         write_text(run / OPTIONS, options.to_json())  # as told here: data and weights may lie elsewhere by now
         given: dict[str, Any] = {'resume': str(run), 'progress': options.progress}

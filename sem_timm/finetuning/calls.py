@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from sem_timm.finetuning.lora import merge_adapters
 from sem_timm.finetuning.models import inserted_parameters, operation_name, save_if_patch
 from sem_timm.finetuning.options import FinetuneOptions
 from sem_timm.finetuning.parts import Parts, build_parts, create_accelerator
-from sem_timm.finetuning.progress import ProgressDisplay
+from sem_timm.finetuning.progress import OpenDisplay, ProgressDisplay
 from sem_timm.finetuning.result import FinetuneResult
 from sem_timm.finetuning.stopping import StopRequest
 from sem_timm.surgery import patched_modules
@@ -44,8 +43,6 @@ from sem_timm.surgery import patched_modules
 _MAY_CHANGE = {'resume', 'stop_at', 'progress', 'workers', 'keep', 'checkpoint_every', 'skip_bad_images'}
 # Remedies for a run that diverged: with them it goes on, but is no longer the run that was begun.
 _REMEDIES = {'lr', 'min_lr', 'new_lr_scale', 'clip'}
-
-OpenDisplay = Callable[[int, int, bool], ProgressDisplay]
 
 
 def finetune(

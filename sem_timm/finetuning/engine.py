@@ -18,7 +18,7 @@ from sem_timm.finetuning.groups import offending_groups
 from sem_timm.finetuning.loading import Batch
 from sem_timm.finetuning.options import FinetuneOptions
 from sem_timm.finetuning.parts import Parts
-from sem_timm.finetuning.progress import ProgressDisplay
+from sem_timm.finetuning.progress import Display
 from sem_timm.finetuning.stopping import StopRequest
 
 
@@ -41,7 +41,7 @@ class Trainer:
         state: State,
         run: Path,
         stop: StopRequest,
-        display: ProgressDisplay,
+        display: Display,
     ) -> None:
         self.options = options
         self.parts = parts

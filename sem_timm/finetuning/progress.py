@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -18,6 +19,26 @@ from rich.progress import (
 )
 
 Own = TypeVar('Own', bound='Bars')
+
+
+class Display(Protocol):
+    """What a run is shown by, in a ``with`` statement."""
+
+    def __enter__(self) -> Display: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def update(self, step: int, epoch: int, values: dict[str, Any]) -> None:
+        """Shows where the run is: updates done, epochs done, and what the log of training has of the last update."""
+
+    def say(self, text: str) -> None:
+        """Shows a line."""
+
+
+# From the number of updates, of epochs, and whether to show anything.
+OpenDisplay: TypeAlias = Callable[[int, int, bool], Display]
 
 
 class Bars:

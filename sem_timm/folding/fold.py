@@ -89,8 +89,14 @@ def fold_gates(
             after = before if before.right is None else _again(copy, images, max_batches, before)
             work.commit(rows)
         is_plain = not patched_modules(model)
-    counts = type(model).__name__, before.num_images, tuple(rows), is_plain
-    return FoldResult(*counts, before.accuracy, after.accuracy)
+    return FoldResult(
+        model_name=type(model).__name__,
+        num_images=before.num_images,
+        gates=tuple(rows),
+        is_plain=is_plain,
+        accuracy_before=before.accuracy,
+        accuracy_after=after.accuracy,
+    )
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ class Tiles:
         return self.tile_height * self.tile_width
 
     @property
-    def fill_grid(self) -> bool:
+    def divide_grid(self) -> bool:
         """Whether the grid is a multiple of the tiles."""
         return self.height % self.tile_height == 0 and self.width % self.tile_width == 0
 
@@ -161,7 +161,7 @@ class Tiles:
         """Tokens (..., h w, d) as (rows, columns, ..., tile_height, tile_width, d)."""
         rows, columns = self._counts
         x = tokens.view(*tokens.shape[:-2], self.height, self.width, tokens.shape[-1])
-        if not self.fill_grid:
+        if not self.divide_grid:
             bottom, right = rows * self.tile_height - self.height, columns * self.tile_width - self.width
             x = F.pad(x, (0, 0, 0, right, 0, bottom), value=fill)
         x = x.view(*x.shape[:-3], rows, self.tile_height, columns, self.tile_width, x.shape[-1])

@@ -130,7 +130,7 @@ class MonarchAttention(AttentionCore):
         hidden = None
         if mask is not None:
             hidden = tiles.cut(mask[..., first:, :], fill=LOWEST)
-        elif not tiles.fill_grid:
+        elif not tiles.divide_grid:
             nothing = q.new_zeros(q.shape[-2] - first, 1, dtype=statistics_dtype(q.dtype))
             hidden = tiles.cut(nothing, fill=LOWEST).expand(-1, queries.shape[1], -1, -1)
         prefix = of_prefix = None

@@ -162,7 +162,7 @@ class _ProductOfSigmoids(torch.autograd.Function):
 
 
 class Excitation(ChannelGate):
-    """One excitation operator as a channel attention of its own: SE, ECA or IE as published, without a decision.
+    """One excitation operator, such as SE, ECA or IE, as a channel attention of its own, without a decision.
 
     Has the interface of `SEM`, for comparison with it and as the simplest gate to insert.
 

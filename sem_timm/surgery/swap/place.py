@@ -182,7 +182,7 @@ class Swapper:
         check_methods(module, reading.trace.graphs[False])
         attributes = free_names(module, self.operation.attribute, len(cores))
         values = reading.values[False]
-        if self._pools(name, reading):
+        if _pools(reading):
             raise Refused('it pools its tokens into one; only one query is used')
         sites = tuple(self._site(name, attribute, core, values, reading) for core, attribute in zip(cores, attributes))
         # What is a core, and which rows of a packed weight are read, depends on shapes, which the trace does not.
@@ -194,11 +194,6 @@ class Swapper:
         if key not in edits:
             edits[key] = self._edited(name, reading, cores, attributes)
         return Placement(sites, edits[key][0], reading, edits[key][1])
-
-    def _pools(self, name: str, reading: Reading) -> bool:
-        output = reading.values[False][next(iter(reversed(reading.trace.graphs[False].nodes)))]
-        tensors = tensors_in(list(reading.trace.values.values()))
-        return isinstance(output, Tensor) and bool(tensors) and output.ndim == 2 and tensors[0].ndim > 2
 
     def _site(self, name: str, attribute: str, core: Core, values: Values, reading: Reading) -> AttentionSite:
         module = self.reader.modules[name]
@@ -286,3 +281,10 @@ class Swapper:
                     found |= {n for n, v in values.items() if isinstance(v, Tensor) and layout_of(v) is None}
             self._tables_of[cls] = frozenset(found)
         return self._tables_of[cls]
+
+
+def _pools(reading: Reading) -> bool:
+    """Whether a module returns a matrix (B, C) of what has more axes, such as tokens (B, N, C)."""
+    output = reading.values[False][next(iter(reversed(reading.trace.graphs[False].nodes)))]
+    tensors = tensors_in(list(reading.trace.values.values()))
+    return isinstance(output, Tensor) and bool(tensors) and output.ndim == 2 and tensors[0].ndim > 2
