@@ -18,6 +18,8 @@ import inspect
 import json
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -52,17 +54,17 @@ class Recorder:
         test, _, case = name.partition('[')
         row = self.kept.setdefault(f'{path}::{test}', {'cases': {}})
         row['program'] = module.PROGRAM
-        row['versions'] = ', '.join(f'{package} {_version(package)}' for package in (module.PROGRAM, 'timm', 'torch'))
+        row['versions'] = ', '.join(_versions(module.PROGRAM, 'timm', 'torch'))
         row['what'] = ' '.join((inspect.getdoc(getattr(module, test)) or '').split())
         row['date'] = str(datetime.date.today())
         row['cases'][case] = report.outcome
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return '?'
+def _versions(*packages: str) -> Iterator[str]:
+    """Packages with their versions, but for what is no package."""
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            yield f'{package} {version(package)}'
 
 
 def write(kept: dict[str, Any]) -> str:

@@ -107,7 +107,8 @@ def report(rows: list[Row], seconds: float) -> str:
         f'({placed / max(total, 1):.1%}) have a layer that takes their mean, and in {whole:,} architectures all have; '
         f'{sum(bool(row.error) for row in rows)} failed. {seconds:.0f} s of one core.',
         '',
-        "*With a shift*: where `'ssf'` is put in there, its shift goes into a bias beside its scale.",
+        "*With a shift*: where `'ssf'` is put in there, its shift goes into a bias beside its scale. *Norm*: any",
+        'other, whose scale alone takes the mean. *Layer scale + bias*: a scale and a bias as parameters of a block.',
         '',
         '| folded into | gates | with a shift |',
         '|---|---:|---:|',

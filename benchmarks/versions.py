@@ -26,7 +26,7 @@ _HEAD = """# Versions
 
 The tests, run with the oldest versions of Python, torch and timm, with some between, and with the newest.
 `benchmarks/compat.sh` runs them, each combination in an environment of its own, and makes this page. The floors and
-classifiers of `pyproject.toml` are what passed here.
+Python classifiers of `pyproject.toml` are what passed here.
 
 | run on | Python | torch | torchvision | timm | numpy | passed | failed | expected to fail | not run |
 |---|---|---|---|---|---|---|---|---|---|

@@ -83,15 +83,19 @@ def closest(name: str, known: Iterable[str]) -> str:
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raises OptionError if an option is not one of its choices."""
+    """Raises OptionError if an option is not one of its choices, which are few enough to be listed."""
     if value not in choices:
-        raise OptionError(f'{name}={value!r} is unknown. {closest(str(value), choices)}')
+        close = get_close_matches(str(value), choices, cutoff=0.5)
+        hint = f'Close: {", ".join(close)}. ' if close else ''
+        raise OptionError(f'{name}={value!r} is unknown. {hint}There are: {", ".join(map(repr, choices))}.')
 
 
 def place_of(error: Exception) -> str:
     """The text of an error with the line of other people's code that caused it."""
     where = line_of(traceback.extract_tb(error.__traceback__))
     text = str(error).split('\n', 1)[0]
+    if isinstance(error, KeyError) or not text:  # whose text is the key alone
+        text = f'{type(error).__name__}: {text}'
     text = text if len(text) <= 160 else f'{text[:160]} …'  # torch explains some things at length
     return f'{text} ({where})' if where else text
 

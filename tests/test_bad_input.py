@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import sem_timm
 from sem_timm import GuardError, ModelError, NoMatchError, OptionError, PlanError, RefusedError, TraceError
+from sem_timm.errors import place_of
 from tests.families import FAMILIES
 from tests.refusals import refused
 
@@ -85,9 +86,9 @@ OPTIONS: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
     'position': ('sem', {'position': 'outputs'}, ("position='outputs'", "'auto', 'residual', 'output'")),
     'branches': ('sem', {'branches': 'first'}, ("branches='first'", "'last', 'all'")),
     'init': ('sem', {'init': 'papr'}, ("init='papr'", 'paper')),
-    'init_of_a_wrong_type': ('sem', {'init': None}, ('init=None', 'identity, paper')),
+    'init_of_a_wrong_type': ('sem', {'init': None}, ('init=None', "'identity', 'paper'")),
     'decision': ('sem', {'decision': 'softmx'}, ("decision='softmx'", 'softmax')),
-    'decision_of_a_wrong_type': ('sem', {'decision': None}, ('decision=None', 'sigmoid, softmax, equal')),
+    'decision_of_a_wrong_type': ('sem', {'decision': None}, ('decision=None', "'sigmoid', 'softmax', 'equal'")),
     'reduction_zero': ('sem', {'reduction': 0}, ('reduction=0', '1 or more')),
     'reduction_negative': ('se', {'reduction': -4}, ('reduction=-4', '1 or more')),
     'reduction_fraction': ('sem', {'reduction': 0.5}, ('reduction=0.5', 'whole number')),
@@ -264,3 +265,9 @@ def test_a_model_without_blocks() -> None:
 def test_all_errors_are_of_one_family() -> None:
     for error in (GuardError, ModelError, NoMatchError, OptionError, PlanError, RefusedError, TraceError):
         assert issubclass(error, sem_timm.SemTimmError)
+
+
+def test_an_error_whose_text_is_a_key_alone_is_told_with_its_class() -> None:
+    with pytest.raises(KeyError) as caught:
+        {}['heads']
+    assert place_of(caught.value).startswith("KeyError: 'heads' (") and "{}['heads'])" in place_of(caught.value)

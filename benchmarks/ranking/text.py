@@ -123,7 +123,7 @@ def _verdict(main: dict[str, Trained], chosen: str) -> str:
             f'  On {CHECKING} that is {against} beside the order from the first block to the last.\n'
         )
     earned = any(has_earned_a_command(checked, name) for name in (LITERAL, chosen))
-    verdict = 'It has earned a command.' if earned else '**It has not: there is no `sem-timm where`.**'
+    verdict = 'One fulfils the rule.' if earned else '**None fulfils the rule, so there is no `sem-timm where`.**'
     return f'{verdict}\n\n{"".join(sentences)}{_LIMITS}'
 
 

@@ -14,6 +14,7 @@ from sem_timm.layers import attention_names
 Targets: TypeAlias = Annotated[
     list[str] | None, typer.Option(help='Where: a regular expression over module names, or repeated, exact names.')
 ]
+Excluded: TypeAlias = Annotated[list[str] | None, typer.Option(help='Where not, by the same rules.')]
 OperationOptions: TypeAlias = Annotated[
     list[str] | None, typer.Option('--set', help='Option key=value of the operation; repeatable.')
 ]

@@ -12,6 +12,7 @@ import typer
 from sem_timm.command_line.values import complete_model, complete_operation
 
 _COMPLETIONS = {'model': complete_model, 'operation': complete_operation}
+_SHORT = {'operation': ('-o',)}
 
 
 def parameters_of(
@@ -20,6 +21,7 @@ def parameters_of(
     lists: Collection[str],
     texts: Collection[str] = (),
     without: Collection[str] = (),
+    helps: Mapping[str, str] | None = None,
 ) -> list[inspect.Parameter]:
     """The parameters that typer makes options from, one for each field.
 
@@ -32,11 +34,19 @@ def parameters_of(
         lists: Fields whose option is repeatable.
         texts: Fields whose option is a text that the command reads itself.
         without: Fields that get no option.
+        helps: Texts for fields that mean something else to this command, with their defaults.
     """
     hints = get_type_hints(cls)
     kinds: dict[str, Any] = {**dict.fromkeys(lists, list[str]), **dict.fromkeys(texts, str)}
+    told = {f.name: f.metadata['help'] for f in fields(cls)} | dict(helps or {})
     return [
-        _parameter(f.name, f.default, kinds.get(f.name, hints[f.name]), f.metadata, flag_of(f.name, flags))
+        _parameter(
+            f.name,
+            default=None if f.name in (helps or {}) else f.default,
+            hint=kinds.get(f.name, hints[f.name]),
+            metadata={**f.metadata, 'help': told[f.name]},
+            flag=flag_of(f.name, flags),
+        )
         for f in fields(cls)
         if f.name not in without
     ]
@@ -57,7 +67,8 @@ def _parameter(name: str, default: Any, hint: Any, metadata: Any, flag: str) -> 
         return keyword(name, None, Annotated[str | None, info])
     if hint in (bool, bool | None):
         flag = f'{flag}/--no-{flag[2:]}'
-    info = typer.Option(flag, help=text, rich_help_panel=panel, autocompletion=completion, show_default=shown)
+    flags = (flag, *_SHORT.get(name, ()))
+    info = typer.Option(*flags, help=text, rich_help_panel=panel, autocompletion=completion, show_default=shown)
     return keyword(name, None, Annotated[hint | None, info])
 
 

@@ -45,7 +45,7 @@ def as_markdown(result: ComparisonResult) -> str:
     lines = [f'# Comparison of {len(result.rows)} rows', '', heading(result), '']
     lines += [_markdown_row(header), '|' + '|'.join(['---', *['---:'] * (len(header) - 1)]) + '|']
     lines += [_markdown_row(row) for row in rows]
-    lines += ['', _legend(result), '', *(f'- {_escaped(sentence)}' for sentence in result.conclusions)]
+    lines += ['', _legend(result, header), '', *(f'- {_escaped(sentence)}' for sentence in result.conclusions)]
     command = result.told.get('command')
     if command:
         lines += ['', f'Made by `{command}`.']
@@ -60,12 +60,13 @@ def _escaped(text: str) -> str:
     return text.replace('\\', '\\\\').replace('|', '\\|').replace('*', '\\*').replace('_', '\\_')
 
 
-def _legend(result: ComparisonResult) -> str:
+def _legend(result: ComparisonResult, header: Sequence[str]) -> str:
+    baseline = _escaped(result.baseline)
+    measured = f'Step, memory: time and peak memory of a training step over those of {baseline}. '
     return (
         'Accuracy in percent after the last epoch: mean and standard deviation over seeds. Difference: mean of the '
-        f'paired differences to {_escaped(result.baseline)} in points, with its 95 % interval. Trained: parameters '
-        'that are trained; new: those that were put in. Step, memory: time and peak memory of a training step over '
-        f'those of {_escaped(result.baseline)}. File: what is to be kept beside the base.'
+        f'paired differences to {baseline} in points, with its 95 % interval. Trained: parameters that are trained; '
+        f'new: those that were put in. {measured if "step" in header else ""}File: what is to be kept beside the base.'
     )
 
 

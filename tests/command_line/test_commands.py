@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import timm
+import typer
 
 from sem_timm.command_line import main
+from sem_timm.command_line.application import create_application
 from sem_timm.command_line.commands import finetune as finetune_command
 from sem_timm.command_line.values import complete_model, complete_operation
 from sem_timm.errors import OptionError
@@ -25,7 +27,7 @@ from tests.finetuning.small_runs import write_images
 from tests.thorough import first_of_each, thorough
 from tests.versions import save_for_hf, since_timm
 
-COMMANDS = ('list', 'plan', 'explain', 'finetune', 'compare', 'decisions', 'transfer', 'fold', 'bench')
+COMMANDS = ('list', 'plan', 'explain', 'finetune', 'compare', 'decisions', 'transfer', 'search', 'fold', 'bench')
 SMALL = ['finetune', 'test_resnet', '--no-pretrained', '--image-size', '16', '--batch-size', '8', '--epochs', '1']
 
 
@@ -80,6 +82,20 @@ def test_first_signal_is_told_when_a_second_one_comes_meanwhile(
     monkeypatch.setattr(finetune_command, 'options_of_run', stop)
     assert main(['finetune']) == 130
     assert capsys.readouterr().err == 'sem-timm: SIGINT stopped the training after step 3\n'
+
+
+def test_commands_have_the_same_options_for_the_same_things() -> None:
+    for command in typer.main.get_group(create_application()).commands.values():
+        names = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        assert '--operation' not in names or '-o' in names, command.name
+        assert '--target' not in names or '--exclude' in names or command.name == 'compare', command.name
+
+
+def test_compare_says_what_options_of_a_training_mean_to_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(['compare', '--help']) == 0
+    shown = ' '.join(capsys.readouterr().out.replace('│', ' ').split())
+    assert 'held out in the tries of --search, by default 0.2.' in shown and 'instead of on the validation' not in shown
+    assert 'Seed of what is held out, for all seeds of runs alike; by default 0.' in shown
 
 
 def test_list_filters_and_prints_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -180,5 +180,8 @@ def test_the_blocks_that_can_do_without_softmax_are_searched_for(
     front = json.loads(capsys.readouterr().out)['front']
     assert [len(point['swapped']) for point in front] == list(range(len(front))) and len(front) > 1
     assert plot.stat().st_size > 1000
+    assert main([*command, '--max-batches', '1', '--json', '--exclude', 'blocks.0.attn']) == 0
+    swapped = {name for point in json.loads(capsys.readouterr().out)['front'] for name in point['swapped']}
+    assert len(swapped) == len(front) - 2 and 'blocks.0.attn' not in swapped
     assert main(['search', str(attending), '-o', 'sem']) == 2
     assert "operation 'sem' is no attention" in capsys.readouterr().err

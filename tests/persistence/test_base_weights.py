@@ -45,7 +45,7 @@ def test_other_base_weights_warn_or_fail_or_pass(folder: Path) -> None:
     assert caught[0].filename == __file__
     assert sem_timm.patched_modules(model)
     assert sem_timm.patched_modules(sem_timm.load_patch(other_base(), folder, check_base='ignore'))
-    with refused(model, OptionError, "check_base='maybe'", 'There are: warn, error, ignore'):
+    with refused(model, OptionError, "check_base='maybe'", "'warn', 'error', 'ignore'"):
         sem_timm.load_patch(model, folder, check_base='maybe')
 
 

@@ -190,7 +190,7 @@ def test_what_a_backbone_lacks_is_told_and_left_out_on_request(tmp_path: Path, n
     last = sem_timm.patched_modules(whole)[-1].name
     with refused(model, PatchFileError, 'lacks the end of the network', f'{last}, its classifier', "missing='skip'"):
         sem_timm.load_patch(model, tmp_path)
-    with refused(model, OptionError, "missing='all' is unknown", 'There are: error, skip'):
+    with refused(model, OptionError, "missing='all' is unknown", "'error', 'skip'"):
         sem_timm.load_patch(model, tmp_path, missing='all')
     sem_timm.load_patch(model, tmp_path, check_base='error', missing='skip')
     images = FAMILIES[name].images()

@@ -23,6 +23,10 @@ from sem_timm.typed_values import parse_pairs
 
 _LISTS = ('operations', 'target', 'position')
 _TEXTS = ('train', 'seeds', 'lr_factors')
+_HELPS = {
+    'tuning_fraction': 'Share of the training images that is held out in the tries of --search, by default 0.2.',
+    'split_seed': 'Seed of what is held out, for all seeds of runs alike; by default 0.',
+}
 
 
 def command(as_json: bool, **values: Any) -> None:
@@ -86,6 +90,7 @@ def _parameters() -> list[inspect.Parameter]:
         FinetuneOptions,
         {},
         ('model_options',),
+        helps=_HELPS,
         without=[name for name in FinetuneOptions.__dataclass_fields__ if name not in (*RECIPE, *OF_MACHINES)],
     )
     text = Annotated[bool, typer.Option('--json', help='Print JSON.', rich_help_panel='Runs')]

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from sem_timm.command_line.arguments import AsJson, ImageSize, ModelName, ModelOptions, OperationOptions, Targets
+from sem_timm.command_line.arguments import (
+    AsJson,
+    Excluded,
+    ImageSize,
+    ModelName,
+    ModelOptions,
+    OperationOptions,
+    Targets,
+)
 from sem_timm.command_line.networks import open_network
 from sem_timm.command_line.values import complete_operation, parse_target
 from sem_timm.operations import plan_model
@@ -26,7 +34,7 @@ def command(
         ),
     ] = 'sem',
     target: Targets = None,
-    exclude: Annotated[list[str] | None, typer.Option(help='Where not, by the same rules.')] = None,
+    exclude: Excluded = None,
     options: OperationOptions = None,
     model_options: ModelOptions = None,
     image_size: ImageSize = None,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sem_timm.attention_search import search
-from sem_timm.command_line.arguments import AsJson, NewAttention, OperationOptions, Targets, check_attention
+from sem_timm.command_line.arguments import AsJson, Excluded, NewAttention, OperationOptions, Targets, check_attention
 from sem_timm.command_line.values import parse_target
 from sem_timm.finetuning.runs import open_run
 from sem_timm.reports.pictures import check_path
@@ -22,6 +22,7 @@ def command(
     tolerance: Annotated[float, typer.Option(help='Part of the agreement with the original that may be lost.')] = 0.01,
     max_batches: Annotated[int, typer.Option(help='Look at so many batches of training images at most.', min=1)] = 4,
     target: Targets = None,
+    exclude: Excluded = None,
     options: OperationOptions = None,
     plot: Annotated[Path | None, typer.Option(help='Draw the front there, a .png, .svg or .pdf.')] = None,
     as_json: AsJson = False,
@@ -44,6 +45,7 @@ def command(
         tolerance=tolerance,
         max_batches=max_batches,
         target=parse_target(target),
+        exclude=parse_target(exclude),
         input_size=opened.input_size,
         **parse_pairs(options, '--set'),
     )

@@ -6,7 +6,7 @@ import json
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import timm
 import torch
@@ -15,7 +15,7 @@ from safetensors.torch import save_model
 
 from sem_timm.attention_transfer import TransferOptions, transfer
 from sem_timm.attention_transfer.processes import Share, is_main
-from sem_timm.command_line.arguments import AsJson, NewAttention, OperationOptions, Targets, check_attention
+from sem_timm.command_line.arguments import AsJson, Excluded, NewAttention, OperationOptions, Targets, check_attention
 from sem_timm.command_line.values import parse_target
 from sem_timm.errors import OptionError, SwapWarning, closest
 from sem_timm.finetuning.files import OPTIONS, PATCH, WEIGHTS, explained, write_text, write_whole
@@ -31,6 +31,7 @@ def command(
     run: Annotated[Path, typer.Argument(help='Folder of a run of sem-timm finetune with self-attention.')],
     operation: NewAttention = 'external',
     target: Targets = None,
+    exclude: Excluded = None,
     options: OperationOptions = None,
     transfer_options: Annotated[
         list[str] | None,
@@ -55,10 +56,11 @@ def command(
     _check_not_swapped(run, opened)
     if output is not None:
         _check_not_patched(run, opened)
-    names, chosen = parse_target(target), parse_pairs(options, '--set')
+    chosen = parse_pairs(options, '--set')
+    places: dict[str, Any] = {'target': parse_target(target), 'exclude': parse_target(exclude)}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', SwapWarning)  # it is about to be trained
-        patch_model(opened.model, operation, target=names, input_size=opened.input_size, **chosen)
+        patch_model(opened.model, operation, input_size=opened.input_size, **places, **chosen)
     try:
         result = transfer(opened.model, Share(opened.training), how, evaluation=Share(opened.validation))
         first = is_main()
@@ -70,7 +72,7 @@ def command(
     if output is not None:
         with explained(output):
             output.mkdir(parents=True)
-        told = replace(opened.options, operation=operation, operation_options=chosen, target=names, output=str(output))
+        told = replace(opened.options, operation=operation, operation_options=chosen, output=str(output), **places)
         write_text(output / OPTIONS, told.to_json())
         write_whole(output / WEIGHTS, lambda path: save_model(opened.model, str(path)))
         if how.train == 'new' and how.distill_train in (None, 'new'):  # else the base has changed with it
