@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -19,7 +20,7 @@ from accelerate.utils import broadcast_object_list
 
 from sem_timm.comparison.costs import Costs, StepMeter, build_model, count_costs
 from sem_timm.comparison.display import ComparisonDisplay, label
-from sem_timm.comparison.log import Entry, Log, Record, RunKey, claimed, way_on
+from sem_timm.comparison.log import FINISHED, Entry, Log, Record, RunKey, claimed, way_on
 from sem_timm.comparison.picture import draw
 from sem_timm.comparison.result import ComparisonResult, row_results
 from sem_timm.comparison.rows import Row
@@ -243,7 +244,11 @@ def _claim(setting: Setting, log: Log, claims: ExitStack, left_out: Collection[R
 def _result(setting: Setting, record: Record, too_large: Mapping[RunKey, str]) -> ComparisonResult:
     base, search = setting.base, setting.search
     seeds = {*setting.seeds, *record.begun['seeds'], *(key.seed for key in record.runs if not key.is_try)}
-    rows = row_results(record, search, base.lr, setting.baseline, setting.num_images[1])
+    finished = [run for key, run in record.runs.items() if not key.is_try and run['outcome'] == FINISHED]
+    # Of images that cannot be read, some are not measured.
+    num_measured = min((run['images'][1] for run in finished if 'images' in run), default=setting.num_images[1])
+    without_row = Counter(key.row for key in record.runs if key.row not in record.rows and not key.is_try)
+    rows = row_results(record, search, base.lr, setting.baseline, num_measured)
     told = {
         'model': base.model,
         'data': base.data,
@@ -257,11 +262,12 @@ def _result(setting: Setting, record: Record, too_large: Mapping[RunKey, str]) -
         baseline=setting.baseline,
         folder=setting.folder,
         told=told,
-        num_images=setting.num_images,
+        num_images=(setting.num_images[0], num_measured),
         search=search,
         num_pending=left_runs(record, search, base.lr, sorted(seeds)),
         num_damaged=record.num_damaged,
         versions=tuple(sorted({run['versions'] for run in record.runs.values() if 'versions' in run})),
+        without_row=without_row,
         too_large={label(key): why for key, why in too_large.items()},
     )
 

@@ -67,6 +67,10 @@ def _best(result: ComparisonResult) -> Iterator[str]:
     if len(ranked) < 3:
         return
     best = max(ranked, key=lambda row: row.mean or 0.0)
+    level = [row.name for row in ranked if row.mean == best.mean]
+    if len(level) > 1:
+        yield f'The highest mean is the same for {" and ".join(level)}.'
+        return
     others = [result.difference(best.name, row.name) for row in ranked if row is not best]
     told = {difference.other for difference in told_together(others)}
     apart, close = ([one.other for one in others if (one.other in told) is wanted] for wanted in (True, False))
@@ -120,9 +124,17 @@ def _failures(result: ComparisonResult) -> Iterator[str]:
     for run, why in result.too_large.items():
         yield f'{run} was left out: {why}. It is tried again wherever the comparison goes on.'
     if result.num_pending:
-        yield f'Runs that are still to be done: {result.num_pending}; sem-timm compare {way_on(result.folder)}'
+        yield (
+            f'Runs that are still to be done: {result.num_pending}; sem-timm compare {way_on(result.folder)}, unless '
+            'another process is about them.'
+        )
     if result.num_damaged:
         yield f'Lines of the log that could not be read: {result.num_damaged}. Runs among them were done again.'
+    for name, number in result.without_row.items():
+        yield (
+            f'{number} finished runs of {name!r} are not shown: the line of the log that says what it is, is damaged. '
+            f'Name the row as it was asked for, such as sem-timm compare {way_on(result.folder)} --operations {name}.'
+        )
 
 
 def _at_an_end(row: RowResult, search: Search) -> Iterator[str]:

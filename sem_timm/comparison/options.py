@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import operator
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from inspect import cleandoc
+from typing import Any
 
 from sem_timm.comparison.rows import Row
 from sem_timm.errors import OptionError
@@ -83,11 +88,21 @@ class CompareOptions:
         for name in ('operations', 'target', 'position', 'train'):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, (str, Row)) else tuple(value))
+        for entry in self.operations:
+            if not isinstance(entry, (str, Row)):
+                Row(operation=entry)  # tells why that is no operation of a row
+        object.__setattr__(self, 'seeds', _seeds(self.seeds))
+        object.__setattr__(self, 'lr_factors', _factors(self.lr_factors))
+        for name in ('output', 'resume'):
+            value = getattr(self, name)
+            object.__setattr__(self, name, os.fspath(value) if isinstance(value, os.PathLike) else value)
+        if not self.train:
+            raise OptionError("train=() leaves no row; such as 'all', or 'head,new'.")
         if self.search not in (None, LEARNING_RATE):
             raise OptionError(f'search={self.search!r} is unknown. There is: {LEARNING_RATE!r}.')
         if self.search_seeds < 1:
             raise OptionError(f'search_seeds={self.search_seeds} is out of range: it must be at least 1.')
-        wrong = [factor for factor in self.lr_factors if not factor > 0]
+        wrong = [factor for factor in self.lr_factors if not 0 < factor < math.inf]
         if wrong or not self.lr_factors:
             raise OptionError(f'lr_factors={self.lr_factors} are no factors above 0, such as 0.3,1,3.')
         if not self.seed_numbers:
@@ -99,6 +114,23 @@ class CompareOptions:
     def seed_numbers(self) -> tuple[int, ...]:
         """The seeds, by number."""
         return tuple(range(self.seeds)) if isinstance(self.seeds, int) else tuple(self.seeds)
+
+
+def _seeds(given: Any) -> int | tuple[int, ...]:
+    """How many seeds, or which, as Python's own numbers."""
+    try:
+        return tuple(map(operator.index, given)) if isinstance(given, Iterable) else operator.index(given)
+    except TypeError as error:
+        raise OptionError(f'seeds={given!r} are no whole numbers; such as 5, or (0, 1, 2).') from error
+
+
+def _factors(given: Any) -> tuple[float, ...]:
+    try:
+        if isinstance(given, str):  # whose characters may be numbers
+            raise TypeError
+        return tuple(map(float, given)) if isinstance(given, Iterable) else (float(given),)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f'lr_factors={given!r} are no numbers, such as (0.3, 1, 3).') from error
 
 
 RECIPE = tuple(f.name for f in fields(FinetuneOptions) if f.name not in (*OF_ROWS, *OF_RUNS, *OF_MACHINES))

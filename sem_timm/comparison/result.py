@@ -80,6 +80,7 @@ class ComparisonResult:
         num_pending: Runs that are still to be done, such as by another machine.
         num_damaged: Lines of the log that could not be read; runs among them were done again.
         versions: Those of sem_timm, timm and torch that runs were made with, as far as the log tells.
+        without_row: Finished runs of rows whose line in the log is damaged, by the name of the row.
         too_large: Runs for which the memory of this machine was too small, and what was said of it.
     """
 
@@ -92,6 +93,7 @@ class ComparisonResult:
     num_pending: int = 0
     num_damaged: int = 0
     versions: tuple[str, ...] = ()
+    without_row: Mapping[str, int] = field(default_factory=dict)
     too_large: Mapping[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> RowResult:

@@ -165,6 +165,12 @@ def make_rows(
             rows += _spread(row, targets, positions, train)
     if not rows:
         raise OptionError('there is nothing to compare; such as --operations none,se,sem.')
+    for name, given, used in (
+        ('target', targets, any(row.target is not None for row in rows)),
+        ('position', positions, any('position' in row.options for row in rows)),
+    ):
+        if given and not used:
+            raise OptionError(f'{name}={", ".join(given)}: no row here has a {name}; leave it out.')
     names = [row.name for row in rows]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

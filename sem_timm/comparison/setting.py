@@ -100,7 +100,8 @@ def open_setting(given: Mapping[str, Any]) -> Setting:
 def _new(options: CompareOptions, ours: dict[str, Any], given: dict[str, Any]) -> Setting:
     if not {*given} - _ALWAYS_FREE:
         shown, recipe = demonstration()
-        options, given = CompareOptions(**{**shown, **ours}), {**recipe, **given}
+        kept = {name: getattr(options, name) for name in ours}  # of which some may have been read but once
+        options, given = CompareOptions(**{**shown, **kept}), {**recipe, **given}
     base = _base(given)
     folder = Path(options.output or _default_folder(base))
     if folder.exists() and not folder.is_dir():
@@ -118,7 +119,9 @@ def _new(options: CompareOptions, ours: dict[str, Any], given: dict[str, Any]) -
         if idle:
             raise OptionError(f"{', '.join(idle)}: without search='lr' there are no tries that this would be for.")
     else:
-        lrs = tuple(sorted({float(f'{base.lr * factor:.3g}') for factor in options.lr_factors}))
+        if options.search_seeds > len(seeds):
+            raise OptionError(f'search_seeds={options.search_seeds} are more than the {len(seeds)} seeds of the runs.')
+        lrs = tuple(sorted({float(f'{base.lr * factor:.6g}') for factor in options.lr_factors}))
         search = Search(lrs, seeds[: options.search_seeds], base.tuning_fraction or _DEFAULT_TUNING)
     numbers = check_splits(base, 0.0 if search is None else search.fraction)
     baseline = _baseline(options.baseline, rows)
@@ -151,7 +154,13 @@ def _going_on(options: CompareOptions, ours: dict[str, Any], given: dict[str, An
     done = tuple(sorted({key.seed for key in record.runs if not key.is_try}))
     seeds = options.seed_numbers if 'seeds' in ours else tuple(dict.fromkeys((*begun_seeds, *done)))
     numbers = check_splits(base, 0.0 if search is None else search.fraction)
-    name = _baseline(options.baseline or baseline, rows)
+    name = options.baseline or baseline
+    if record.num_damaged and name not in [row.name for row in rows]:
+        raise CheckpointError(
+            f'the line of {Log(folder).file} that says what row {name!r} is, is damaged. Name the row as it was asked '
+            f'for, such as {way_on(folder)} --operations {name}.'
+        )
+    name = _baseline(name, rows)
     setting = Setting(
         options=options,
         base=base,

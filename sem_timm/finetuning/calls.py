@@ -205,23 +205,23 @@ def describe(parts: Parts, options: FinetuneOptions, run: Path, state: State) ->
 def _finish(parts: Parts, state: State, options: FinetuneOptions, run: Path, seconds: float) -> FinetuneResult:
     model, data, accelerator = parts.final_model(), parts.data, parts.accelerator
     merge_adapters(model)
-    new, best = inserted_parameters(model).values(), state.best or {}
+    new, last, best = inserted_parameters(model).values(), state.history[-1], state.best or state.history[-1]
     result = FinetuneResult(
         model=model.eval(),
         options=options,
         operation=operation_name(model),
         folder=run,
         before=state.before or 0.0,
-        after=state.history[-1]['accuracy'],
+        after=last['accuracy'],
         best=best['accuracy'],
         best_checkpoint=Checkpoints(run).best(),
-        num_images=(length_of(data.train), length_of(data.validation)),
+        num_images=(length_of(data.train), round(last.get('images', length_of(data.validation)))),
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_new_parameters=sum(p.numel() for p in new),
         num_trained_parameters=sum(p.numel() for group in parts.optimizer.param_groups for p in group['params']),
         num_steps=state.step,
         seconds=seconds,
-        bad_images=tuple(data.bad_images()),
+        bad_images=tuple(sorted({*state.bad_images, *data.bad_images()})),
         classes=data.classes,
         history=tuple(state.history),
     )

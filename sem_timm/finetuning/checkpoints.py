@@ -38,13 +38,15 @@ class State:
         step: Updates done.
         num_processes: Processes that trained.
         before: Accuracy before the first update.
-        history: One entry for each measurement: step, epoch, accuracy and loss.
+        history: One entry for each measurement: step, epoch, accuracy, loss and number of images.
+        bad_images: Names of images that could not be read and were skipped.
     """
 
     step: int = 0
     num_processes: int = 1
     before: float | None = None
     history: list[dict[str, float]] = field(default_factory=list)
+    bad_images: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:

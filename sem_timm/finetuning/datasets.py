@@ -110,10 +110,15 @@ def _samples(options: FinetuneOptions, train: Any, validation: Any, held_out: bo
         Samples(dataset, options.seed, check, indices, options.skip_bad_images, measured)
         for dataset, indices, measured in zip((train, validation), parts, (False, True))
     ]
-    if not len(samples[0]) or len(samples[0]) < options.batch_size:
+    if not len(samples[0]):
+        raise DataError(
+            f'{options.data} has no images left for training; try a smaller --validation-fraction or --tuning-fraction.'
+        )
+    if len(samples[0]) < options.batch_size:
+        fitting = max(1, len(samples[0]) // 8 // options.accumulate) * options.accumulate
         raise DataError(
             f'{options.data} has {len(samples[0])} images for training, fewer than one update takes: '
-            f'--batch-size {options.batch_size}. Give a smaller one, such as {max(1, len(samples[0]) // 8)}.'
+            f'--batch-size {options.batch_size}. Give a smaller one, such as {fitting}.'
         )
     if not len(samples[1]):
         way = '--tuning-fraction' if options.tuning_fraction else '--validation-fraction'

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sem_timm.errors import OptionError
 from sem_timm.finetuning.checkpoints import Checkpoints, State
 from sem_timm.finetuning.errors import DivergedError, StoppedError
 from sem_timm.finetuning.evaluation import evaluate
@@ -130,8 +131,16 @@ class Trainer:
         parts = self.parts
         if parts.mixup is not None:
             images, labels = parts.mixup(images, labels)
-        with self.accelerator.autocast():
-            logits = parts.model(parts.in_layout(images))
+        try:
+            with self.accelerator.autocast():
+                logits = parts.model(parts.in_layout(images))
+        except ValueError as error:
+            if 'more than 1 value per channel' not in str(error):
+                raise
+            raise OptionError(
+                'a batch norm learns nothing from one number per channel, as one image of this size gives it. Give a '
+                'larger --batch-size or --image-size.'
+            ) from error
         logits = logits[0] if isinstance(logits, (tuple, list)) else logits  # of models with auxiliary heads
         loss: Tensor = parts.loss(logits.float(), labels)
         return loss
@@ -170,7 +179,7 @@ class Trainer:
         values = self._measure()
         epoch = self.state.step // self.updates_per_epoch
         self.state.history.append({'step': self.state.step, 'epoch': epoch, **values})
-        row = {'validation/epoch': epoch, **{f'validation/{name}': value for name, value in values.items()}}
+        row = {'validation/epoch': epoch, **{f'validation/{name}': values[name] for name in ('accuracy', 'loss')}}
         self.accelerator.log(row, step=self.state.step)
         self.display.say(
             f'epoch {epoch}/{self.options.epochs}: accuracy {values["accuracy"]:.2%}, loss {values["loss"]:.4f}'
@@ -182,6 +191,7 @@ class Trainer:
 
     def _save(self) -> None:
         if self._saved != self._progress():
+            self.state.bad_images = sorted({*self.state.bad_images, *self.parts.data.bad_images()})
             self.checkpoints.save(self.accelerator, self.state)
             if self.state.step == 0:
                 # torch saves a sharded optimizer that has no state yet by a step of nothing, which Adam would count.

@@ -31,7 +31,7 @@ def evaluate(
         stop: Asked after each batch, whether all processes agree to stop.
 
     Returns:
-        Accuracy from 0 to 1 and mean cross entropy; None if it was stopped.
+        Accuracy from 0 to 1, mean cross entropy, and the number of images that could be read; None if it was stopped.
     """
     model.eval()
     dtype = torch.float32 if accelerator.device.type == 'mps' else torch.float64  # which Apple's GPUs have not
@@ -47,4 +47,4 @@ def evaluate(
         if stop():
             return None
     correct, loss, count = accelerator.reduce(sums, 'sum').tolist()
-    return {'accuracy': correct / max(count, 1), 'loss': loss / max(count, 1)}
+    return {'accuracy': correct / max(count, 1), 'loss': loss / max(count, 1), 'images': count}

@@ -33,6 +33,8 @@ def create_model(options: FinetuneOptions, num_classes: int) -> nn.Module:
     name, tag = timm.models.split_model_name_tag(options.model)
     if not timm.is_model(name) and not options.model.startswith(('hf-hub:', 'local-dir:')):
         raise OptionError(f'model {options.model!r} is unknown. {closest(name, timm.list_models())}')
+    if 'num_classes' in options.model_options:
+        raise OptionError('model option num_classes is that of the data; for more than it has: --num-classes.')
     kwargs = {'num_classes': num_classes, **model_arguments(name, options.model_options, _image_size(options))}
     if options.weights in PACKAGED:
         return with_packaged_weights(_created(options, pretrained=False, **kwargs), options)
@@ -104,12 +106,17 @@ def _with_weights(options: FinetuneOptions, file: str, kwargs: dict[str, Any]) -
     """
     if not Path(file).is_file():
         raise OptionError(f'--weights {file}: there is no such file.')
-    state = torch.get_rng_state()
     way = 'Give a state_dict of the base model, saved by safetensors or torch.save(model.state_dict(), FILE).'
+
+    def loaded() -> nn.Module:
+        return _created(options, pretrained=True, pretrained_cfg_overlay={'file': file}, **kwargs)
+
+    state = torch.get_rng_state()
     try:
         without = _created(options, pretrained=False, **kwargs).state_dict()
+        drawn_anew = loaded().state_dict()
         torch.set_rng_state(state)
-        model = _created(options, pretrained=True, pretrained_cfg_overlay={'file': file}, **kwargs)
+        model = loaded()
     except Exception as error:  # the models and the libraries that read each have their own kinds
         raise OptionError(
             f'--weights {file} cannot be loaded into model {options.model!r}: {first_sentence(error)}. {way}'
@@ -119,6 +126,14 @@ def _with_weights(options: FinetuneOptions, file: str, kwargs: dict[str, Any]) -
     base = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(new)}
     if all(torch.equal(tensor, without[name]) for name, tensor in base.items()):
         raise OptionError(f'--weights {file} has no tensor that model {options.model!r} has. {way}')
+    beside = (*new, *head_prefixes(model))
+    asked = [name for name, _ in model.named_parameters() if not name.startswith(beside)]
+    missing = [name for name in asked if not torch.equal(base[name], drawn_anew[name])]
+    if missing:
+        raise OptionError(
+            f'--weights {file} lacks {len(missing)} of {len(asked)} tensors of model {options.model!r}, such as '
+            f'{missing[0]}, or has them in another shape. {way}'
+        )
     return model
 
 
@@ -133,6 +148,11 @@ def data_config(model: nn.Module, options: FinetuneOptions) -> dict[str, Any]:
         given['crop_pct'] = 1.0  # digits and clothes fill their images
     config: dict[str, Any] = resolve_data_config(given, model=model)
     channels = config['input_size'][0]
+    if channels not in (1, 3):
+        raise OptionError(
+            f'{type(model).__name__} takes images of {channels} channels; they are read as RGB or, for a model of one '
+            'channel, as grey.'
+        )
     for name in ('mean', 'std'):  # those of the weights, which may have been for other channels
         values = config[name]
         config[name] = values if len(values) == channels else (sum(values) / len(values),) * channels

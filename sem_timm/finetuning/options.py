@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+import numbers
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
+from timm.data import create_transform
+
 from sem_timm.errors import OptionError, closest
+from sem_timm.finetuning.errors import first_sentence
 
 SCHEDULES = ('cosine', 'constant', 'multistep', 'poly', 'step', 'tanh', 'wsd')
 PRECISIONS = ('no', 'bf16', 'fp16')
@@ -19,6 +25,38 @@ NO_OPERATION = 'none'
 
 ALL, NEW, HEAD, LORA = 'all', 'new', 'head', 'lora'
 TRAINED_PARTS = (HEAD, 'norms', 'biases', NEW, LORA)
+
+
+def _plain(name: str, value: Any, kind: str) -> Any:
+    """A value of an option as Python's own types, so that a file can hold it.
+
+    Args:
+        name: Name of the option.
+        value: What it was told.
+        kind: Its annotation; only numbers and texts are looked at.
+
+    Raises:
+        OptionError: If it is of another type, or a number that is not finite.
+    """
+    if value is None and kind.endswith('| None'):
+        return None
+    if kind.startswith('int'):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise OptionError(f'{name}={value!r} is no whole number.')
+        return int(value)
+    if kind.startswith('float'):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise OptionError(f'{name}={value!r} is no number.')
+        if not math.isfinite(value):
+            raise OptionError(f'{name}={value} is out of range: it must be finite.')
+        return value if isinstance(value, int) else float(value)
+    if kind in ('str', 'str | None'):
+        text = os.fspath(value) if isinstance(value, os.PathLike) else value
+        if not isinstance(text, str):
+            way = ' A network of your own is given as network=...' if name == 'model' else ''
+            raise OptionError(f'{name} is a text, not {type(value).__name__}.{way}')
+        return text
+    return value
 
 
 def option(default: Any, panel: str, text: str) -> Any:
@@ -154,13 +192,7 @@ class FinetuneOptions:
         trackers = (self.trackers,) if isinstance(self.trackers, str) else self.trackers
         object.__setattr__(self, 'trackers', tuple(name for name in trackers if name != 'none'))
         for option in fields(self):
-            value, kind = getattr(self, option.name), str(option.type)
-            may_be_none = value is None and kind.endswith('| None')
-            if kind.startswith('int') and type(value) is not int and not may_be_none:
-                raise OptionError(f'{option.name}={value!r} is no whole number.')
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if kind.startswith('float') and not is_number and not may_be_none:
-                raise OptionError(f'{option.name}={value!r} is no number.')
+            object.__setattr__(self, option.name, _plain(option.name, getattr(self, option.name), str(option.type)))
         for name, lowest in _LOWEST.items():
             value = getattr(self, name)
             if value is not None and not value >= lowest:
@@ -171,8 +203,12 @@ class FinetuneOptions:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise OptionError(f'{name}={getattr(self, name)!r} is unknown. {closest(getattr(self, name), choices)}')
+        for name in ('seed', 'split_seed'):
+            if (getattr(self, name) or 0) >= 2**32:
+                raise OptionError(f'{name}={getattr(self, name)} is out of range: it must be below 2**32.')
         self._check_trained_parts()
         self._check_together()
+        self._check_augmentation()
 
     @property
     def is_built_in(self) -> bool:
@@ -207,6 +243,17 @@ class FinetuneOptions:
             raise OptionError(
                 f'batch_size={self.batch_size} cannot be computed in accumulate={self.accumulate} equal parts.'
             )
+
+    def _check_augmentation(self) -> None:
+        if self.auto_augment is None:
+            return
+        try:
+            create_transform(32, is_training=True, auto_augment=self.auto_augment)
+        except Exception as error:  # assertions of timm's, and whatever comes of a number that is none
+            raise OptionError(
+                f'auto_augment={self.auto_augment!r} is no policy of timm: {first_sentence(error)}. Such as '
+                'rand-m9-mstd0.5-inc1.'
+            ) from error
 
     def to_json(self) -> str:
         """The options as text, for `from_json`."""

@@ -26,7 +26,7 @@ class FinetuneResult:
         best: Highest accuracy after an epoch.
         best_checkpoint: The checkpoint of that epoch; None if it is gone, which happens when a better one had taken its
             place and the run then went on from before that.
-        num_images: Images for training and for validation.
+        num_images: Images for training, and those for validation that could be read at the end.
         num_parameters: Parameters of the model.
         num_new_parameters: Those that the operation added.
         num_trained_parameters: Those that were trained.
@@ -34,7 +34,7 @@ class FinetuneResult:
         seconds: Time of this process; of a run that was resumed, since then.
         bad_images: Images that could not be read and were skipped.
         classes: Names of the classes in the order of the model's outputs, where the data tells.
-        history: Step, epoch, accuracy and loss of each measurement.
+        history: Step, epoch, accuracy, loss and number of images of each measurement.
     """
 
     model: nn.Module = field(repr=False)

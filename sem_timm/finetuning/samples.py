@@ -123,9 +123,9 @@ class Samples(Dataset[Any]):
             # Past its own reading, which logs that it skips what it cannot read, and then shows another image.
             file, label = self.dataset.reader[index][:2]
             with file:
-                return Image.open(file).convert(self.mode), None if label is None else int(label)
+                return in_mode(Image.open(file), self.mode), None if label is None else int(label)
         image, label = self.dataset[index][:2]
-        return image.convert(self.mode) if image.mode != self.mode else image, None if label is None else int(label)
+        return in_mode(image, self.mode), None if label is None else int(label)
 
     def content(self, position: int) -> bytes:
         """What a sample is made of, whatever reads images and wherever they are: its label and file, or its pixels."""
@@ -145,6 +145,25 @@ class Samples(Dataset[Any]):
         except (AttributeError, NotImplementedError, AssertionError):
             files = getattr(self.dataset, 'samples', getattr(self.dataset, 'imgs', None))
             return str(files[index][0]) if files else f'number {index} of the data'
+
+
+def in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """An image in another mode of PIL, which by itself makes white of all that is above 255; of 16 bits 8 are kept.
+
+    Raises:
+        ValueError: If its pixels are numbers whose range nobody knows.
+    """
+    if image.mode[0] not in 'IF':
+        return image.convert(mode)
+    pixels = np.asarray(image)
+    lowest, highest = pixels.min(), pixels.max()
+    has_16_bits = image.mode[0] == 'I' and (image.mode != 'I' or image.format == 'PNG' or highest > 255)
+    are_parts_of_one = image.mode == 'F' and 0 < highest <= 1
+    if lowest < 0 or highest > (65535 if has_16_bits else 255) or are_parts_of_one:
+        raise ValueError(
+            f'its pixels are numbers from {lowest} to {highest}, of mode {image.mode!r}; save 8 or 16 bits'
+        )
+    return Image.fromarray((pixels / (257 if has_16_bits else 1)).round().astype(np.uint8)).convert(mode)
 
 
 @contextmanager

@@ -104,7 +104,7 @@ def test_transfer_keeps_what_it_made(attending: Path, tmp_path: Path, capsys: py
 
 
 def test_fold_leaves_a_file_for_timm_alone(gated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / 'folded.safetensors'
+    output = tmp_path / 'new' / 'folded.safetensors'
     assert main(['fold', str(gated), '--output', str(output)]) == 0
     *_, accuracy, way = capsys.readouterr().out.splitlines()
     assert accuracy.startswith('Top-1 accuracy: ') and way.startswith("Weights: timm.create_model('test_resnet', check")

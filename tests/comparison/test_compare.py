@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -230,6 +231,16 @@ def test_a_damaged_checkpoint_costs_the_run_and_no_more(images: Path, tmp_path: 
         ({'seeds': 0}, OptionError, 'seeds=0 is out of range: at least one seed'),
         ({'seeds': (1, 1)}, OptionError, 'are no numbers from 0 on, each once'),
         ({'seeds': -1}, OptionError, 'at least one seed'),
+        ({'seeds': '0-1'}, OptionError, "seeds='0-1' are no whole numbers; such as 5, or (0, 1, 2)"),
+        ({'seeds': 2.0}, OptionError, 'seeds=2.0 are no whole numbers'),
+        ({'lr_factors': 'all'}, OptionError, "lr_factors='all' are no numbers"),
+        ({'search': 'lr', 'search_seeds': 3}, OptionError, 'search_seeds=3 are more than the 2 seeds of the runs'),
+        ({'operations': ('none', torch.nn.Identity)}, OptionError, 'has no name that a log could hold'),
+        ({'operations': ('none', None)}, OptionError, 'operation=None has no name'),
+        ({'operations': 'none,external', 'position': 'output'}, OptionError, 'no row here has a position; leave it'),
+        ({'operations': 'none', 'target': 'layer4.*'}, OptionError, 'no row here has a target; leave it out'),
+        ({'train': ()}, OptionError, 'train=() leaves no row'),
+        ({'auto_augment': 'foo'}, OptionError, 'is no policy of timm'),
         ({'search': 'wd'}, OptionError, "search='wd' is unknown"),
         ({'lr_factors': ()}, OptionError, 'are no factors above 0'),
         ({'baseline': 'nothing'}, OptionError, "baseline 'nothing' is no row. Close: none"),
@@ -319,6 +330,43 @@ def test_what_may_differ_from_one_start_to_the_next(images: Path, tmp_path: Path
     log.write_text(log.read_text().replace('"recipe": {', '"recipe": {"warp": 1, ', 1))
     with pytest.raises(CheckpointError, match='says warp, which this version of sem_timm does not know'):
         compare(resume=str(folder))
+
+
+def test_seeds_and_operations_may_be_read_but_once(images: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {'seeds': np.arange(1), 'operations': (name for name in ('none', 'eca'))}
+    result = compare_small(images, tmp_path / 'run', **given)
+    assert [[*row.accuracies] for row in result.rows] == [[0], [0]]
+    assert compare(resume=tmp_path / 'run', seeds=iter([1]), progress=False)['eca'].difference is not None
+
+
+def test_a_row_whose_line_is_damaged_is_missed_and_comes_back_by_name(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / 'run'
+    whole = compare_small(images, folder, operations='none,eca,ie', seeds=1)
+    log = folder / 'log.jsonl'
+    text = log.read_text()
+
+    def damage(name: str) -> None:
+        kept = text.splitlines()
+        number = next(i for i, line in enumerate(kept) if '"kind": "row"' in line and f'"name": "{name}"' in line)
+        kept[number] = kept[number][:60]
+        log.write_text('\n'.join(kept) + '\n')
+
+    damage('eca')
+    told = str(compare(resume=str(folder), progress=False))
+    assert "1 finished runs of 'eca' are not shown" in told and f'--resume {folder} --operations eca' in told
+    again = compare(resume=str(folder), operations='eca', progress=False)
+    assert again['eca'].accuracies == whole['eca'].accuracies and 'not shown' not in str(again)
+    damage('none')
+    with pytest.raises(CheckpointError, match=r"says what row 'none' is, is damaged. .* --operations none"):
+        compare(resume=str(folder), progress=False)
+
+
+def test_images_that_could_not_be_read_are_in_no_interval(tmp_path: Path) -> None:
+    data = write_images(tmp_path / 'data')
+    for name in ('0', '1', '2'):
+        (data / 'validation' / 'cross' / f'{name}.png').write_text('no image')
+    result = compare_small(data, tmp_path / 'run', operations='none,eca', skip_bad_images=True)
+    assert result.num_images[1] == 12 and 'on these 12 validation images' in str(result)
 
 
 def test_options_that_would_do_nothing_are_refused(images: Path, tmp_path: Path) -> None:

@@ -62,6 +62,12 @@ def test_sentences_tell_what_can_be_told() -> None:
     assert 'on these 1,000 validation images' in told[6] and '±1.4 points' in told[6]
 
 
+def test_rows_that_are_level_have_no_highest_among_them() -> None:
+    told = made({'none': [0.5, 0.5], 'sem': [0.6, 0.7], 'se': [0.7, 0.6]}).conclusions
+    assert 'The highest mean is the same for sem and se.' in told
+    assert not any(sentence.startswith('The highest mean is that of') for sentence in told)
+
+
 def test_runs_that_diverged_are_in_no_mean_and_in_no_pair() -> None:
     result = made({'none': [0.5, 0.6, None], 'sem': [0.6, None, 0.9]})
     row = result['sem']

@@ -9,13 +9,14 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from torch import Tensor, nn
 
 import sem_timm
 from sem_timm.errors import OptionError
 from sem_timm.finetuning import DataError, DivergedError, FinetuneOptions, WriteError, files, finetune, open_run
-from tests.finetuning.small_runs import CLASSES, NUM_VALIDATION, column, options, run_small, write_images
+from tests.finetuning.small_runs import CLASSES, NUM_VALIDATION, column, options, run_small, stop_small, write_images
 
 
 @pytest.mark.parametrize('workers', [0, 1])
@@ -43,6 +44,7 @@ def test_unreadable_images_are_skipped_and_counted_on_request(workers: int, tmp_
     result = run_small(folder, tmp_path / 'run', epochs=3, workers=workers, skip_bad_images=True)
     assert result.bad_images == tuple(map(str, broken))
     assert result.num_steps == 18 and result.classes == CLASSES
+    assert result.num_images == (48, 3 * NUM_VALIDATION - 1)
     # The one that cannot be read is not measured in the guise of another.
     run = open_run(result.folder)
     labels = [int(label) for _, batch in run.validation for label in batch]
@@ -57,6 +59,14 @@ def test_a_run_that_met_an_unreadable_image_goes_on_without_it(tmp_path: Path) -
         run_small(tmp_path / 'data', tmp_path / 'run')
     result = finetune(resume=str(tmp_path / 'run'), skip_bad_images=True, progress=False)
     assert result.bad_images == (str(broken),)
+
+
+def test_images_that_were_skipped_before_a_stop_are_told_after_it(tmp_path: Path) -> None:
+    broken = write_images(tmp_path / 'data') / 'train' / 'cross' / '3.png'
+    broken.write_text('no image')
+    # Six updates see all images; what is left to do meets the same ones in another order.
+    stop_small(tmp_path / 'data', tmp_path / 'run', 12, skip_bad_images=True)
+    assert finetune(resume=str(tmp_path / 'run'), progress=False).bad_images == (str(broken),)
 
 
 def test_a_single_class_is_an_error(tmp_path: Path) -> None:
@@ -110,6 +120,10 @@ def test_classes_of_both_splits_must_be_the_same(tmp_path: Path) -> None:
         ({'sync_bn': True}, 'sync_bn needs GPUs'),
         ({'epoch': 3}, 'epoch'),
         ({'epochs': 1.5}, r'epochs=1\.5 is no whole number'),
+        ({'auto_augment': 'foo'}, "auto_augment='foo' is no policy of timm: .*Such as rand-m9"),
+        ({'model_options': {'num_classes': 0}}, 'num_classes is that of the data; for more than it has: --num-classes'),
+        ({'model_options': {'in_chans': 4}}, 'takes images of 4 channels; they are read as RGB'),
+        ({'model': nn.Identity()}, 'model is a text, not Identity. A network of your own is given as network='),
     ],
 )
 def test_option_without_meaning_is_refused_before_anything_is_written(
@@ -125,6 +139,8 @@ def test_option_without_meaning_is_refused_before_anything_is_written(
     [
         ({'epochs': 0}, 'epochs=0 is out of range: it must be at least 1'),
         ({'lr': float('nan')}, 'lr=nan is out of range'),
+        ({'clip': float('inf')}, 'clip=inf is out of range: it must be finite'),
+        ({'seed': 2**32}, 'seed=4294967296 is out of range: it must be below'),
         ({'epochs': '3'}, "epochs='3' is no whole number"),
         ({'scale': 1.5}, 'scale=1.5 is out of range: it must be from 0 to 1'),
         ({'ema': 1.0}, 'ema=1.0 is out of range'),
@@ -139,6 +155,33 @@ def test_option_without_meaning_is_refused_before_anything_is_written(
 def test_options_check_themselves(given: dict[str, Any], part: str) -> None:
     with pytest.raises(OptionError, match=part):
         FinetuneOptions(**given)
+
+
+def test_paths_and_numbers_of_numpy_are_texts_and_numbers() -> None:
+    """As they come out of `pathlib` and a sweep over an array."""
+    given: dict[str, Any] = {'data': Path('photos'), 'output': Path('run'), 'lr': np.float32(0.5), 'seed': np.int64(3)}
+    asked = FinetuneOptions(**given)
+    assert asked == FinetuneOptions(data='photos', output='run', lr=0.5, seed=3)
+    assert FinetuneOptions.from_json(asked.to_json()) == asked
+
+
+def test_a_batch_of_one_number_per_channel_is_told(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r'learns nothing from one number per channel.*Give a larger --batch-size'):
+        run_small(images, tmp_path / 'run', batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ('given', 'part'),
+    [
+        ({'validation_fraction': 1.0}, 'has no images left for training; try a smaller --validation-fraction'),
+        ({'batch_size': 64, 'accumulate': 4}, 'Give a smaller one, such as 4.'),
+    ],
+)
+def test_an_error_about_too_few_images_tells_what_helps(given: dict[str, Any], part: str, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / 'data', splits=False)
+    with pytest.raises(DataError) as caught:
+        run_small(folder, tmp_path / 'run', **given)
+    assert part in str(caught.value)
 
 
 def test_one_tracker_needs_no_tuple() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -101,6 +102,33 @@ def test_folder_with_images_for_training_alone_holds_some_of_them_out(tmp_path: 
     names = [{part.name(position) for position in range(len(part))} for part in (data.train, data.validation)]
     assert data.held_out and not names[0] & names[1]
     assert names[0] | names[1] == {str(file) for file in (folder / 'train').rglob('*.png')}
+
+
+@pytest.mark.parametrize('ending', ['png', 'tif'])
+def test_of_sixteen_bits_the_upper_eight_are_seen(ending: str, tmp_path: Path) -> None:
+    """PIL by itself makes them white."""
+    folder = tmp_path / 'images' / 'wide'
+    folder.mkdir(parents=True)
+    pixels = np.linspace(0, 65535, 48).reshape(6, 8)
+    Image.fromarray(pixels.astype(np.uint16)).save(folder / f'image.{ending}')
+    sources: list[Any] = [[(Image.open(folder / f'image.{ending}'), 0)]]
+    if ending == 'png':  # the others are no images to timm's folders
+        sources.append(timm.data.ImageDataset(str(tmp_path / 'images')))
+    for data in sources:
+        for mode, shape in (('RGB', (6, 8, 3)), ('L', (6, 8))):
+            samples = Samples(data, 0, int)
+            samples.mode = mode
+            seen = np.asarray(samples[0, 0][0])
+            assert seen.shape == shape and np.abs(seen.T - pixels.T / 257).max() <= 0.5
+
+
+@pytest.mark.parametrize('scale', [1.0, 1000.0])
+def test_pixels_whose_range_nobody_knows_are_told(scale: float, tmp_path: Path) -> None:
+    image = Image.fromarray(np.full((4, 4), 0.7 * scale, dtype=np.float32))
+    with pytest.raises(DataError, match=r"cannot read image .*: its pixels are numbers from .* of mode 'F'"):
+        Samples([(image, 0)], 0, int)[0, 0]
+    known = Image.fromarray(np.full((4, 4), 70, dtype=np.float32))
+    assert Samples([(known, 0)], 0, int)[0, 0][0].getpixel((0, 0)) == (70, 70, 70)
 
 
 @pytest.mark.parametrize('label', [-1, None])

@@ -63,6 +63,29 @@ def test_file_of_weights_is_loaded(name: str, images: Path, tmp_path: Path) -> N
     assert model.get_parameter('fc.weight').shape[0] == 3
 
 
+@pytest.mark.parametrize('name', ['test_resnet', 'test_resnet_sem'])
+def test_file_that_fits_a_part_of_the_model_is_refused(name: str, images: Path, tmp_path: Path) -> None:
+    """timm would leave the rest as it is drawn, and say so in its log alone."""
+    file, state = tmp_path / 'weights.pth', timm.create_model('test_resnet').state_dict()
+    torch.save({key: tensor for key, tensor in state.items() if not key.startswith('layer4')}, file)
+    asked = FinetuneOptions(**options(images, tmp_path, model=name, weights=str(file), pretrained=None))
+    with pytest.raises(OptionError, match=r"lacks \d of \d\d tensors of model 'test_resnet.*', such as layer4\.0\."):
+        create_model(asked, num_classes=3)
+
+
+@pytest.mark.parametrize('name', ['test_vit', 'test_efficientnet', 'test_convnext'])
+def test_file_of_the_weights_that_would_be_drawn_is_taken(name: str, images: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = timm.create_model(name, num_classes=3)
+    torch.save(source.state_dict(), tmp_path / 'weights.pth')
+    given = options(images, tmp_path, model=name, weights=str(tmp_path / 'weights.pth'), image_size=None)
+    source.reset_classifier(5)
+    torch.manual_seed(1)
+    model = create_model(FinetuneOptions(**given), num_classes=5)
+    head = tuple(n for n, _ in model.named_parameters() if n.startswith(('head', 'classifier')))
+    assert head and all(torch.equal(p, source.get_parameter(n)) for n, p in model.named_parameters() if n not in head)
+
+
 def test_run_is_opened_on_other_machines_and_images(images: Path, tmp_path: Path) -> None:
     result = run_small(images, tmp_path / 'run', epochs=1)
     file = result.folder / 'options.json'

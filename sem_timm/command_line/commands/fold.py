@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from sem_timm.command_line.arguments import AsJson, MaxBatches, OtherImages, RunFolder
 from sem_timm.errors import OptionError
-from sem_timm.finetuning.files import write_whole
+from sem_timm.finetuning.files import explained, write_whole
 from sem_timm.finetuning.runs import open_run
 from sem_timm.folding import FoldResult, fold_gates
 from sem_timm.registry import base_architecture, base_arguments
@@ -40,6 +40,9 @@ def command(
     if output is not None and (output.exists() or output.suffix != _ENDING):
         why = 'exists; name a new file' if output.exists() else f'is no name of a {_ENDING} file'
         raise OptionError(f'--output {output} {why}, such as --output {output.with_suffix("")}-folded{_ENDING}.')
+    if output is not None:
+        with explained(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
     opened = open_run(run, data=data)
     result = fold_gates(opened.model, opened.validation, max_loss=max_loss, max_batches=max_batches)
     print(json.dumps(result.to_dict(), indent=1) if as_json else result)
