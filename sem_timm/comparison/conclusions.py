@@ -132,7 +132,7 @@ def _failures(result: ComparisonResult) -> Iterator[str]:
         yield f'Lines of the log that could not be read: {result.num_damaged}. Runs among them were done again.'
     for name, number in result.without_row.items():
         yield (
-            f'{number} finished runs of {name!r} are not shown: the line of the log that says what it is, is damaged. '
+            f'{number} runs of {name!r} are not shown: the line of the log that says what it is, is damaged. '
             f'Name the row as it was asked for, such as sem-timm compare {way_on(result.folder)} --operations {name}.'
         )
 

@@ -42,10 +42,11 @@ class ComparisonDisplay(Bars):
 
     def finish(self, key: RunKey, outcome: dict[str, Any], num_left: int) -> None:
         """Tells what came of a run, and how many are left, of which other processes may have done some."""
-        self._done = max(self._done, self._total - num_left)
-        self._bar.update(self._runs, completed=self._done)
+        self._done = max(self._done + 1, self._total - num_left)
+        self._total = self._done + num_left  # others may have added rows, too
+        self._bar.update(self._runs, completed=self._done, total=self._total)
         result = f'accuracy {outcome["accuracy"]:.2%}' if outcome['outcome'] == FINISHED else 'diverged'
-        left = (time.monotonic() - self._began) / max(self._done, 1) * num_left
+        left = (time.monotonic() - self._began) / self._done * num_left
         left_text = f'; about {_duration(left)} left' if num_left else ''
         self.say(f'{self._done}/{self._total}  {label(key)}: {result}{left_text}')
 

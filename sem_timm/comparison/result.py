@@ -80,7 +80,7 @@ class ComparisonResult:
         num_pending: Runs that are still to be done, such as by another machine.
         num_damaged: Lines of the log that could not be read; runs among them were done again.
         versions: Those of sem_timm, timm and torch that runs were made with, as far as the log tells.
-        without_row: Finished runs of rows whose line in the log is damaged, by the name of the row.
+        without_row: How many runs there are of rows whose line in the log is damaged, by the name of the row.
         too_large: Runs for which the memory of this machine was too small, and what was said of it.
     """
 

@@ -353,7 +353,7 @@ def test_a_row_whose_line_is_damaged_is_missed_and_comes_back_by_name(images: Pa
 
     damage('eca')
     told = str(compare(resume=str(folder), progress=False))
-    assert "1 finished runs of 'eca' are not shown" in told and f'--resume {folder} --operations eca' in told
+    assert "1 runs of 'eca' are not shown" in told and f'--resume {folder} --operations eca' in told
     again = compare(resume=str(folder), operations='eca', progress=False)
     assert again['eca'].accuracies == whole['eca'].accuracies and 'not shown' not in str(again)
     damage('none')
