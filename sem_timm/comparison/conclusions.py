@@ -132,8 +132,9 @@ def _failures(result: ComparisonResult) -> Iterator[str]:
         yield f'Lines of the log that could not be read: {result.num_damaged}. Runs among them were done again.'
     for name, number in result.without_row.items():
         yield (
-            f'{number} runs of {name!r} are not shown: the line of the log that says what it is, is damaged. '
-            f'Name the row as it was asked for, such as sem-timm compare {way_on(result.folder)} --operations {name}.'
+            f'{number} run{"s" * (number != 1)} of {name!r} not shown, as the line of the log that says what that row '
+            f'is, is damaged. Add it as it was asked for: sem-timm compare {way_on(result.folder)} --operations ..., '
+            'with the --train and --target that it had.'
         )
 
 

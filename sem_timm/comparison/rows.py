@@ -166,11 +166,11 @@ def make_rows(
     if not rows:
         raise OptionError('there is nothing to compare; such as --operations none,se,sem.')
     for name, given, used in (
-        ('target', targets, any(row.target is not None for row in rows)),
-        ('position', positions, any('position' in row.options for row in rows)),
+        ('target', targets, any(row.target in targets for row in rows)),
+        ('position', positions, any(row.options.get('position') in positions for row in rows)),
     ):
-        if given and not used:
-            raise OptionError(f'{name}={", ".join(given)}: no row here has a {name}; leave it out.')
+        if given and not used and not any(isinstance(entry, Row) for entry in operations):  # to which nothing is added
+            raise OptionError(f'{name}={", ".join(given)}: no row here takes it; leave it out.')
     names = [row.name for row in rows]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

@@ -155,10 +155,11 @@ def _going_on(options: CompareOptions, ours: dict[str, Any], given: dict[str, An
     seeds = options.seed_numbers if 'seeds' in ours else tuple(dict.fromkeys((*begun_seeds, *done)))
     numbers = check_splits(base, 0.0 if search is None else search.fraction)
     name = options.baseline or baseline
-    if record.num_damaged and name not in [row.name for row in rows]:
+    was_there = name == baseline or any(key.row == name for key in record.runs)
+    if record.num_damaged and was_there and name not in [row.name for row in rows]:
         raise CheckpointError(
-            f'the line of {Log(folder).file} that says what row {name!r} is, is damaged. Name the row as it was asked '
-            f'for, such as {way_on(folder)} --operations {name}.'
+            f'the line of {Log(folder).file} that says what row {name!r} is, is damaged. Add the row as it was asked '
+            f'for: {way_on(folder)} --operations ..., with the --train and --target that it had.'
         )
     name = _baseline(name, rows)
     setting = Setting(

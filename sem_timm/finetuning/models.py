@@ -33,7 +33,7 @@ def create_model(options: FinetuneOptions, num_classes: int) -> nn.Module:
     name, tag = timm.models.split_model_name_tag(options.model)
     if not timm.is_model(name) and not options.model.startswith(('hf-hub:', 'local-dir:')):
         raise OptionError(f'model {options.model!r} is unknown. {closest(name, timm.list_models())}')
-    if 'num_classes' in options.model_options:
+    if options.model_options.get('num_classes', num_classes) != num_classes:
         raise OptionError('model option num_classes is that of the data; for more than it has: --num-classes.')
     kwargs = {'num_classes': num_classes, **model_arguments(name, options.model_options, _image_size(options))}
     if options.weights in PACKAGED:
@@ -126,14 +126,19 @@ def _with_weights(options: FinetuneOptions, file: str, kwargs: dict[str, Any]) -
     base = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(new)}
     if all(torch.equal(tensor, without[name]) for name, tensor in base.items()):
         raise OptionError(f'--weights {file} has no tensor that model {options.model!r} has. {way}')
-    beside = (*new, *head_prefixes(model))
+    told: Any = getattr(model, 'pretrained_cfg', {}).get('classifier') or ()  # which timm leaves out for other classes
+    classifiers = (told,) if isinstance(told, str) else tuple(told)
+    beside = (*new, *head_prefixes(model), *(f'{name}.' for name in classifiers))
     asked = [name for name, _ in model.named_parameters() if not name.startswith(beside)]
     missing = [name for name in asked if not torch.equal(base[name], drawn_anew[name])]
     if missing:
-        raise OptionError(
+        what = (
             f'--weights {file} lacks {len(missing)} of {len(asked)} tensors of model {options.model!r}, such as '
-            f'{missing[0]}, or has them in another shape. {way}'
+            f'{missing[0]}, or has them in another shape'
         )
+        if not options.model_options:
+            raise OptionError(f'{what}. {way}')
+        warnings.warn(f'{what}: they begin as they are drawn.', stacklevel=2)  # options may have added them
     return model
 
 

@@ -191,6 +191,8 @@ class FinetuneOptions:
             object.__setattr__(self, name, dict(getattr(self, name) or {}))
         trackers = (self.trackers,) if isinstance(self.trackers, str) else self.trackers
         object.__setattr__(self, 'trackers', tuple(name for name in trackers if name != 'none'))
+        if self.clip == math.inf:
+            object.__setattr__(self, 'clip', None)
         for option in fields(self):
             object.__setattr__(self, option.name, _plain(option.name, getattr(self, option.name), str(option.type)))
         for name, lowest in _LOWEST.items():

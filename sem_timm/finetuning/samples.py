@@ -151,19 +151,20 @@ def in_mode(image: Image.Image, mode: str) -> Image.Image:
     """An image in another mode of PIL, which by itself makes white of all that is above 255; of 16 bits 8 are kept.
 
     Raises:
-        ValueError: If its pixels are numbers whose range nobody knows.
+        ValueError: If its pixels are numbers whose range nobody knows, such as 12 bits, or parts of one.
     """
     if image.mode[0] not in 'IF':
         return image.convert(mode)
     pixels = np.asarray(image)
     lowest, highest = pixels.min(), pixels.max()
-    has_16_bits = image.mode[0] == 'I' and (image.mode != 'I' or image.format == 'PNG' or highest > 255)
-    are_parts_of_one = image.mode == 'F' and 0 < highest <= 1
-    if lowest < 0 or highest > (65535 if has_16_bits else 255) or are_parts_of_one:
+    has_8_bits = lowest >= 0 and highest <= 255 and not (image.mode == 'F' and 0 < highest <= 1)
+    has_16_bits = lowest >= 0 and 4096 <= highest <= 65535 and image.mode != 'F'
+    if not has_8_bits and not has_16_bits:
         raise ValueError(
-            f'its pixels are numbers from {lowest} to {highest}, of mode {image.mode!r}; save 8 or 16 bits'
+            f'its pixels are numbers from {lowest} to {highest} of mode {image.mode!r}; save them as 8 bits, or '
+            'stretched to 16'
         )
-    return Image.fromarray((pixels / (257 if has_16_bits else 1)).round().astype(np.uint8)).convert(mode)
+    return Image.fromarray((pixels / (1 if has_8_bits else 257)).round().astype(np.uint8)).convert(mode)
 
 
 @contextmanager

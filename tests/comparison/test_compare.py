@@ -237,8 +237,13 @@ def test_a_damaged_checkpoint_costs_the_run_and_no_more(images: Path, tmp_path: 
         ({'search': 'lr', 'search_seeds': 3}, OptionError, 'search_seeds=3 are more than the 2 seeds of the runs'),
         ({'operations': ('none', torch.nn.Identity)}, OptionError, 'has no name that a log could hold'),
         ({'operations': ('none', None)}, OptionError, 'operation=None has no name'),
-        ({'operations': 'none,external', 'position': 'output'}, OptionError, 'no row here has a position; leave it'),
-        ({'operations': 'none', 'target': 'layer4.*'}, OptionError, 'no row here has a target; leave it out'),
+        (
+            {'operations': 'none,external', 'position': 'output'},
+            OptionError,
+            'position=output: no row here takes it; leave it',
+        ),
+        ({'operations': 'none', 'target': 'layer4.*'}, OptionError, 'no row here takes it; leave it out'),
+        ({'operations': 'none se:target=layer3.*', 'target': 'layer4'}, OptionError, 'no row here takes it'),
         ({'train': ()}, OptionError, 'train=() leaves no row'),
         ({'auto_augment': 'foo'}, OptionError, 'is no policy of timm'),
         ({'search': 'wd'}, OptionError, "search='wd' is unknown"),
@@ -353,12 +358,14 @@ def test_a_row_whose_line_is_damaged_is_missed_and_comes_back_by_name(images: Pa
 
     damage('eca')
     told = str(compare(resume=str(folder), progress=False))
-    assert "1 runs of 'eca' are not shown" in told and f'--resume {folder} --operations eca' in told
+    assert "1 run of 'eca' not shown" in told and f'--resume {folder} --operations ...' in told
     again = compare(resume=str(folder), operations='eca', progress=False)
     assert again['eca'].accuracies == whole['eca'].accuracies and 'not shown' not in str(again)
     damage('none')
-    with pytest.raises(CheckpointError, match=r"says what row 'none' is, is damaged. .* --operations none"):
+    with pytest.raises(CheckpointError, match=r"says what row 'none' is, is damaged. .* --operations \.\.\."):
         compare(resume=str(folder), progress=False)
+    with pytest.raises(OptionError, match=r"baseline 'nothing' is no row"):
+        compare(resume=str(folder), baseline='nothing', progress=False)
 
 
 def test_images_that_could_not_be_read_are_in_no_interval(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_a_run_that_met_an_unreadable_image_goes_on_without_it(tmp_path: Path) -
 def test_images_that_were_skipped_before_a_stop_are_told_after_it(tmp_path: Path) -> None:
     broken = write_images(tmp_path / 'data') / 'train' / 'cross' / '3.png'
     broken.write_text('no image')
-    # Six updates see all images; what is left to do meets the same ones in another order.
+    # Step 12 is the last: after it validation images alone are read, so that only the state knows what was skipped.
     stop_small(tmp_path / 'data', tmp_path / 'run', 12, skip_bad_images=True)
     assert finetune(resume=str(tmp_path / 'run'), progress=False).bad_images == (str(broken),)
 
@@ -139,7 +139,7 @@ def test_option_without_meaning_is_refused_before_anything_is_written(
     [
         ({'epochs': 0}, 'epochs=0 is out of range: it must be at least 1'),
         ({'lr': float('nan')}, 'lr=nan is out of range'),
-        ({'clip': float('inf')}, 'clip=inf is out of range: it must be finite'),
+        ({'weight_decay': float('inf')}, 'weight_decay=inf is out of range: it must be finite'),
         ({'seed': 2**32}, 'seed=4294967296 is out of range: it must be below'),
         ({'epochs': '3'}, "epochs='3' is no whole number"),
         ({'scale': 1.5}, 'scale=1.5 is out of range: it must be from 0 to 1'),
@@ -161,7 +161,7 @@ def test_paths_and_numbers_of_numpy_are_texts_and_numbers() -> None:
     """As they come out of `pathlib` and a sweep over an array."""
     given: dict[str, Any] = {'data': Path('photos'), 'output': Path('run'), 'lr': np.float32(0.5), 'seed': np.int64(3)}
     asked = FinetuneOptions(**given)
-    assert asked == FinetuneOptions(data='photos', output='run', lr=0.5, seed=3)
+    assert asked == FinetuneOptions(data='photos', output='run', lr=0.5, seed=3, clip=float('inf'))
     assert FinetuneOptions.from_json(asked.to_json()) == asked
 
 

@@ -122,13 +122,28 @@ def test_of_sixteen_bits_the_upper_eight_are_seen(ending: str, tmp_path: Path) -
             assert seen.shape == shape and np.abs(seen.T - pixels.T / 257).max() <= 0.5
 
 
-@pytest.mark.parametrize('scale', [1.0, 1000.0])
-def test_pixels_whose_range_nobody_knows_are_told(scale: float, tmp_path: Path) -> None:
-    image = Image.fromarray(np.full((4, 4), 0.7 * scale, dtype=np.float32))
-    with pytest.raises(DataError, match=r"cannot read image .*: its pixels are numbers from .* of mode 'F'"):
+@pytest.mark.parametrize(
+    'pixels',
+    [
+        np.float32(0.7),
+        np.float32(700),
+        np.float32('nan'),
+        np.int32(-1),
+        np.int32(70000),
+        np.uint16(4095),  # 12 bits
+    ],
+    ids=str,
+)
+def test_pixels_whose_range_nobody_knows_are_told(pixels: Any) -> None:
+    image = Image.fromarray(np.full((4, 4), pixels))
+    with pytest.raises(DataError, match=r"cannot read image .*: its pixels are numbers from .* of mode '[IF]"):
         Samples([(image, 0)], 0, int)[0, 0]
-    known = Image.fromarray(np.full((4, 4), 70, dtype=np.float32))
-    assert Samples([(known, 0)], 0, int)[0, 0][0].getpixel((0, 0)) == (70, 70, 70)
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.int32, np.uint16])
+def test_pixels_of_eight_bits_are_seen_whatever_holds_them(dtype: Any) -> None:
+    image = Image.fromarray(np.full((4, 4), 70, dtype=dtype))
+    assert Samples([(image, 0)], 0, int)[0, 0][0].getpixel((0, 0)) == (70, 70, 70)
 
 
 @pytest.mark.parametrize('label', [-1, None])

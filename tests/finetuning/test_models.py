@@ -73,7 +73,14 @@ def test_file_that_fits_a_part_of_the_model_is_refused(name: str, images: Path, 
         create_model(asked, num_classes=3)
 
 
-@pytest.mark.parametrize('name', ['test_vit', 'test_efficientnet', 'test_convnext'])
+def test_modules_that_model_options_add_need_no_weights(images: Path, tmp_path: Path) -> None:
+    torch.save(timm.create_model('test_vit').state_dict(), tmp_path / 'weights.pth')
+    given = options(images, tmp_path, model='test_vit', weights=str(tmp_path / 'weights.pth'), image_size=None)
+    with pytest.warns(UserWarning, match=r'lacks \d+ of \d+ tensors .*attn_pool.*: they begin as they are drawn'):
+        create_model(FinetuneOptions(**given, model_options={'global_pool': 'map'}), num_classes=3)
+
+
+@pytest.mark.parametrize('name', ['test_vit', 'test_efficientnet', 'test_convnext', 'volo_d1_224'])
 def test_file_of_the_weights_that_would_be_drawn_is_taken(name: str, images: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     source = timm.create_model(name, num_classes=3)
@@ -82,7 +89,7 @@ def test_file_of_the_weights_that_would_be_drawn_is_taken(name: str, images: Pat
     source.reset_classifier(5)
     torch.manual_seed(1)
     model = create_model(FinetuneOptions(**given), num_classes=5)
-    head = tuple(n for n, _ in model.named_parameters() if n.startswith(('head', 'classifier')))
+    head = tuple(n for n, _ in model.named_parameters() if n.startswith(('head', 'aux_head', 'classifier')))
     assert head and all(torch.equal(p, source.get_parameter(n)) for n, p in model.named_parameters() if n not in head)
 
 
