@@ -16,7 +16,8 @@ _OFFSETS = {1: (0.0,), 2: (-0.17, 0.17)}  # of the augmentations from the middle
 
 
 def draw(found: list[Section], path: Path) -> None:
-    """Writes a PNG with one panel per setting."""
+    """Writes a PNG with one panel per setting, but for those with a single seed, of which no picture tells anything."""
+    found = [s for s in found if any(line.spread is not None for lines in s.tables.values() for line in lines)] or found
     rows = [len({line.name for lines in section.tables.values() for line in lines}) for section in found]
     heights = [0.42 * count + 1.35 for count in rows]
     picture = Figure(figsize=(8.6, sum(heights)), dpi=150, layout='constrained')
