@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from inspect import cleandoc
@@ -12,7 +11,7 @@ from typing import Any
 
 from sem_timm.comparison.rows import Row
 from sem_timm.errors import OptionError
-from sem_timm.finetuning.options import ALL, FinetuneOptions, option
+from sem_timm.finetuning.options import ALL, FinetuneOptions, option, plain_value
 
 LEARNING_RATE = 'lr'
 
@@ -94,8 +93,7 @@ class CompareOptions:
         object.__setattr__(self, 'seeds', _seeds(self.seeds))
         object.__setattr__(self, 'lr_factors', _factors(self.lr_factors))
         for name in ('output', 'resume'):
-            value = getattr(self, name)
-            object.__setattr__(self, name, os.fspath(value) if isinstance(value, os.PathLike) else value)
+            object.__setattr__(self, name, plain_value(name, getattr(self, name), 'str | None'))
         if not self.train:
             raise OptionError("train=() leaves no row; such as 'all', or 'head,new'.")
         if self.search not in (None, LEARNING_RATE):

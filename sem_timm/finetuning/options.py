@@ -14,7 +14,7 @@ from typing import Any
 
 from timm.data import create_transform
 
-from sem_timm.errors import OptionError, closest
+from sem_timm.errors import OptionError, check_choice, closest
 from sem_timm.finetuning.errors import first_sentence
 
 SCHEDULES = ('cosine', 'constant', 'multistep', 'poly', 'step', 'tanh', 'wsd')
@@ -27,7 +27,7 @@ ALL, NEW, HEAD, LORA = 'all', 'new', 'head', 'lora'
 TRAINED_PARTS = (HEAD, 'norms', 'biases', NEW, LORA)
 
 
-def _plain(name: str, value: Any, kind: str) -> Any:
+def plain_value(name: str, value: Any, kind: str) -> Any:
     """A value of an option as Python's own types, so that a file can hold it.
 
     Args:
@@ -194,7 +194,8 @@ class FinetuneOptions:
         if self.clip == math.inf:
             object.__setattr__(self, 'clip', None)
         for option in fields(self):
-            object.__setattr__(self, option.name, _plain(option.name, getattr(self, option.name), str(option.type)))
+            value = plain_value(option.name, getattr(self, option.name), str(option.type))
+            object.__setattr__(self, option.name, value)
         for name, lowest in _LOWEST.items():
             value = getattr(self, name)
             if value is not None and not value >= lowest:
@@ -203,8 +204,7 @@ class FinetuneOptions:
             if not 0 <= getattr(self, name) <= 1:
                 raise OptionError(f'{name}={getattr(self, name)} is out of range: it must be from 0 to 1.')
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise OptionError(f'{name}={getattr(self, name)!r} is unknown. {closest(getattr(self, name), choices)}')
+            check_choice(name, getattr(self, name), choices)
         for name in ('seed', 'split_seed'):
             if (getattr(self, name) or 0) >= 2**32:
                 raise OptionError(f'{name}={getattr(self, name)} is out of range: it must be below 2**32.')
